@@ -1,0 +1,23 @@
+"""Files that are there whole or not at all."""
+
+import os
+from contextlib import contextmanager
+
+
+@contextmanager
+def whole_file(path, mode="w"):
+    """Open a file for writing under a temporary name; rename it to `path` at the end, or remove it if anything fails.
+
+    :param mode: "w" (text, newlines as written) or "wb".
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, mode, newline=None if "b" in mode else "") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise

@@ -1,0 +1,41 @@
+"""Random streams addressed by name and position instead of by history.
+
+A draw that belongs to one sample follows from (seed, purpose, position) alone, so that batch size, worker count and rank
+count cannot change it, and resuming a run is starting at a position.
+"""
+
+import hashlib
+import struct
+
+# A purpose is a short name, so that two purposes at the same position never share a stream.
+
+
+def stream_seed(seed, purpose, *position):
+    """Return a 63-bit integer that follows from (seed, purpose, position) alone.
+
+    The low 32 bits are as well mixed as the rest: torch's CPU generator uses only those.
+
+    :param seed: any integer.
+    :param purpose: a short string, such as "flip" or "timestep".
+    :param position: further integers, such as the place in the data order.
+    """
+    words = struct.pack(f"<{len(position) + 1}q", *(int(word) for word in (seed, *position)))
+    digest = hashlib.blake2b(words, digest_size=8, person=purpose.encode()[:16]).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def uniform(seed, purpose, *position):
+    """Return one float in [0, 1) that follows from (seed, purpose, position) alone."""
+    return (stream_seed(seed, purpose, *position) >> 10) * 2.0**-53
+
+
+def integer(seed, purpose, high, *position):
+    """Return one integer in 0..high-1 that follows from (seed, purpose, position) alone."""
+    return int(uniform(seed, purpose, *position) * high)
+
+
+def generator(seed, purpose, *position):
+    """Return a CPU `torch.Generator` that follows from (seed, purpose, position) alone."""
+    import torch
+
+    return torch.Generator().manual_seed(stream_seed(seed, purpose, *position))

@@ -1,0 +1,60 @@
+"""Random streams: draws that follow from (seed, purpose, position) alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from guided_diffusion.random_streams import generator, integer, stream_seed, uniform
+
+
+def test_values_are_fixed_for_good():
+    # A resumed run, and the other end of the link, may be a later version: these numbers must never change.
+    assert stream_seed(0, "flip", 0) == 1081513711522073290
+    assert stream_seed(150, "bank chain", 999) == 64767187872574822
+    assert uniform(0, "drop", 7) == pytest.approx(0.6902620990722557, abs=1e-12)
+
+
+def test_seeds_are_63_bit_integers():
+    seeds = [stream_seed(0, "flip", p) for p in range(2000)]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert max(seeds) > 2**62
+
+
+@pytest.mark.parametrize(
+    "other", [(1, "flip", 3, 4), (0, "crop", 3, 4), (0, "flip", 4, 3), (0, "flip", 3), (0, "flip", 3, 4, 0), (0, "flip", 3, -4)]
+)
+def test_seed_purpose_and_every_position_count(other):
+    assert stream_seed(0, "flip", 3, 4) != stream_seed(*other)
+
+
+def test_low_32_bits_are_mixed():
+    # torch's CPU generator looks at these alone.
+    low = {stream_seed(0, "channel", p) % 2**32 for p in range(5000)}
+    assert len(low) >= 4999
+
+
+def test_any_integer_type_will_do():
+    assert stream_seed(np.int64(3), "flip", torch.tensor(5)) == stream_seed(3, "flip", 5)
+
+
+def test_uniform_is_uniform_and_uncorrelated_along_positions():
+    draws = np.array([uniform(5, "drop", p) for p in range(10_000)])
+    assert draws.min() >= 0 and draws.max() < 1
+    shares = np.histogram(draws, bins=10, range=(0, 1))[0] / len(draws)
+    np.testing.assert_allclose(shares, 0.1, atol=0.015)
+    assert abs(np.corrcoef(draws[1:], draws[:-1])[0, 1]) < 0.04
+
+
+@pytest.mark.parametrize("high", [1, 2, 7, 50])
+def test_integer_covers_its_range_evenly(high):
+    draws = [integer(1, "bank index", high, p) for p in range(200 * high)]
+    counts = np.bincount(draws, minlength=high)
+    assert len(counts) == high
+    np.testing.assert_allclose(counts, 200, atol=70)  # five standard deviations
+
+
+def test_generator_repeats_and_leaves_the_global_stream_alone():
+    before = torch.get_rng_state()
+    first, again, other = (torch.randn(8, generator=generator(0, "noise", p)) for p in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(before, torch.get_rng_state())
