@@ -1,0 +1,1 @@
+"""Pictures, labels and the conditioning made of them."""

@@ -1,0 +1,115 @@
+"""Reading, resizing and edges of single pictures and id maps.
+
+Sizes are (width, height) in pixels, as in Pillow. The resizing rule is that of guided diffusion (arXiv 2105.05233):
+halve by averaging while the picture is at least twice too large, then one bicubic step.
+"""
+
+import struct
+import zlib
+from contextlib import contextmanager
+
+import blobfile as bf
+import numpy as np
+from PIL import Image, ImageFilter
+
+from ..errors import InputError
+from .pairing import is_remote
+
+# Modes whose pixels are one integer; of "P" the index counts, not the colour
+ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
+# What Pillow and blobfile raise for files that are missing, cut off or damaged
+READ_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    IndexError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    bf.Error,
+)
+
+
+@contextmanager
+def _opened(path):
+    """Yield the Pillow image of a local or remote file; any failure becomes an InputError that names the file."""
+    try:
+        with bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb") as file, Image.open(file) as image:
+            yield image
+    except InputError:
+        raise
+    except READ_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} cannot be read as a picture ({reason}); replace or remove it") from error
+
+
+def read_picture(path):
+    """Read a picture as an 8-bit RGB Pillow image; InputError if it is unreadable."""
+    with _opened(path) as image:
+        return image.convert("RGB")
+
+
+def read_ids(path, kind="label"):
+    """Read a label or instance map as a Pillow image whose pixels are ids, up to 16 bits or more.
+
+    :raises InputError: the file is unreadable, or is a colour picture.
+    """
+    with _opened(path) as image:
+        if image.mode not in ID_MODES:
+            raise InputError(
+                f"{path} is a colour picture (mode {image.mode}), but a {kind} file has one id per pixel; "
+                "use the id files of the dataset, not its colour renderings"
+            )
+        image.load()
+        # Pillow does not resize big-endian pixels
+        return image.convert("I") if image.mode == "I;16B" else image.copy()
+
+
+def picture_size(path):
+    """Return (width, height) from the file's header alone; InputError if it is unreadable."""
+    with _opened(path) as image:
+        return image.size
+
+
+def ids_array(ids):
+    """Pillow id image of any `ID_MODES` -> int32 array (H, W)."""
+    return np.asarray(ids).astype(np.int32)  # (H, W)
+
+
+def fitted_size(size, short):
+    """Return the size with the same aspect whose short side is `short`, after the halvings of `resize_picture`."""
+    width, height = _halved(size, short)
+    scale = short / min(width, height)
+    return round(width * scale), round(height * scale)
+
+
+def resize_picture(picture, size, short):
+    """Halve by BOX while the short side is at least 2·`short`, then BICUBIC to `size`."""
+    halved = picture.size
+    while min(halved) >= 2 * short:
+        halved = (halved[0] // 2, halved[1] // 2)
+        picture = picture.resize(halved, Image.Resampling.BOX)
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _halved(size, short):
+    while min(size) >= 2 * short:
+        size = (size[0] // 2, size[1] // 2)
+    return size
+
+
+def image_edges(picture):
+    """Edge map of an 8-bit RGB picture: FIND_EDGES of its grey form / 255.
+
+    Pillow copies the frame of one pixel from the grey picture unfiltered; published weights expect that.
+
+    :return: float32 array (H, W) in [0, 1].
+    """
+    edges = picture.convert("L").filter(ImageFilter.FIND_EDGES)
+    return np.asarray(edges, dtype=np.float32) / 255.0  # (H, W)
+
+
+def picture_array(picture):
+    """8-bit RGB picture -> float32 array (3, H, W) in [-1, 1]."""
+    return np.ascontiguousarray(np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)) / 127.5 - 1.0  # (3, H, W)

@@ -1,0 +1,401 @@
+import math
+import os
+import pickle
+import warnings
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+
+from guided_diffusion.data.image_datasets import SceneDataset, label_histogram, load_data, order
+from guided_diffusion.errors import InputError
+from guided_diffusion.random_streams import uniform
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def make_cityscapes(root, count=5, split="train", size=(32, 16), images=True, instances=True, ids=34):
+    """Write noise scenes in the Cityscapes layout; `size` is (width, height)."""
+    rng = np.random.default_rng(0)
+    shape = size[::-1]
+    for k in range(count):
+        stem = f"{split}/{('aachen', 'ulm')[k % 2]}/s_{k:06d}"
+        save(root / f"gtFine/{stem}_gtFine_labelIds.png", rng.integers(0, ids, shape, dtype=np.uint8))
+        if images:
+            save(root / f"leftImg8bit/{stem}_leftImg8bit.png", rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
+        if instances:
+            save(root / f"gtFine/{stem}_gtFine_instanceIds.png", rng.integers(0, 65536, shape, dtype=np.uint16))
+    return root
+
+
+def make_coco(root, count=3, split="train", size=(48, 40)):
+    rng = np.random.default_rng(1)
+    for k in range(count):
+        save(root / f"images/{split}2017/{k}.jpg", rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        save(root / f"labels/{split}2017/{k}.png", rng.choice([0, 181, 255], size[::-1]).astype(np.uint8))
+        save(root / f"images/{split}_inst/{k}.png", rng.integers(0, 256, size[::-1], dtype=np.uint8))
+    return root
+
+
+def make_ade20k(root, count=3, split="training", size=(48, 40)):
+    rng = np.random.default_rng(2)
+    for k in range(count):
+        save(root / f"{split}/{k}.jpg", rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        save(root / f"{split}/{k}_seg.png", rng.integers(0, 152, size[::-1], dtype=np.uint8))
+    return root
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory):
+    return make_cityscapes(tmp_path_factory.mktemp("city"))
+
+
+def load(root, mode="cityscapes", **options):
+    return load_data(**{"dataset_mode": mode, "data_dir": root, "batch_size": 2, "image_size": 8, **options})
+
+
+def rows(batches):
+    """{position: sample} of an iterable of batches."""
+    found = {}
+    for batch in batches:
+        for j, position in enumerate(batch["position"].tolist()):
+            assert position not in found
+            found[position] = {key: value[j] for key, value in batch.items()}
+    return found
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(one[key], other[key]) if torch.is_tensor(one[key]) else one[key] == other[key] for key in one
+    )
+
+
+def refuse(call, *fragments):
+    """The call must raise InputError with one line that holds every fragment."""
+    with pytest.raises(InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert type(caught.value) is InputError and "\n" not in message
+    for fragment in fragments:
+        assert str(fragment) in message, message
+
+
+# ---- what a batch holds
+
+
+def test_batch_shapes_types_and_ranges(city):
+    batch = next(load(city))
+    expected = {"image": (torch.float32, 3), "label": (torch.int64, 1), "instance": (torch.int32, 1)}
+    expected["image_edge"] = (torch.float32, 1)
+    for key, (dtype, channels) in expected.items():
+        assert batch[key].shape == (2, channels, 8, 16) and batch[key].dtype == dtype
+    assert batch["image"].min() >= -1 and batch["image"].max() <= 1 and batch["image"].min() < -0.5
+    assert batch["image_edge"].min() >= 0 and batch["image_edge"].max() <= 1
+    assert batch["instance"].max() > 255
+    assert batch["position"].tolist() == [0, 1] and batch["position"].dtype == torch.int64
+    assert all(path.endswith("_leftImg8bit.png") for path in batch["path"])
+
+
+def test_item_equals_the_files_by_hand(city):
+    dataset = SceneDataset("cityscapes", city, 16, num_classes=35)
+    pair, sample = dataset.pairs[3], dataset[3]
+    image = np.asarray(Image.open(pair.image))
+    assert torch.equal(sample["image"], torch.from_numpy(image / np.float32(127.5) - 1).permute(2, 0, 1))
+    assert np.array_equal(sample["label"][0], np.asarray(Image.open(pair.label)))
+    assert np.array_equal(sample["instance"][0], np.asarray(Image.open(pair.instance)).astype(np.int32))
+    edges = np.asarray(Image.open(pair.image).convert("L").filter(ImageFilter.FIND_EDGES))
+    assert torch.equal(sample["image_edge"][0], torch.from_numpy(edges.astype(np.float32) / 255))
+    assert sample["position"] == 3 and sample["path"] == pair.image and dataset.sample_size(3) == (16, 32)
+
+
+def test_edges_and_maps_follow_the_resized_and_mirrored_picture(city):
+    dataset = SceneDataset("cityscapes", city, 8, augment=True, seed=3)
+    position = next(p for p in range(99) if uniform(3, "flip", p) < 0.5)
+    sample, pair = dataset.item(1, position), dataset.pairs[1]
+    picture = Image.open(pair.image).resize((16, 8), Image.Resampling.BOX)
+    picture = ImageOps.mirror(picture.resize((16, 8), Image.Resampling.BICUBIC))
+    assert torch.equal(sample["image"], torch.from_numpy(np.array(picture) / np.float32(127.5) - 1).permute(2, 0, 1))
+    edges = np.asarray(picture.convert("L").filter(ImageFilter.FIND_EDGES))
+    assert torch.equal(sample["image_edge"][0], torch.from_numpy(edges.astype(np.float32) / 255))
+    for key in ("label", "instance"):
+        ids = Image.open(getattr(pair, key)).resize((16, 8), Image.Resampling.NEAREST)
+        assert np.array_equal(sample[key][0], np.asarray(ids).astype(np.int64)[:, ::-1])
+
+
+def test_label_ids_are_mapped(tmp_path):
+    make_coco(tmp_path / "coco")
+    coco = SceneDataset("coco", tmp_path / "coco", 8, num_classes=183)
+    assert set(coco[0]["label"].unique().tolist()) == {0, 181, 182}
+    save(tmp_path / "ade/annotations/validation/a.png", np.array([[0, 1], [150, 151]], np.uint8))
+    ade = SceneDataset("ade20k", tmp_path / "ade", 2, is_train=False, num_classes=151)
+    assert ade[0]["label"].tolist() == [[[150, 0], [149, 150]]]
+    save(tmp_path / "city/gtFine/val/a/1_gtFine_labelIds.png", np.array([[255, 33], [0, 7]], np.uint8))
+    licence = SceneDataset("cityscapes", tmp_path / "city", 2, is_train=False, num_classes=35)
+    assert licence[0]["label"].tolist() == [[[34, 33], [0, 7]]]
+
+
+def test_labels_alone_and_no_instance(tmp_path, city):
+    make_cityscapes(tmp_path, images=False, instances=False)
+    batches = load(tmp_path, deterministic=True)
+    assert not batches.dataset.has_images and not batches.dataset.has_instances
+    batch = next(batches)
+    assert set(batch) == {"label", "path", "position"} and batch["path"][0].endswith("_labelIds.png")
+    assert "instance" in next(load(city)) and "instance" not in next(load(city, no_instance=True))
+
+
+# ---- crops and squares
+
+
+@pytest.mark.parametrize(("mode", "make"), [("coco", make_coco), ("ade20k", make_ade20k)])
+def test_square_modes(tmp_path, mode, make):
+    make(tmp_path)
+    make(tmp_path, split="val" if mode == "coco" else "validation")
+    for options in ({}, {"random_crop": False}, {"deterministic": True}, {"is_train": False, "deterministic": True}):
+        batch = next(load(tmp_path, mode, image_size=16, **options))
+        assert batch["image"].shape == (2, 3, 16, 16) and batch["label"].shape == (2, 1, 16, 16)
+        assert ("instance" in batch) == (mode == "coco")
+    squeezed = SceneDataset(mode, tmp_path, 16, is_train=False)
+    picture = Image.open(squeezed.pairs[0].image).resize((24, 20), Image.Resampling.BOX)
+    picture = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC), dtype=np.float32)
+    assert torch.equal(squeezed[0]["image"], torch.from_numpy(picture / np.float32(127.5) - 1).permute(2, 0, 1))
+    assert squeezed.sample_size(0) == (16, 16)
+
+
+def test_random_crops_are_windows_of_pictures_at_a_scale_of_at_least_08(tmp_path):
+    make_coco(tmp_path, count=1, size=(30, 25))
+    dataset = SceneDataset("coco", tmp_path, 20, augment=True, random_flip=False)
+    whole = {}
+    for short in range(20, 26):  # 20 / 0.8 = 25
+        size = (round(30 * short / 25), short)
+        picture = Image.open(dataset.pairs[0].image).resize(size, Image.Resampling.BICUBIC)
+        label = np.asarray(Image.open(dataset.pairs[0].label).resize(size, Image.Resampling.NEAREST))
+        whole[short] = (np.asarray(picture), np.where(label == 255, 182, label))
+    windows = set()
+    for position in range(60):
+        sample = dataset.item(0, position)
+        pixels = ((sample["image"] + 1) * 127.5).round().permute(1, 2, 0).numpy()
+        for short, (picture, label) in whole.items():
+            for top in range(picture.shape[0] - 19):
+                for left in range(picture.shape[1] - 19):
+                    window = (slice(top, top + 20), slice(left, left + 20))
+                    if np.array_equal(picture[window], pixels):
+                        assert np.array_equal(label[window], sample["label"][0])
+                        windows.add((short, top, left))
+    assert {short for short, _, _ in windows} == set(whole) and len(windows) > 30
+
+
+def test_centre_crop(tmp_path):
+    make_coco(tmp_path, count=1, size=(32, 16))
+    sample = SceneDataset("coco", tmp_path, 16).item(0)
+    label = np.asarray(Image.open(tmp_path / "labels/train2017/0.png"))[:, 8:24]
+    assert np.array_equal(sample["label"][0], np.where(label == 255, 182, label))
+
+
+def test_flips_are_half_and_only_in_training(city):
+    dataset = SceneDataset("cityscapes", city, 4, augment=True, seed=1)
+    plain = dataset.item(0)
+    flips = 0
+    for position in range(200):
+        sample = dataset.item(0, position)
+        mirrored = not torch.equal(sample["label"], plain["label"])
+        assert torch.equal(sample["label"], plain["label"].flip(-1) if mirrored else plain["label"])
+        flips += mirrored
+    assert 75 < flips < 125
+    for options in ({"random_flip": False}, {"deterministic": True}):
+        for row in rows(islice(load(city, image_size=4, **options), 2)).values():
+            index = [pair.image for pair in dataset.pairs].index(row["path"])
+            assert torch.equal(row["label"], dataset.item(index)["label"])
+
+
+# ---- order
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_every_epoch_visits_every_scene_once(n):
+    epochs = [[order(5, e * n + k, n) for k in range(n)] for e in range(6)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert n < 7 or len({tuple(epoch) for epoch in epochs}) > 4
+    assert n < 7 or epochs[0] != [order(6, k, n) for k in range(n)]
+
+
+@pytest.mark.parametrize("other", [{"batch_size": 1}, {"batch_size": 5}, {"num_workers": 2}])
+def test_batch_size_and_workers_change_nothing(city, other):
+    plain = rows(islice(load(city, seed=4), 6))
+    again = rows(islice(load(city, seed=4, **other), math.ceil(12 / other.get("batch_size", 2))))
+    assert all(equal(plain[position], again[position]) for position in range(12))
+    assert not all(equal(plain[p], row) for p, row in rows(islice(load(city, seed=5), 6)).items())
+
+
+def test_two_ranks_hold_the_batches_of_one(city):
+    one = rows(islice(load(city, batch_size=4, start=3), 3))
+    ranks = [list(islice(load(city, batch_size=2, start=3, rank=r, world_size=2), 3)) for r in (0, 1)]
+    assert ranks[1][1]["position"].tolist() == [3 + 4 + 2, 3 + 4 + 3]  # start + b·world·N + rank·N + j
+    both = rows(ranks[0] + ranks[1])
+    assert both.keys() == one.keys() == set(range(3, 15))
+    assert all(equal(one[position], both[position]) for position in one)
+
+
+def test_resuming_at_k_equals_skipping_k(city):
+    whole = rows(islice(load(city, seed=2), 6))
+    resumed = rows(islice(load(city, seed=2, start=5), 3))
+    assert list(resumed) == list(range(5, 11)) and all(equal(whole[p], resumed[p]) for p in resumed)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize(("start", "stop"), [(0, None), (2, None), (1, 4), (0, 99), (5, None)])
+def test_one_pass_covers_every_scene_once(city, world_size, start, stop):
+    found = []
+    for rank in range(world_size):
+        batches = load(city, deterministic=True, start=start, stop=stop, rank=rank, world_size=world_size)
+        mine = list(batches)
+        assert len(mine) == len(batches)
+        found += [row for batch in mine for row in zip(batch["position"].tolist(), batch["path"], strict=True)]
+    paths = [pair.image for pair in batches.dataset.pairs]
+    assert sorted(found) == list(enumerate(paths))[start : min(stop or 5, 5)]
+
+
+def test_one_pass_can_be_repeated_and_ends_with_a_smaller_batch(city):
+    for workers in (0, 2):
+        batches = load(city, deterministic=True, num_workers=workers)
+        assert next(batches)["position"].tolist() == [0, 1]  # abandoned
+        for _ in range(2):
+            assert [len(batch["path"]) for batch in batches] == [2, 2, 1]
+
+
+def test_training_is_endless_unless_stopped(city):
+    batches = load(city, image_size=4)
+    assert len(list(islice(batches, 20))) == 20
+    with pytest.raises(TypeError, match="endless"):
+        len(batches)
+    assert [len(batch["path"]) for batch in load(city, start=6, stop=9)] == [2, 1]
+
+
+def test_global_random_state_is_left_alone(city):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(islice(load(city, num_workers=1), 2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_everything_pickles_for_spawned_workers(city):
+    batches = load(city)
+    again = pickle.loads(pickle.dumps(batches.dataset))
+    assert equal(again.item(0, 7), batches.dataset.item(0, 7))
+
+
+def test_pin_memory_without_accelerator_is_silent(city):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(load(city, pin_memory=True))
+
+
+# ---- bad input
+
+
+def test_bad_flags(city):
+    refuse(lambda: load(city, mode=""), "--dataset_mode", "cityscapes, ade20k, coco")
+    refuse(lambda: load(""), "--data_dir")
+    refuse(lambda: load(city / "nowhere"), "--data_dir", city / "nowhere")
+    refuse(lambda: load(city, batch_size=0), "--batch_size is 0")
+    refuse(lambda: load(city, image_size=0), "--image_size is 0")
+    refuse(lambda: load(city, start=-1), "--start is -1")
+    refuse(lambda: load(city, num_workers=-1), "--num_workers is -1")
+    refuse(lambda: load(city, is_train=False), "gtFine/val", "gtFine/train")
+    with pytest.raises(ValueError, match="rank 2"):
+        load(city, rank=2, world_size=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_are_one_line_with_and_without_workers(tmp_path, workers):
+    def first_batches(**options):
+        return list(load(tmp_path, deterministic=True, num_workers=workers, num_classes=35, **options))
+
+    make_cityscapes(tmp_path, count=4)
+    assert len(first_batches()) == 2
+    label = tmp_path / "gtFine/train/ulm/s_000003_gtFine_labelIds.png"
+    image = tmp_path / "leftImg8bit/train/ulm/s_000003_leftImg8bit.png"
+    kept = {path: path.read_bytes() for path in (label, image)}
+
+    save(label, np.full((16, 32), 40, np.uint8))
+    refuse(first_batches, f"{label} has id 40, but --num_classes is 35")
+    save(label, np.zeros((16, 32, 3), np.uint8))
+    refuse(first_batches, label, "colour", "RGB")
+    label.write_bytes(kept[label][:200])
+    refuse(first_batches, label, "cannot be read")
+    save(label, np.zeros((16, 30), np.uint8))
+    refuse(first_batches, image, "32x16", label, "30x16")
+    label.write_bytes(kept[label])
+    image.write_bytes(b"")
+    refuse(first_batches, image, "cannot be read")
+    image.write_bytes(kept[image])
+    save(tmp_path / "gtFine/train/ulm/s_000003_gtFine_instanceIds.png", np.zeros((8, 8), np.uint16))
+    refuse(first_batches, "s_000003_gtFine_instanceIds.png is 8x8", label)
+
+
+def test_pictures_of_two_sizes_in_one_batch(tmp_path):
+    make_cityscapes(tmp_path, count=2, size=(32, 16))
+    make_cityscapes(tmp_path, count=1, size=(48, 16))
+    refuse(lambda: next(load(tmp_path)), "s_000000_leftImg8bit.png (24x8)", "s_000001", "(16x8)", "--batch_size 1")
+    assert len(list(load(tmp_path, batch_size=1, deterministic=True))) == 2
+
+
+def test_negative_id(tmp_path):
+    save(tmp_path / "gtFine/train/a/1_gtFine_labelIds.png", np.zeros((4, 4), np.uint8))
+    dataset = SceneDataset("cityscapes", tmp_path, 4)
+    Image.fromarray(np.full((4, 4), -5, np.int32)).save(tmp_path / "ids.tiff")
+    os.replace(tmp_path / "ids.tiff", dataset.pairs[0].label)
+    refuse(lambda: dataset[0], dataset.pairs[0].label, "-5")
+
+
+# ---- the histogram
+
+
+def test_histogram_equals_counting(city, capsys):
+    dataset = SceneDataset("cityscapes", city, 4, num_classes=35)
+    counts = label_histogram(dataset, progress=True)
+    assert "labels" in capsys.readouterr().err
+    ids = np.concatenate([np.asarray(Image.open(pair.label)).ravel() for pair in dataset.pairs])
+    assert counts.tolist() == [(ids == k).sum() for k in range(35)]
+    assert label_histogram(dataset, limit=2).sum() == 2 * 32 * 16
+    assert label_histogram(dataset, limit=0).sum() == 0
+    larger = label_histogram(SceneDataset("cityscapes", make_cityscapes(city / "more", ids=50), 4))
+    assert larger.shape == (50,) and larger.sum() == 5 * 32 * 16
+
+
+def test_histogram_finds_what_training_would_stumble_over(tmp_path):
+    make_cityscapes(tmp_path, count=3)
+    dataset = SceneDataset("cityscapes", tmp_path, 2, num_classes=35)
+    speck = np.zeros((16, 32), np.uint8)
+    speck[0, 0] = 35  # one pixel that resizing drops
+    save(Path(dataset.pairs[1].label), speck)
+    refuse(lambda: label_histogram(dataset), dataset.pairs[1].label, "has id 35, but --num_classes is 35")
+    save(Path(dataset.pairs[1].label), np.zeros((16, 16), np.uint8))
+    refuse(lambda: label_histogram(dataset), dataset.pairs[1].image, "32x16", "16x16")
+
+
+# ---- real pictures
+
+
+@pytest.mark.parametrize(
+    ("mode", "folder", "image_size", "shape"),
+    [
+        ("cityscapes", "cityscapes_sample", 256, (256, 512)),
+        ("cityscapes", "camvid_cityscapes", 64, (64, 128)),
+        ("coco", "coco_sample", 64, (64, 64)),
+    ],
+)
+def test_real_pictures(mode, folder, image_size, shape):
+    if not (SHARED / folder).is_dir():
+        pytest.skip(f"{folder} is not here")
+    for is_train in (True, False):
+        batch = next(load(SHARED / folder, mode, image_size=image_size, is_train=is_train))
+        assert batch["image"].shape[2:] == batch["label"].shape[2:] == batch["instance"].shape[2:] == shape
+        assert mode == "coco" or batch["instance"].max() > 255

@@ -1,0 +1,179 @@
+import re
+import warnings
+
+import blobfile as bf
+import numpy as np
+import pytest
+
+from guided_diffusion.data import pairing
+from guided_diffusion.data.pairing import ade20k_ids, cityscapes_ids, coco_ids, find_pairs
+from guided_diffusion.errors import InputError
+
+
+def touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def touch_cityscapes(root, *stems, split="train", kinds=("image", "label", "instance")):
+    for stem in stems:
+        touch(
+            root,
+            *(
+                {
+                    "image": f"leftImg8bit/{split}/{stem}_leftImg8bit.png",
+                    "label": f"gtFine/{split}/{stem}_gtFine_labelIds.png",
+                    "instance": f"gtFine/{split}/{stem}_gtFine_instanceIds.png",
+                }[kind]
+                for kind in kinds
+            ),
+        )
+
+
+def refuse(*fragments, mode="cityscapes", data_dir, is_train=True):
+    """The call must raise InputError with one line that holds every fragment."""
+    with pytest.raises(InputError) as caught:
+        find_pairs(mode, data_dir, is_train)
+    message = str(caught.value)
+    assert type(caught.value) is InputError and "\n" not in message
+    for fragment in fragments:
+        assert str(fragment) in message, message
+
+
+def test_cityscapes_pairs_are_sorted_and_keep_cities_apart(tmp_path):
+    stems = ["ulm/a_000001", "aachen/b_000000", "aachen/a_000001"]
+    touch_cityscapes(tmp_path, *stems)
+    touch_cityscapes(tmp_path, "bonn/other", split="val")
+    touch(tmp_path, "gtFine/train/ulm/a_000001_gtFine_color.png", "gtFine/train/ulm/a_000001_gtFine_polygons.json")
+    touch(tmp_path, "gtFine/train/ulm/._a_000001_gtFine_labelIds.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pairs = find_pairs("cityscapes", tmp_path, True)
+    assert [pair.stem for pair in pairs] == sorted(stems)
+    assert pairs[0].image == str(tmp_path / "leftImg8bit/train/aachen/a_000001_leftImg8bit.png")
+    assert pairs[0].label == str(tmp_path / "gtFine/train/aachen/a_000001_gtFine_labelIds.png")
+    assert pairs[0].instance == str(tmp_path / "gtFine/train/aachen/a_000001_gtFine_instanceIds.png")
+    assert [pair.stem for pair in find_pairs("cityscapes", str(tmp_path) + "/", False)] == ["bonn/other"]
+
+
+def test_linked_city_folders_are_followed(tmp_path):
+    touch_cityscapes(tmp_path / "disk", "aachen/a")
+    for kind in ("leftImg8bit", "gtFine"):
+        (tmp_path / "data" / kind / "train").mkdir(parents=True)
+        (tmp_path / "data" / kind / "train" / "aachen").symlink_to(tmp_path / "disk" / kind / "train" / "aachen")
+    assert [pair.stem for pair in find_pairs("cityscapes", tmp_path / "data", True)] == ["aachen/a"]
+
+
+def test_both_ade20k_layouts_and_coco(tmp_path):
+    touch(tmp_path / "flat", "training/a/x.jpg", "training/a/x_seg.png", "validation/y.JPG", "validation/y_seg.png")
+    touch(tmp_path / "official", "images/training/x.jpg", "annotations/training/x.png")
+    touch(tmp_path / "coco", "images/val2017/7.jpg", "labels/val2017/7.png", "images/val_inst/7.png")
+    (flat,) = find_pairs("ade20k", tmp_path / "flat", True)
+    assert flat.stem == "a/x" and flat.instance is None and flat.label.endswith("training/a/x_seg.png")
+    assert find_pairs("ade20k", tmp_path / "flat", False)[0].image.endswith("validation/y.JPG")
+    (official,) = find_pairs("ade20k", tmp_path / "official", True)
+    assert official.label.endswith("annotations/training/x.png")
+    (coco,) = find_pairs("coco", tmp_path / "coco", False)
+    assert coco.instance.endswith("images/val_inst/7.png") and coco.label.endswith("labels/val2017/7.png")
+    assert find_pairs("coco", tmp_path / "coco", False, no_instance=True)[0].instance is None
+
+
+def test_kinds_without_any_file_are_none(tmp_path):
+    touch_cityscapes(tmp_path, "a/1", "a/2", kinds=("label",))
+    (tmp_path / "leftImg8bit/train").mkdir(parents=True)
+    pairs = find_pairs("cityscapes", tmp_path, True)
+    assert [(pair.image, pair.instance) for pair in pairs] == [(None, None)] * 2
+
+
+def test_incomplete_scenes_are_left_out_and_named_in_one_line(tmp_path):
+    touch_cityscapes(tmp_path, "a/whole")
+    touch_cityscapes(tmp_path, "a/no_label", kinds=("image", "instance"))
+    touch_cityscapes(tmp_path, "a/no_picture", kinds=("label", "instance"))
+    touch_cityscapes(tmp_path, "a/no_map", kinds=("image", "label"))
+    touch_cityscapes(tmp_path, *(f"z/{k}" for k in range(4)), kinds=("image",))
+    with pytest.warns(UserWarning) as caught:
+        pairs = find_pairs("cityscapes", tmp_path, True)
+    assert [pair.stem for pair in pairs] == ["a/whole"]
+    (message,) = [str(each.message) for each in caught]
+    assert "\n" not in message and message.startswith("7 scene(s)") and message.endswith(", …")
+    for part in ("a/no_label (no label)", "a/no_picture (no picture)", "a/no_map (no instance map)"):
+        assert part in message
+    assert message.count("z/") == 2  # five names in all
+    with pytest.warns(UserWarning, match=r"6 scene\(s\)"):
+        assert len(find_pairs("cityscapes", tmp_path, True, no_instance=True)) == 2
+
+
+def test_bad_folders(tmp_path):
+    touch(tmp_path, "a_file", "other/readme.txt")
+    refuse("--dataset_mode", '"cars"', "cityscapes, ade20k, coco", mode="cars", data_dir=tmp_path)
+    refuse("--data_dir", '""', data_dir="")
+    refuse("--data_dir", tmp_path / "nowhere", "does not exist", data_dir=tmp_path / "nowhere")
+    refuse("--data_dir", "a_file", "not a folder", data_dir=tmp_path / "a_file")
+    refuse("--data_dir", "s3://bucket/data", data_dir="s3://bucket/data")
+    refuse("gtFine/train", "it holds a_file, other", data_dir=tmp_path)
+    refuse("training or annotations/training", mode="ade20k", data_dir=tmp_path)
+    (tmp_path / "empty").mkdir()
+    refuse("gtFine/val", "holds nothing", data_dir=tmp_path / "empty", is_train=False)
+
+
+def test_missing_split_names_the_one_that_is_there(tmp_path):
+    touch_cityscapes(tmp_path, "a/1", split="val")
+    refuse("no folder gtFine/train", "it has gtFine/val", "--is_train True", data_dir=tmp_path)
+
+
+def test_folder_without_labels(tmp_path):
+    touch_cityscapes(tmp_path, "a/1", kinds=("image",))
+    (tmp_path / "gtFine/train").mkdir(parents=True)
+    refuse(tmp_path / "gtFine/train", "*_gtFine_labelIds.png", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["training", "images/training"])
+def test_full_ade20k_tree(tmp_path, folder):
+    names = ("x.jpg", "x_seg.png", "x_parts_1.png")
+    touch(tmp_path, *(f"{folder}/a/abbey/{name}" for name in names))
+    refuse("full ADE20K", "a/abbey/x_parts_1.png", "ADEChallengeData2016", mode="ade20k", data_dir=tmp_path)
+
+
+def test_nothing_matches(tmp_path):
+    touch(tmp_path, "images/train2017/1.jpg", "labels/train2017/001.png")
+    refuse("match", "train2017/1.jpg", "train2017/001.png", mode="coco", data_dir=tmp_path)
+
+
+def test_two_files_of_one_stem(tmp_path):
+    touch(tmp_path, "images/train2017/1.jpg", "images/train2017/1.jpeg", "labels/train2017/1.png")
+    refuse("1.jpg", "1.jpeg", "same stem", mode="coco", data_dir=tmp_path)
+
+
+def test_remote_folders_are_listed_through_blobfile(monkeypatch):
+    # blobfile spells Azure paths differently from what the user typed
+    tree = {
+        "leftImg8bit/val": [("", [], []), ("/ulm", [], ["x_leftImg8bit.png"]), ("/bonn", [], ["y_leftImg8bit.png"])],
+        "gtFine/val": [("", [], []), ("/bonn", [], ["y_gtFine_labelIds.png"]), ("/ulm", [], ["x_gtFine_labelIds.png"])],
+    }
+
+    def walk(top):
+        folder = re.fullmatch("az://account/container/(.+)", top)[1]
+        base = f"https://account.blob.core.windows.net/container/{folder}/"
+        return [(base + below.strip("/"), dirs, files) for below, dirs, files in tree[folder]]
+
+    monkeypatch.setattr(bf, "isdir", lambda path: True)
+    monkeypatch.setattr(bf, "walk", walk)
+    pairs = find_pairs("cityscapes", "az://account/container", False)
+    assert [pair.stem for pair in pairs] == ["bonn/y", "ulm/x"]
+    assert pairs[1].image == "az://account/container/leftImg8bit/val/ulm/x_leftImg8bit.png"
+
+    def fail(top):
+        raise bf.Error("no\ncredentials")
+
+    monkeypatch.setattr(bf, "walk", fail)
+    refuse("--data_dir az://account/container", "no credentials", data_dir="az://account/container")
+
+
+def test_id_maps():
+    assert cityscapes_ids(np.array([-1, 0, 33, 40, 255])).tolist() == [34, 0, 33, 40, 34]
+    assert ade20k_ids(np.array([0, 1, 150, 151, 255])).tolist() == [150, 0, 149, 150, 150]
+    assert coco_ids(np.array([0, 181, 255])).tolist() == [0, 181, 182]
+    for facts in pairing.DATASETS.values():
+        assert facts.map_ids(np.array([255])).max() == facts.num_classes - 1

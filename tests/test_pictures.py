@@ -1,0 +1,140 @@
+import io
+
+import blobfile as bf
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from guided_diffusion.data import pictures
+from guided_diffusion.errors import InputError
+
+
+def noise(height, width, channels=3, seed=0):
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def refuse(read, path, *fragments):
+    with pytest.raises(InputError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert type(caught.value) is InputError and "\n" not in message and str(path) in message
+    for fragment in fragments:
+        assert fragment in message, message
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I", "I;16", "I;16B"])
+def test_ids_of_every_integer_mode_survive_reading_and_nearest_resizing(tmp_path, mode):
+    high = {"1": 2, "L": 256, "P": 256}.get(mode, 65536)
+    ids = np.random.default_rng(1).integers(0, high, (8, 12))
+    path = tmp_path / "ids.tiff"
+    if mode == "1":
+        image = Image.fromarray(ids.astype(bool))
+    elif mode == "I":
+        image = Image.fromarray(ids.astype(np.int32))
+    elif mode in ("I;16", "I;16B"):
+        image = Image.fromarray(ids.astype("<u2" if mode == "I;16" else ">u2"))
+    else:
+        image = Image.fromarray(ids.astype(np.uint8))
+    if mode == "P":
+        image.putpalette(noise(1, 256).tobytes())
+    image.save(path)
+    with Image.open(path) as saved:
+        assert saved.mode == mode
+    read = pictures.read_ids(path)
+    array = pictures.ids_array(read)
+    assert array.dtype == np.int32 and np.array_equal(array, ids)
+    half = pictures.ids_array(read.resize((6, 4), Image.Resampling.NEAREST))
+    assert np.array_equal(half, ids[1::2, 1::2])  # nearest to the pixel centres
+
+
+def test_16_bit_png(tmp_path):
+    ids = np.array([[0, 255, 256], [26001, 33000, 65535]], np.uint16)
+    Image.fromarray(ids).save(tmp_path / "instance.png")
+    assert np.array_equal(pictures.ids_array(pictures.read_ids(tmp_path / "instance.png")), ids)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_colour_masks_are_refused(tmp_path, mode):
+    Image.new(mode, (4, 4)).save(tmp_path / "mask.png")
+    refuse(pictures.read_ids, tmp_path / "mask.png", "colour", mode, "label")
+    refuse(lambda path: pictures.read_ids(path, "instance"), tmp_path / "mask.png", "instance")
+
+
+@pytest.mark.parametrize("name", ["cut.png", "cut.jpg"])
+def test_files_cut_off_anywhere_or_damaged_are_one_line(tmp_path, name):
+    path = tmp_path / name
+    Image.fromarray(noise(24, 24)).save(path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 40, 37):
+        path.write_bytes(whole[:length])
+        refuse(pictures.read_picture, path, "cannot be read")
+    rng = np.random.default_rng(0)
+    for _ in range(300):  # damage may go unseen, but whatever Pillow raises must be caught
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), 4):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            pictures.read_picture(path)
+        except InputError as error:
+            assert "\n" not in str(error)
+
+
+def test_missing_file_and_text_file(tmp_path):
+    refuse(pictures.read_picture, tmp_path / "none.png", "cannot be read", "No such file")
+    (tmp_path / "text.png").write_text("not a picture")
+    refuse(pictures.picture_size, tmp_path / "text.png", "cannot be read")
+
+
+def test_remote_files_are_read_through_blobfile(monkeypatch):
+    pixels = noise(3, 5)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    monkeypatch.setattr(bf, "BlobFile", lambda path, mode: io.BytesIO(buffer.getvalue()))
+    assert np.array_equal(np.asarray(pictures.read_picture("gs://bucket/a.png")), pixels)
+    assert pictures.picture_size("gs://bucket/a.png") == (5, 3)
+
+
+def test_pictures_become_rgb(tmp_path):
+    Image.fromarray(noise(4, 4, 1)).save(tmp_path / "grey.png")
+    picture = pictures.read_picture(tmp_path / "grey.png")
+    assert picture.mode == "RGB"
+
+
+def test_resize_is_box_halving_then_bicubic():
+    picture = Image.fromarray(noise(100, 220))
+    assert pictures.fitted_size(picture.size, 20) == (44, 20)
+    by_hand = picture.resize((110, 50), Image.Resampling.BOX).resize((55, 25), Image.Resampling.BOX)
+    by_hand = by_hand.resize((44, 20), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(pictures.resize_picture(picture, (44, 20), 20)), np.asarray(by_hand))
+
+
+@pytest.mark.parametrize("size", [(2048, 1024), (640, 425), (425, 640), (33, 17), (31, 31), (7, 1)])
+@pytest.mark.parametrize("short", [1, 16, 17, 64, 256])
+def test_fitted_size_has_that_short_side_and_the_aspect(size, short):
+    fitted = pictures.fitted_size(size, short)
+    assert min(fitted) == short
+    assert max(fitted) / short == pytest.approx(max(size) / min(size), rel=0.1, abs=0.6)
+    picture = pictures.resize_picture(Image.new("RGB", size), fitted, short)
+    assert picture.size == fitted
+
+
+def test_edges_are_pillows_and_keep_the_frame():
+    picture = Image.fromarray(noise(9, 7))
+    edges = pictures.image_edges(picture)
+    expected = np.asarray(picture.convert("L").filter(ImageFilter.FIND_EDGES)).astype(np.float32) / 255
+    assert edges.dtype == np.float32 and np.array_equal(edges, expected)
+    grey = np.asarray(picture.convert("L")).astype(int)
+    assert np.array_equal(np.round(edges[0] * 255), grey[0])  # unfiltered frame
+    around = sum(grey[1 + dy : 8 + dy, 1 + dx : 6 + dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1))
+    laplace = np.clip(9 * grey[1:-1, 1:-1] - around, 0, 255)
+    assert np.array_equal(np.round(edges[1:-1, 1:-1] * 255), laplace)
+
+
+def test_picture_array():
+    pixels = noise(3, 5)
+    array = pictures.picture_array(Image.fromarray(pixels))
+    assert array.shape == (3, 3, 5) and array.dtype == np.float32
+    assert np.allclose(array, pixels.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    assert pictures.picture_array(Image.new("RGB", (1, 1), (0, 0, 255))).ravel().tolist() == [-1, -1, 1]
