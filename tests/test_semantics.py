@@ -1,0 +1,136 @@
+"""Conditioning tensors against naive loops."""
+
+import pytest
+import torch
+
+from guided_diffusion.data.semantics import conditioning_channels, encode_semantics, instance_edges, split_planes
+from guided_diffusion.errors import InputError
+
+K = 6
+
+
+@pytest.fixture
+def scene():
+    stream = torch.Generator().manual_seed(1)
+    label = torch.randint(K, (2, 1, 5, 7), generator=stream)
+    instance = torch.randint(3, (2, 1, 5, 7), generator=stream, dtype=torch.int32) + 30_000
+    image_edge = torch.rand(2, 1, 5, 7, generator=stream)
+    return label, instance, image_edge
+
+
+def naive_edges(instance):
+    n, _, height, width = instance.shape
+    edge = torch.zeros(n, 1, height, width)
+    for b in range(n):
+        for i in range(height):
+            for j in range(width):
+                for di, dj in ((0, 1), (1, 0), (0, -1), (-1, 0)):
+                    inside = 0 <= i + di < height and 0 <= j + dj < width
+                    if inside and instance[b, 0, i, j] != instance[b, 0, i + di, j + dj]:
+                        edge[b, 0, i, j] = 1
+    return edge
+
+
+def test_one_hot_against_a_loop(scene):
+    label = scene[0]
+    y = encode_semantics(label, None, None, K)
+    expected = torch.zeros(2, K, 5, 7)
+    for b in range(2):
+        for i in range(5):
+            for j in range(7):
+                expected[b, label[b, 0, i, j], i, j] = 1
+    assert y.dtype == torch.float32 and torch.equal(y, expected)
+
+
+def test_instance_edges_against_a_loop(scene):
+    edge = instance_edges(scene[1])
+    assert edge.dtype == torch.float32 and torch.equal(edge, naive_edges(scene[1]))
+
+
+def test_instance_edges_of_two_halves():
+    instance = torch.zeros(1, 1, 4, 6, dtype=torch.int32)
+    instance[..., 3:] = 26_001
+    assert instance_edges(instance)[0, 0].tolist() == [[0, 0, 1, 1, 0, 0]] * 4
+
+
+def test_instances_are_told_apart_beyond_8_bits():
+    instance = torch.tensor([[[[26_000, 26_000 + 256]]]], dtype=torch.int32)
+    assert instance_edges(instance).flatten().tolist() == [1, 1]
+
+
+def test_diagonal_neighbours_do_not_count():
+    instance = torch.zeros(1, 1, 3, 3, dtype=torch.int32)
+    instance[0, 0, 0, 0] = 1
+    assert instance_edges(instance)[0, 0].tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def test_edge_plane_is_the_sum_of_both_edges(scene):
+    label, instance, image_edge = scene
+    y = encode_semantics(label, instance, image_edge, K)
+    assert y.shape == (2, K + 1, 5, 7)
+    torch.testing.assert_close(y[:, K:], naive_edges(instance) + image_edge, rtol=0, atol=0)
+    assert torch.equal(y[:, :K], encode_semantics(label, None, None, K))
+
+
+def test_edge_plane_from_one_kind_of_edge_alone(scene):
+    label, instance, image_edge = scene
+    assert torch.equal(encode_semantics(label, instance, None, K)[:, K:], naive_edges(instance))
+    assert torch.equal(encode_semantics(label, None, image_edge, K)[:, K:], image_edge)
+
+
+def test_no_edge_plane_when_not_wanted(scene):
+    assert encode_semantics(*scene, K, edge_plane=False).shape[1] == K
+    assert encode_semantics(scene[0], None, None, K).shape[1] == K
+
+
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_zero_edge_plane_when_wanted_but_absent(scene, one_hot):
+    y = encode_semantics(scene[0], None, None, K, one_hot=one_hot, edge_plane=True)
+    assert y.shape[1] == (K if one_hot else 1) + 1
+    assert not y[:, -1].any()
+
+
+def test_two_channel_form_is_raw_ids_and_edges(scene):
+    label, instance, image_edge = scene
+    y = encode_semantics(label, instance, image_edge, K, one_hot=False)
+    assert y.shape == (2, 2, 5, 7) and y.dtype == torch.float32
+    assert torch.equal(y[:, :1], label.float())
+    assert torch.equal(y[:, 1:], naive_edges(instance) + image_edge)
+
+
+@pytest.mark.parametrize("one_hot", [True, False])
+@pytest.mark.parametrize("bad", [-1, K, 255])
+def test_bad_ids_are_named(scene, bad, one_hot):
+    label = scene[0].clone()
+    label[1, 0, 2, 3] = bad
+    with pytest.raises(InputError, match=rf"id {bad}\b.*num_classes is {K}\b"):
+        encode_semantics(label, None, None, K, one_hot=one_hot)
+
+
+def test_a_map_without_channel_axis_is_refused(scene):
+    with pytest.raises(InputError, match=r"\(N, 1, H, W\), found \(2, 5, 7\)"):
+        encode_semantics(scene[0][:, 0], None, None, K)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "channels"),
+    [
+        ((35, True, False), 36),
+        ((35, True, True), 35),
+        ((35, False, False), 2),
+        ((35, False, True), 1),
+        ((151, True, True), 151),
+    ],
+)
+def test_channel_counts(arguments, channels):
+    assert conditioning_channels(*arguments) == channels
+    label = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
+    num_classes, one_hot, no_instance = arguments
+    assert encode_semantics(label, label, None, num_classes, one_hot, not no_instance).shape[1] == channels
+
+
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_split_planes_reads_noisy_labels_back(scene, one_hot):
+    y = encode_semantics(scene[0], None, None, K, one_hot=one_hot)
+    noisy = y + 0.4 * (2 * torch.rand(y.shape, generator=torch.Generator().manual_seed(0)) - 1)
+    assert torch.equal(split_planes(noisy, one_hot), scene[0])
