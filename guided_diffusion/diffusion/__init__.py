@@ -1,0 +1,1 @@
+"""The mathematics: no files, no prints, no global seed, no device."""

@@ -1,0 +1,76 @@
+"""Noise schedules and respacing."""
+
+import math
+
+import numpy as np
+
+from ..errors import InputError
+
+MAX_BETA = 0.999  # beta = 1 would leave nothing of x_0, and the posterior undefined
+
+
+def beta_schedule(name, steps):
+    """Return the betas of a named schedule.
+
+    :param name: "linear" (DDPM, scaled so that any number of steps covers the same range: 1e-4...2e-2 at 1000) or
+        "cosine" (improved diffusion, arXiv 2102.09672, eq. 17).
+    :param steps: number of diffusion steps, at least 1.
+    :return: (steps,) float64 in (0, 0.999].
+    """
+    if steps < 1:
+        raise InputError(f"--diffusion_steps {steps}: at least 1 step is needed")
+    if name == "linear":
+        scale = 1000 / steps
+        betas = np.linspace(scale * 1e-4, scale * 2e-2, steps, dtype=np.float64)
+    elif name == "cosine":
+        levels = np.cos((np.arange(steps + 1, dtype=np.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = 1 - levels[1:] / levels[:-1]
+    else:
+        raise InputError(f"--noise_schedule {name}: unknown; choose linear or cosine")
+    return np.minimum(betas, MAX_BETA)
+
+
+def space_timesteps(steps, respacing):
+    """Choose which of the original steps a shorter chain uses (improved diffusion, section 4).
+
+    :param steps: number of original steps.
+    :param respacing: "" (all of them), "250" (evenly spaced), "10,20,30" (so many in each of three equal sections) or
+        "ddim50" (a fixed whole stride from step 0, as in the DDIM paper).
+    :return: ascending list of original step numbers.
+    """
+    text = str(respacing).strip()
+    if not text:
+        return list(range(steps))
+    ddim = text.startswith("ddim")
+    try:
+        counts = [int(text[len("ddim") :])] if ddim else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f'--timestep_respacing {text}: expected a count ("250"), counts per section ("10,20,30") or "ddim50"'
+        ) from None
+    if ddim:
+        return _fixed_stride(steps, counts[0])
+    if min(counts) < 1:
+        raise InputError(f"--timestep_respacing {text}: every count must be at least 1")
+    chosen, start = [], 0
+    for i, count in enumerate(counts):
+        size = steps // len(counts) + (i < steps % len(counts))
+        if size < count:
+            raise InputError(f"--timestep_respacing {text}: a section of {size} steps cannot give {count}")
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        chosen += [start + round(k * stride) for k in range(count)]
+        start += size
+    return chosen
+
+
+def _fixed_stride(steps, wanted):
+    for stride in range(1, steps + 1):
+        if len(range(0, steps, stride)) == wanted:
+            return list(range(0, steps, stride))
+    raise InputError(f"--timestep_respacing ddim{wanted}: no whole stride takes {wanted} of {steps} steps")
+
+
+def respaced_betas(betas, kept):
+    """Return the betas of the shorter chain over the original steps `kept` (same alpha-bar at those steps)."""
+    alphas_cumprod = np.cumprod(1 - np.asarray(betas, dtype=np.float64))[list(kept)]
+    return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])

@@ -1,0 +1,295 @@
+"""The semantic UNet of SDM (arXiv 2207.00050): a guided-diffusion UNet whose decoder is modulated by the label map.
+
+Parameter names are those of the published state dicts of guided-diffusion, SDM, GESCO and Diff-GO-n.
+"""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import InputError
+from .nn import AttentionBlock, Downsample, Upsample, normalization, timestep_embedding, zero_module
+
+DEFAULT_CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+}
+
+# Which parts carry SPADE blocks: (encoder, decoder). The middle always does.
+SPADE_PLACES = {"unet": (False, True), "spadeboth": (True, True), "enconly": (True, False)}
+
+
+class SPADEGroupNorm(nn.Module):
+    """GroupNorm whose scale and shift are maps computed from the label map (SPADE, arXiv 1903.07291, eq. 1).
+
+    :param channels: width of the normalised tensor, a multiple of 32.
+    :param label_channels: planes of the conditioning y.
+    :param stride: by how much this layer's tensor is smaller than the picture.
+    """
+
+    hidden = 128
+
+    def __init__(self, channels, label_channels, stride):
+        super().__init__()
+        self.stride = stride
+        self.norm = nn.GroupNorm(32, channels, affine=False)
+        self.mlp_shared = nn.Sequential(nn.Conv2d(label_channels, self.hidden, 3, padding=1), nn.ReLU())
+        self.mlp_gamma = nn.Conv2d(self.hidden, channels, 3, padding=1)
+        self.mlp_beta = nn.Conv2d(self.hidden, channels, 3, padding=1)
+
+    def gamma_beta(self, y):
+        """Return (gamma, beta), each (N, channels, h, w), for y already at this layer's size (N, C, h, w)."""
+        hidden = self.mlp_shared(y)
+        return self.mlp_gamma(hidden), self.mlp_beta(hidden)
+
+    def forward(self, x, maps):
+        gamma, beta = maps[self]
+        return torch.addcmul(beta, self.norm(x).to(gamma.dtype), 1 + gamma)
+
+
+class LabelMaps:
+    """`maps[spade]` -> (gamma, beta), computed when asked for. A dict of stored pairs serves in its place."""
+
+    def __init__(self, y):
+        self.at_stride = {1: y}
+
+    def __getitem__(self, spade):
+        stride = spade.stride
+        if stride not in self.at_stride:
+            # Nearest resizing by a whole factor takes the first pixel of each block.
+            self.at_stride[stride] = self.at_stride[1][..., ::stride, ::stride].contiguous()
+        return spade.gamma_beta(self.at_stride[stride])
+
+
+class ResBlock(nn.Module):
+    """Residual block with GroupNorm (guided diffusion, arXiv 2105.05233, app. A).
+
+    :param channels, out_channels: widths, multiples of 32.
+    :param emb_channels: width of the time embedding.
+    :param stride: downsampling rate of the block's input.
+    :param up, down: resample by 2 inside the block.
+    :param scale_shift: the time embedding scales and shifts the second norm; otherwise it is added.
+    """
+
+    def __init__(self, channels, out_channels, emb_channels, *, dropout, scale_shift, label_channels, stride,
+                 up=False, down=False):  # fmt: skip
+        super().__init__()
+        self.scale_shift, self.updown = scale_shift, up or down
+        self.resample = Upsample(channels, False) if up else Downsample(channels, False) if down else nn.Identity()
+        out_stride = stride // 2 if up else stride * 2 if down else stride
+        self._add_norms(channels, out_channels, label_channels, stride, out_stride, dropout)
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, (2 if scale_shift else 1) * out_channels))
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def _add_norms(self, channels, out_channels, label_channels, stride, out_stride, dropout):
+        del label_channels, stride, out_stride  # a plain block does not see the label map
+        conv_in = nn.Conv2d(channels, out_channels, 3, padding=1)
+        conv_out = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(), conv_in)
+        self.out_layers = nn.Sequential(normalization(out_channels), nn.SiLU(), nn.Dropout(dropout), conv_out)
+
+    def norm_in(self, x, maps):
+        return self.in_layers[:2](x)
+
+    def norm_out(self, h, maps):
+        return self.out_layers[0](h)
+
+    def forward(self, x, emb, maps):
+        h = self.resample(self.norm_in(x, maps))
+        x = self.resample(x)
+        h = self.in_layers[-1](h)  # (N, out_channels, H', W')
+        emb = self.emb_layers(emb)[..., None, None].to(h.dtype)
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm_out(h, maps) * (1 + scale) + shift
+        else:
+            h = self.norm_out(h + emb, maps)
+        return self.skip_connection(x) + self.out_layers[-3:](h)
+
+
+class SPADEResBlock(ResBlock):
+    """Residual block whose two norms are SPADE norms (SDM, section 3.2)."""
+
+    def _add_norms(self, channels, out_channels, label_channels, stride, out_stride, dropout):
+        conv_in = nn.Conv2d(channels, out_channels, 3, padding=1)
+        conv_out = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.in_norm = SPADEGroupNorm(channels, label_channels, stride)
+        self.in_layers = nn.Sequential(nn.SiLU(), conv_in)
+        self.out_norm = SPADEGroupNorm(out_channels, label_channels, out_stride)
+        self.out_layers = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), conv_out)
+
+    def norm_in(self, x, maps):
+        return self.in_layers[0](self.in_norm(x, maps))
+
+    def norm_out(self, h, maps):
+        return self.out_norm(h, maps)
+
+
+class TimestepSequential(nn.Sequential):
+    """A sequence that hands the time embedding and the label maps to the blocks that take them."""
+
+    def forward(self, x, emb, maps, use_checkpoint):
+        for layer in self:
+            heavy = isinstance(layer, (ResBlock, AttentionBlock))
+            arguments = (x, emb, maps) if isinstance(layer, ResBlock) else (x,)
+            if heavy and use_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x = layer(*arguments)
+        return x
+
+
+class UNetModel(nn.Module):
+    """Noise predictor epsilon_theta(x_t, t, m).
+
+    :param in_channels, out_channels: 3, and 3 or 6 (learned variance).
+    :param model_channels: base width; every level width `mult * model_channels` must be a multiple of 32.
+    :param label_channels: planes of the conditioning y.
+    :param attention_strides: downsampling rates at which attention runs.
+    :param channel_mult: width multiplier of each level; each level but the last halves the size.
+    :param num_head_channels: width of one attention head; -1 uses `num_heads` (`num_heads_upsample` in the decoder).
+    :param places: "unet", "spadeboth" or "enconly".
+    """
+
+    def __init__(self, *, model_channels, out_channels, label_channels, num_res_blocks, attention_strides, channel_mult,
+                 in_channels=3, dropout=0.0, num_heads=4, num_heads_upsample=-1, num_head_channels=-1,
+                 use_scale_shift_norm=True, resblock_updown=False, use_new_attention_order=False,
+                 use_checkpoint=False, places="unet"):  # fmt: skip
+        super().__init__()
+        self.model_channels, self.label_channels, self.use_checkpoint = model_channels, label_channels, use_checkpoint
+        self.strides = 2 ** (len(channel_mult) - 1)
+        widths = [_level_width(mult, model_channels) for mult in channel_mult]
+        emb_channels = 4 * model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        decoder_heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
+
+        def attention(channels, heads):
+            heads = _head_count(channels, heads, num_head_channels)
+            return AttentionBlock(channels, heads, use_new_attention_order)
+
+        def block(spade, channels, out, stride, **resample):
+            return (SPADEResBlock if spade else ResBlock)(
+                channels, out, emb_channels, dropout=dropout, scale_shift=use_scale_shift_norm,
+                label_channels=label_channels, stride=stride, **resample)  # fmt: skip
+
+        spade_encoder, spade_decoder = SPADE_PLACES[places]
+        last = len(widths) - 1
+        channels, stride = widths[0], 1
+        self.input_blocks = nn.ModuleList([TimestepSequential(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        skips = [channels]
+        for level, width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                layers = [block(spade_encoder, channels, width, stride)]
+                channels = width
+                if stride in attention_strides:
+                    layers.append(attention(channels, num_heads))
+                self.input_blocks.append(TimestepSequential(*layers))
+                skips.append(channels)
+            if level != last:
+                down = (block(spade_encoder, channels, channels, stride, down=True) if resblock_updown
+                        else Downsample(channels, True))  # fmt: skip
+                self.input_blocks.append(TimestepSequential(down))
+                skips.append(channels)
+                stride *= 2
+
+        self.middle_block = TimestepSequential(
+            block(True, channels, channels, stride), attention(channels, num_heads), block(True, channels, channels, stride)
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(num_res_blocks + 1):
+                layers = [block(spade_decoder, channels + skips.pop(), width, stride)]
+                channels = width
+                if stride in attention_strides:
+                    layers.append(attention(channels, decoder_heads))
+                if level and i == num_res_blocks:
+                    layers.append(block(spade_decoder, channels, channels, stride, up=True) if resblock_updown
+                                  else Upsample(channels, True))  # fmt: skip
+                    stride //= 2
+                self.output_blocks.append(TimestepSequential(*layers))
+        out_conv = zero_module(nn.Conv2d(widths[0], out_channels, 3, padding=1))
+        self.out = nn.Sequential(normalization(channels), nn.SiLU(), out_conv)
+
+    def modulations(self, y):
+        """Return every SPADE layer's (gamma, beta): all that the network computes from the label map alone.
+
+        :param y: (N, C, H, W) conditioning.
+        :return: a dict that `forward` takes in place of y, to be reused over a whole reverse chain.
+        """
+        self._check_labels(y)
+        maps = LabelMaps(y)
+        return {spade: maps[spade] for spade in self._spades()}
+
+    def modulation_bytes(self, n, height, width):
+        """Return the memory, in bytes, that `modulations` takes in float32 for n pictures."""
+        elements = sum(2 * spade.mlp_gamma.out_channels / spade.stride**2 for spade in self._spades())
+        return int(4 * n * height * width * elements)
+
+    def _spades(self):
+        return [module for module in self.modules() if isinstance(module, SPADEGroupNorm)]
+
+    def forward(self, x, t, y):
+        """Predict the noise (or x_0, or v), and the variance where it is learned.
+
+        :param x: (N, 3, H, W) noisy picture; the downsampling must divide H and W.
+        :param t: (N,) original timesteps, 0...999 for 1000 steps; may be fractional.
+        :param y: (N, C, H, W) conditioning, or the result of `modulations(y)`.
+        :return: (N, 3 or 6, H, W) float32.
+        """
+        check_size(x.shape[2], x.shape[3], self.strides)
+        if y is None or torch.is_tensor(y):
+            self._check_labels(y, x)
+        maps = LabelMaps(y) if torch.is_tensor(y) else y
+        embedded = timestep_embedding(t, self.model_channels).to(self.time_embed[0].weight.dtype)
+        emb = self.time_embed(embedded)  # (N, emb_channels)
+        h, skips = x, []
+        for stage in self.input_blocks:
+            h = stage(h, emb, maps, self.use_checkpoint)
+            skips.append(h)
+        h = self.middle_block(h, emb, maps, self.use_checkpoint)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb, maps, self.use_checkpoint)
+        return self.out(h).float()
+
+    def _check_labels(self, y, x=None):
+        if y is None or y.ndim != 4 or y.shape[1] != self.label_channels:
+            found = "None" if y is None else tuple(y.shape)
+            raise InputError(f"conditioning y: expected (N, {self.label_channels}, H, W), found {found}")
+        if x is not None and (y.shape[0], *y.shape[2:]) != (x.shape[0], *x.shape[2:]):
+            raise InputError(f"conditioning y {tuple(y.shape)} and picture {tuple(x.shape)} differ in N, H or W")
+
+
+def check_size(height, width, divisor):
+    """Raise InputError unless `divisor`, the network's total downsampling, divides both sides of the picture."""
+    if height % divisor or width % divisor:
+        nearest = [max(divisor, round(side / divisor) * divisor) for side in (height, width)]
+        raise InputError(
+            f"picture size {height}x{width}: this network halves {divisor.bit_length() - 1} times, so both sides must be"
+            f" multiples of {divisor}, for example {nearest[0]}x{nearest[1]}; change --image_size or --channel_mult"
+        )
+
+
+def _level_width(mult, model_channels):
+    width = int(mult * model_channels)
+    if width < 32 or width % 32:
+        raise InputError(
+            f"--num_channels {model_channels} with channel multiplier {mult:g} makes a level {width} wide;"
+            " every level must be a multiple of 32"
+        )
+    return width
+
+
+def _head_count(channels, num_heads, num_head_channels):
+    size = num_head_channels if num_head_channels != -1 else None
+    if size is None and num_heads > 0 and channels % num_heads == 0:
+        return num_heads
+    if size and size > 0 and channels % size == 0:
+        return channels // size
+    flag = f"--num_head_channels {size}" if size is not None else f"--num_heads {num_heads}"
+    raise InputError(f"{flag} does not divide an attention layer of {channels} channels")
