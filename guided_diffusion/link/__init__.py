@@ -1,0 +1,1 @@
+"""What transmitter and receiver share, and the channel between them."""

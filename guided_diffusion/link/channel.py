@@ -1,0 +1,98 @@
+"""The analog channel of GESCO (arXiv 2306.04321): Gaussian noise on the semantic planes, then a pooling filter.
+
+Only the planes of classes that are present, and the edge plane, cross the channel ("fast denoising semantics"). Which
+classes are present is side information: one bit per class.
+"""
+
+import bisect
+import math
+
+import torch
+from torch.nn import functional as F
+
+from ..errors import InputError
+
+# GESCO's table, dB -> standard deviation. It is a convention, not a signal-to-noise ratio: 10 dB would be 0.316.
+SNR_TABLE = {1: 0.9, 5: 0.6, 10: 0.36, 15: 0.22, 20: 0.13, 25: 0.08, 30: 0.05, 100: 0.0}
+
+# What a training picture meets, drawn uniformly: a third of them cross clean.
+TRAINING_SIGMAS = (0.6, 0.36, 0.22, 0.13, 0.08, 0.05, 0.0, 0.0, 0.0)
+
+POOLS = ("None", "med", "mean", "max")
+
+
+def snr_to_sigma(snr_db):
+    """Standard deviation of the noise that `--snr` stands for.
+
+    :param snr_db: nominal SNR in dB, at least 1. Between the table's rows log sigma is linear in dB; above 30 dB it falls
+        by 20 dB per decade; from 100 dB on there is no noise.
+    """
+    if not snr_db >= 1:
+        raise InputError(f"--snr {snr_db}: GESCO's table covers 1 dB to 100 dB (no noise); choose a value in that range")
+    if snr_db >= 100:
+        return 0.0
+    if snr_db > 30:
+        return SNR_TABLE[30] * 10 ** (-(snr_db - 30) / 20)
+    rows = sorted(row for row in SNR_TABLE if row <= 30)
+    if snr_db in SNR_TABLE:
+        return SNR_TABLE[snr_db]
+    above = bisect.bisect(rows, snr_db)
+    low, high = rows[above - 1], rows[above]
+    share = (snr_db - low) / (high - low)
+    return math.exp((1 - share) * math.log(SNR_TABLE[low]) + share * math.log(SNR_TABLE[high]))
+
+
+def sent_planes(y, num_classes, one_hot=True):
+    """Return a mask (N, C) of the planes that cross the channel: classes that occur in the picture, and the edge plane."""
+    sent = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
+    if one_hot:
+        sent[:, :num_classes] = y[:, :num_classes].flatten(2).amax(2) > 0
+    return sent
+
+
+def transmit(y, sigma, *, generators, num_classes, one_hot=True, pool="None", noise_to="semantics"):
+    """Send the conditioning over the analog channel.
+
+    :param y: (N, C, H, W), from `encode_semantics`.
+    :param sigma: (N,) or a float: standard deviation of the noise (see `snr_to_sigma`).
+    :param generators: N CPU generators, one noise stream per sample.
+    :param pool: "None", "med" (3x3 median), "mean" (3x3 average) or "max" (3x3 average, then 3x3 maximum), applied to every
+        sent plane.
+    :param noise_to: "semantics" (every sent plane) or "label" (the edge plane is spared the noise).
+    :return: (N, C, H, W) as received; planes that were not sent are zero.
+    """
+    if len(generators) != len(y):
+        raise InputError(f"{len(generators)} noise streams for {len(y)} samples; one per sample is needed")
+    if noise_to not in ("semantics", "label"):
+        raise InputError(f"--noise_to {noise_to}: unknown; choose semantics or label")
+    sigmas = [float(value) for value in torch.as_tensor(sigma, dtype=torch.float64, device="cpu").expand(len(y))]
+    sent = sent_planes(y, num_classes, one_hot)
+    received = y.clone()
+    for plane_set, noisy, level, stream in zip(sent, received, sigmas, generators, strict=True):
+        if not level:
+            continue
+        if noise_to == "label":
+            plane_set = plane_set & (torch.arange(len(plane_set), device=y.device) < (num_classes if one_hot else 1))
+        rows = plane_set.nonzero().flatten()
+        noisy[rows] += level * torch.randn(len(rows), *y.shape[2:], generator=stream).to(y)
+    return apply_pool(received, pool) * sent[:, :, None, None]
+
+
+def apply_pool(y, pool):
+    """Filter every plane (GESCO's denoising of received semantics).
+
+    The median pads by reflection; averages pad with zeros and divide by 9.
+
+    :param y: (N, C, H, W); each side at least 2 for the median.
+    """
+    if pool in (None, "None"):
+        return y
+    if pool == "med":
+        h, w = y.shape[2:]
+        padded = F.pad(y, (1, 1, 1, 1), mode="reflect")
+        shifts = [padded[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+        return torch.stack(shifts).median(0).values
+    if pool in ("mean", "max"):
+        mean = F.avg_pool2d(y, 3, stride=1, padding=1)
+        return mean if pool == "mean" else F.max_pool2d(mean, 3, stride=1, padding=1)
+    raise InputError(f"--pool {pool}: unknown; choose one of {', '.join(POOLS)}")

@@ -1,0 +1,97 @@
+"""The noise bank NB(eta) that transmitter and receiver share by sharing one seed (Diff-GOn, arXiv 2412.06980, section III)."""
+
+import math
+from collections import OrderedDict
+
+import torch
+
+from ..errors import InputError
+from ..random_streams import stream_seed
+
+MAX_STATES = 1900  # of 5,056 bytes each: below 10 MB for any bank size
+
+
+class NoiseBank:
+    """`size` standard-normal tensors that follow from one seed; entry i is made when it is asked for.
+
+    Equal, bit for bit, to `torch.manual_seed(seed); torch.randn(size, *shape)` on the CPU where 3HW is a multiple of 16;
+    otherwise to drawing entry after entry. CPUs without AVX2 may differ in the last bits (up to 2e-6).
+
+    The first use runs once over the generator's stream and keeps its state at every entry (every few entries in banks of
+    more than 1,900), so the bank itself is never in memory.
+
+    :param shape: shape of one entry, such as (3, 256, 512).
+    :param size: number of entries eta, at least 1.
+    :param seed: the shared seed.
+    :param cache_entries: keep so many entries in memory, most recently used first, for searches over many.
+    """
+
+    def __init__(self, shape=(3, 256, 512), size=1000, seed=150, cache_entries=0):
+        if size < 1:
+            raise InputError(f"--noise_bank_size {size}: a noise bank needs at least 1 entry")
+        self.shape, self.size, self.seed = tuple(int(side) for side in shape), int(size), int(seed)
+        self.stride = math.ceil(self.size / MAX_STATES)
+        self._walker = torch.Generator().manual_seed(self.seed)
+        self._states, self._walked, self._buffer = None, 0, None
+        self._cache, self._cache_entries = OrderedDict(), cache_entries
+
+    def __len__(self):
+        return self.size
+
+    @property
+    def index_bits(self):
+        """Bits that one index costs: ceil(log2(size))."""
+        return (self.size - 1).bit_length()
+
+    def __getitem__(self, index):
+        """Return entry `index` as a float32 CPU tensor of `shape`. Raises IndexError outside 0...size-1."""
+        index = int(index)
+        if not 0 <= index < self.size:
+            raise IndexError(f"noise bank index {index}: the bank has {self.size} entries, 0...{self.size - 1}")
+        if index in self._cache:
+            self._cache.move_to_end(index)
+            return self._cache[index].clone()
+        stream = torch.Generator()
+        stream.set_state(self._state(index // self.stride))
+        for _ in range(index % self.stride):
+            self._skip(stream)
+        entry = torch.randn(self.shape, generator=stream)
+        if self._cache_entries:
+            self._cache[index] = entry.clone()
+            if len(self._cache) > self._cache_entries:
+                self._cache.popitem(last=False)
+        return entry
+
+    def draw(self, n, generator):
+        """Draw n indices uniformly with a CPU `torch.Generator`; return (indices (n,) int64, noise (n, *shape))."""
+        indices = torch.randint(self.size, (n,), generator=generator)
+        return indices, self.entries(indices.tolist())
+
+    def entries(self, indices):
+        """Return the entries at `indices`, stacked: (n, *shape)."""
+        return torch.stack([self[index] for index in indices])
+
+    def chain_seed(self, index):
+        """Return the seed of all later noise in a reverse chain that starts from entry `index`."""
+        return stream_seed(self.seed, "bank chain", index)
+
+    def _state(self, k):
+        if self._states is None:
+            self._states = torch.empty(math.ceil(self.size / self.stride), len(self._walker.get_state()), dtype=torch.uint8)
+        while self._walked <= k:
+            self._states[self._walked] = self._walker.get_state()
+            self._walked += 1
+            for _ in range(self.stride):
+                self._skip(self._walker)
+        return self._states[k].clone()  # set_state does not accept a view into a larger tensor
+
+    def _skip(self, stream):
+        # Where normals are drawn in whole blocks of 16, uniforms advance the stream as far and are several times
+        # cheaper; one float64 takes the place of two float32. The buffer stays: freeing it fragments the heap.
+        if self._buffer is None:
+            count = math.prod(self.shape)
+            self._buffer = torch.empty(count) if count % 16 else torch.empty(count // 2, dtype=torch.float64)
+        if self._buffer.dtype == torch.float64:
+            self._buffer.uniform_(generator=stream)
+        else:
+            self._buffer.normal_(generator=stream)
