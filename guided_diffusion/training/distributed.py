@@ -1,0 +1,55 @@
+"""Devices and their precisions: the only module that knows what an accelerator is called."""
+
+import contextlib
+
+import torch
+
+from ..errors import InputError
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def select_device(name="auto"):
+    """Return the torch device for --device auto | cpu | cuda[:N]. Raises InputError where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: unknown; choose auto, cpu or cuda[:N]")
+    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():  # torch wraps 128 to -128
+        found = torch.cuda.device_count()
+        raise InputError(f"--device {name}: this machine shows {found} CUDA devices; choose another or cpu")
+    return device
+
+
+def usable_precision(device, precision):
+    """Return the precision to use on a device, and a line that says why where it is not the one asked for."""
+    if precision == "fp16" and device.type == "cpu":
+        return "bf16", "fp16 is of no use on a CPU: using bf16"
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return "fp16", "this GPU has no bf16: using fp16"
+    return precision, None
+
+
+def autocast(device, precision):
+    """Return a context in which the network runs in `precision`."""
+    dtype = _DTYPES[precision]
+    return torch.autocast(device.type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
+
+
+def grad_scaler(device, precision):
+    """Return a GradScaler, disabled unless the precision is fp16."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def pins_memory(device):
+    """Whether the loader's memory should be pinned, for copies that do not block."""
+    return device.type == "cuda"
+
+
+def peak_memory_gib(device):
+    """Peak memory that tensors took on an accelerator, in GiB; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

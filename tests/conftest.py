@@ -1,0 +1,68 @@
+"""Shared by all tests: tiny scenes, the flags of a tiny network, and short runs of both scripts' parts."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests compare bits, on the CPU
+
+TINY = {
+    "image_size": "16",
+    "num_channels": "32",
+    "channel_mult": "1,1",
+    "num_res_blocks": "1",
+    "num_head_channels": "32",
+    "attention_resolutions": "8",
+    "resblock_updown": "True",
+    "noise_schedule": "cosine",
+    "prediction": "v",
+    "noise_bank_size": "16",
+    "num_workers": "0",
+}
+TRAIN = {"batch_size": "2", "lr": "1e-3", "ema_rate": "0.9", "preview_items": "0", "log_interval": "1"}
+
+
+def as_arguments(flags):
+    """Turn {"batch_size": "2"} into ["--batch_size", "2"]."""
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A folder of six training and three validation scenes, 32x64."""
+    from guided_diffusion.data.toy_scenes import write_toy_scenes
+
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_toy_scenes(str(folder), train=6, val=3, height=32, width=64, progress=False)
+    return folder
+
+
+@pytest.fixture
+def make_loop(scenes, tmp_path):
+    """Function that builds a training loop on the scenes, with flags over the tiny ones."""
+    from guided_diffusion import build
+    from guided_diffusion.config import TrainConfig, parse_config
+
+    def make(folder="run", **flags):
+        directory = tmp_path / folder
+        directory.mkdir(exist_ok=True)
+        flags = {"data_dir": scenes, "checkpoint_dir": directory, **TINY, **TRAIN, **flags}
+        config, given = parse_config(TrainConfig, "", as_arguments(flags))
+        return build.training_loop(config, given, say=lambda line: None)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(scenes, tmp_path_factory):
+    """The checkpoint folder of a few training steps, with config.json beside."""
+    from guided_diffusion import build
+    from guided_diffusion.config import TrainConfig, parse_config, save_config
+
+    directory = tmp_path_factory.mktemp("trained")
+    flags = {"data_dir": scenes, "checkpoint_dir": directory, **TINY, **TRAIN, "total_steps": "4", "drop_rate": "0.1"}
+    config, given = parse_config(TrainConfig, "", as_arguments(flags))
+    loop = build.training_loop(config, given, say=lambda line: None)
+    save_config(config, directory / "config.json")
+    loop.run()
+    return directory

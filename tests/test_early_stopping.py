@@ -1,0 +1,55 @@
+"""Early stopping of training on a validation score."""
+
+import math
+
+import pytest
+import torch
+
+from guided_diffusion.training.early_stopping import EarlyStopping
+
+
+def stops_after(scores, patience, min_delta=0.0):
+    """Number of scores after which training stops, or None."""
+    rule = EarlyStopping(patience, min_delta)
+    return next((n for n, score in enumerate(scores, 1) if rule.update(score, 10 * n)), None)
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "min_delta", "stop"),
+    [
+        ([5, 4, 3, 2, 1], 1, 0, None),
+        ([5, 4, 4], 1, 0, 3),
+        ([5, 4, 6, 5, 4], 3, 0, 5),
+        ([5, 6, 4, 6, 3, 6], 2, 0, None),  # an improvement starts the count anew
+        ([5, 4.95, 4.9, 4.85], 2, 0.1, 3),
+        ([5, 4.94, 4.88, 4.8, 4.79], 2, 0.1, 5),  # measured from the best score, not from the last
+        ([5, 4.5], 1, 0.5, 2),  # has to be beaten by more than min_delta
+        ([5] * 50, 0, 0, None),  # 0 never stops
+        ([math.nan] * 3, 3, 0, 3),
+        ([5, math.nan, 4, math.nan, math.nan], 2, 0, 5),
+    ],
+)
+def test_when_it_stops(scores, patience, min_delta, stop):
+    assert stops_after(scores, patience, min_delta) == stop
+
+
+def test_it_remembers_the_best_step():
+    rule = EarlyStopping(3)
+    for step, score in ((100, 2.0), (200, 1.0), (300, 1.5)):
+        rule.update(score, step)
+    assert (rule.best, rule.best_step, rule.waited) == (1.0, 200, 1)
+
+
+@pytest.mark.parametrize("seen", [0, 1, 3, 7])
+def test_state_goes_on_where_it_stopped(tmp_path, seen):
+    scores = [3.0, 2.0, 2.5, 2.4, 1.9, 2.0, 2.0, 2.0]
+    whole, first, second = (EarlyStopping(3, 0.05) for _ in range(3))
+    for step, score in enumerate(scores[:seen]):
+        first.update(score, step)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for step, score in enumerate(scores):
+        expected = whole.update(score, step)
+        if step >= seen:
+            assert second.update(score, step) == expected
+    assert second.state_dict() == whole.state_dict()

@@ -1,0 +1,212 @@
+"""Training: steps against naive ones, exact resuming, losses that are not finite, schedules, early stopping."""
+
+import csv
+
+import pytest
+import torch
+
+from guided_diffusion.errors import InputError
+from guided_diffusion.training.loop import MAX_SKIPPED
+
+
+def weights_of(loop):
+    return {key: value.clone() for key, value in loop.model.state_dict().items()}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+def table(loop):
+    with open(f"{loop.settings.checkpoint_dir}/progress.csv") as f:
+        return list(csv.DictReader(f))
+
+
+def test_a_run_writes_whole_checkpoints_and_a_table(make_loop, tmp_path):
+    loop = make_loop(total_steps=3, save_interval=2, ema_rate="0.9,0.99", preview_items=2, preview_steps=2, eval_interval=2)
+    assert loop.run() == 3
+    names = {path.name for path in (tmp_path / "run").glob("*.pt")}
+    assert names == {f"{kind}{step:06d}.pt" for kind in ("model", "opt", "state", "ema_0.9_", "ema_0.99_") for step in (2, 3)}
+    assert {path.name for path in (tmp_path / "run" / "previews").iterdir()} == {"000002.png", "000003.png"}
+    rows = table(loop)
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert all(float(row["loss"]) > 0 and float(row["images_per_second"]) > 0 for row in rows)
+    assert rows[1]["val_score"] and not rows[0]["val_score"]
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_saved_model_is_a_plain_state_dict(make_loop, tmp_path):
+    loop = make_loop(total_steps=1)
+    loop.run()
+    saved = torch.load(tmp_path / "run" / "model000001.pt", weights_only=True)
+    assert_same(saved, weights_of(loop))
+    assert not any("spade_norm" in key for key in saved)
+
+
+def test_export_legacy_adds_zero_spade_norms(make_loop, tmp_path):
+    make_loop(total_steps=1, export_legacy=True).run()
+    saved = torch.load(tmp_path / "run" / "ema_0.9_000001.pt", weights_only=True)
+    extras = [key for key in saved if ".spade_norm." in key]
+    assert extras and all(key.startswith("input_blocks.") and not saved[key].any() for key in extras)
+    resumed = make_loop(total_steps=2, export_legacy=True, resume_checkpoint="auto")
+    assert resumed.run() == 2
+
+
+def test_one_step_is_adamw_on_the_mean_loss(make_loop):
+    loop = make_loop(total_steps=1, weight_decay=0.1)
+    batch = next(iter(loop.loader(0)))
+    before = weights_of(loop)
+    x_start, y, noise, u = loop.rules(batch)
+    t, _ = loop.sampler.sample(u)
+    loss = loop.diffusion.training_losses(loop.model, x_start, t, y=y, noise=noise)["loss"].mean()
+    gradients = torch.autograd.grad(loss, list(loop.model.parameters()), allow_unused=True)
+    terms = loop.train_step(batch)
+    torch.testing.assert_close(terms["loss"], loss.detach())
+    norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
+    torch.testing.assert_close(terms["grad_norm"], norm)
+    for (name, parameter), gradient in zip(loop.model.named_parameters(), gradients, strict=True):
+        if gradient is None or not gradient.any():
+            continue
+        # The first Adam step moves by lr times the gradient's sign (and eps), after the decay.
+        expected = before[name] * (1 - 1e-3 * 0.1) - 1e-3 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_microbatches_equal_the_whole_batch(make_loop):
+    # Losses and gradients, not weights: Adam's first steps blow up rounding where a gradient is nearly zero.
+    whole, split = make_loop("a", batch_size=4), make_loop("b", batch_size=4, microbatch=1)
+    batch = next(iter(whole.loader(0)))
+    sums = [loop._backward(*loop.rules(batch)) for loop in (whole, split)]
+    torch.testing.assert_close(sums[0], sums[1], atol=1e-6, rtol=1e-5)
+    for (name, a), b in zip(whole.model.named_parameters(), split.model.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_the_average_follows_its_formula_and_starts_young(make_loop):
+    loop = make_loop(ema_rate="0.9,0.5")
+    expected = {rate: weights_of(loop) for rate in ("0.9", "0.5")}
+    batches = iter(loop.loader(0))
+    for step in (1, 2, 3):
+        loop.train_step(next(batches))
+        for rate, average in expected.items():
+            decay = min(float(rate), (1 + step) / (10 + step))
+            for key, value in loop.model.state_dict().items():
+                average[key] = decay * average[key] + (1 - decay) * value
+    for rate, average in expected.items():
+        for key, value in average.items():
+            torch.testing.assert_close(loop.emas[rate][key], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [
+    {},
+    {"dropout": 0.3, "schedule_sampler": "loss-second-moment", "learn_sigma": True, "add_noise": True, "drop_rate": 0.3},
+    {"precision": "bf16", "noise_bank_size": 0, "microbatch": 1},
+])  # fmt: skip
+def test_resuming_is_exact(make_loop, flags):
+    straight = make_loop("straight", total_steps=5, **flags)
+    straight.run()
+    make_loop("broken", total_steps=2, eval_interval=1, **flags).run()
+    resumed = make_loop("broken", total_steps=5, resume_checkpoint="auto", **flags)
+    assert resumed.step == 2
+    resumed.run()
+    assert_same(weights_of(resumed), weights_of(straight))
+    assert_same(resumed.emas["0.9"], straight.emas["0.9"])
+    assert_same(resumed.sampler.state_dict(), straight.sampler.state_dict())
+    for mine, theirs in zip(resumed.optimizer.state.values(), straight.optimizer.state.values(), strict=True):
+        assert_same(mine, theirs)
+    assert [row["step"] for row in table(resumed)] == ["1", "2", "3", "4", "5"]
+    assert [row["loss"] for row in table(resumed)] == [row["loss"] for row in table(straight)]
+
+
+def test_resuming_needs_every_part_unless_asked(make_loop, tmp_path):
+    make_loop(total_steps=2).run()
+    (tmp_path / "run" / "opt000002.pt").unlink()
+    with pytest.raises(InputError, match=r"lacks opt000002\.pt"):
+        make_loop(resume_checkpoint=tmp_path / "run" / "model000002.pt")
+    loop = make_loop(resume_checkpoint=tmp_path / "run" / "model000002.pt", resume_partial=True)
+    assert loop.step == 2 and not loop.optimizer.state
+
+
+def test_resuming_with_another_batch_size_or_seed_is_refused(make_loop):
+    make_loop(total_steps=1).run()
+    with pytest.raises(InputError, match=r"--batch_size 4 contradicts .* made with 2"):
+        make_loop(resume_checkpoint="auto", batch_size=4)
+    with pytest.raises(InputError, match=r"--seed 5 contradicts .* made with 0"):
+        make_loop(resume_checkpoint="auto", seed=5)
+
+
+def test_a_step_without_finite_loss_leaves_weights_and_counts(make_loop):
+    loop = make_loop()
+    batches = iter(loop.loader(0))
+    loop.train_step(next(batches))
+    before = weights_of(loop)
+    broken = next(batches)
+    broken["image"][0, 0, 0, 0] = float("nan")
+    loop.train_step(broken)
+    assert_same(weights_of(loop), before)
+    assert int(loop.skipped) == 1 and loop.step == 2
+    loop.train_step(next(batches))
+    assert any(not torch.equal(before[key], value) for key, value in weights_of(loop).items())
+
+
+def test_losses_that_stay_broken_stop_the_run_and_name_the_pictures(make_loop, tmp_path):
+    loop = make_loop(total_steps=50, save_interval=2)
+    loader = loop.loader
+
+    def breaking(position):
+        for k, batch in enumerate(loader(position)):
+            if k >= 3:
+                batch["image"][:] = float("nan")
+            yield batch
+
+    loop.loader = breaking
+    with pytest.raises(InputError, match="no finite loss") as caught:
+        loop.run()
+    assert "toytown_" in str(caught.value) and "\n" not in str(caught.value)
+    assert loop.step == 3 + MAX_SKIPPED
+    assert all(torch.isfinite(value).all() for value in weights_of(loop).values())
+    saved = torch.load(tmp_path / "run" / "model000002.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+def test_learning_rate_warms_up_and_anneals(make_loop):
+    loop = make_loop(lr=1.0, lr_warmup_steps=4, lr_anneal_steps=8)
+    rates = []
+    for loop.step in range(8):
+        rates.append(loop.learning_rate())
+    assert rates == pytest.approx([0.25, 0.5 * 7 / 8, 0.75 * 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert loop.settings.last_step == 8
+
+
+def test_early_stopping_ends_the_run(make_loop):
+    loop = make_loop(total_steps=50, eval_interval=1, eval_items=1, patience=2, min_delta=100)
+    assert loop.run() == 3  # the first score is the best; two more do not improve by 100
+    assert loop.early_stopping.best_step == 1
+
+
+def test_interrupting_saves(make_loop, tmp_path):
+    loop = make_loop(total_steps=50)
+    loader = loop.loader
+
+    def interrupted(position):
+        for k, batch in enumerate(loader(position)):
+            if k == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    loop.loader = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    assert (tmp_path / "run" / "state000002.pt").exists()
+    assert make_loop(resume_checkpoint="auto").step == 2
+
+
+def test_it_learns(make_loop):
+    loop = make_loop(total_steps=40, batch_size=4, log_interval=10, learn_sigma=True)
+    loop.run()
+    losses = [float(row["mse"]) for row in table(loop)]
+    assert losses[-1] < 0.6 * losses[0]
+    assert all(row["vb"] for row in table(loop))

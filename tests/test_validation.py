@@ -1,0 +1,190 @@
+"""The validation score against closed forms, and previews."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guided_diffusion import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.diffusion.gaussian_diffusion import create_gaussian_diffusion
+from guided_diffusion.link.noise_bank import NoiseBank
+from guided_diffusion.metrics import colour_error
+from guided_diffusion.training.samples import SampleRules
+from guided_diffusion.training.validation import Validation
+
+K, H, W = 4, 16, 32
+CPU = torch.device("cpu")
+FLAGS = {"num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1, "num_classes": K, "attention_resolutions": "1",
+         "diffusion_steps": 20, "dropout": 0.3}  # fmt: skip
+
+
+def item(seed):
+    stream = torch.Generator().manual_seed(seed)
+    return {
+        "image": torch.rand(1, 3, H, W, generator=stream) * 2 - 1,
+        "label": torch.randint(K, (1, 1, H, W), generator=stream),
+        "image_edge": torch.rand(1, 1, H, W, generator=stream),
+        "path": [f"{seed}.png"],
+    }
+
+
+ITEMS = [item(seed) for seed in range(3)]
+BANK = NoiseBank((3, H, W), 8, seed=1)
+
+
+def rules(**changes):
+    return SampleRules(**{"num_classes": K, "one_hot": True, "edge_plane": True, "bank": BANK, "seed": 2, **changes})
+
+
+def validation(precision="fp32", **changes):
+    diffusion = create_gaussian_diffusion(diffusion_steps=20, noise_schedule="linear")
+    preview = create_gaussian_diffusion(diffusion_steps=20, noise_schedule="linear", timestep_respacing="3")
+    return Validation(ITEMS, rules(**changes), diffusion, preview, CPU, precision)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **FLAGS})[0]
+
+
+def constant_weights(model, value):
+    """Weights with which the network predicts `value` everywhere: the last layer starts at zero."""
+    return {k: torch.full_like(v, value) if k == "out.2.bias" else v.clone() for k, v in model.state_dict().items()}
+
+
+def random_weights(model, seed=1):
+    stream = torch.Generator().manual_seed(seed)
+    return {k: 0.1 * torch.randn(v.shape, generator=stream) for k, v in model.state_dict().items()}
+
+
+# -- score ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+@pytest.mark.parametrize("count", [1, 4])
+def test_score_of_a_constant_prediction(model, value, count):
+    # eps = c everywhere: the loss of item k is mean((NB[i_k] - c)^2), whatever the picture and the timestep.
+    expected = torch.stack([(rules().noise([k], (3, H, W)) - value).square().mean() for k in range(count)]).mean()
+    score = validation().score(model, constant_weights(model, value), count)
+    assert score == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_score_repeats_whatever_the_global_stream(model):
+    look, weights = validation(), random_weights(model)
+    scores = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        scores.append(look.score(model.train(), weights, 3))
+    assert scores[0] == scores[1]
+
+
+def test_score_sees_weights_and_semantics(model):
+    look = validation()
+    first = look.score(model, random_weights(model, 1), 2)
+    assert first != look.score(model, random_weights(model, 2), 2)
+    other = Validation([{**one, "label": one["label"].flip(3)} for one in ITEMS], rules(), look.diffusion, None, CPU, "fp32")
+    assert first != other.score(model, random_weights(model, 1), 2)
+
+
+def test_score_is_free_of_channel_noise_and_drops(model):
+    weights = random_weights(model)
+    noisy = validation(add_noise=True, sigma=0.9, drop_rate=1.0)
+    assert noisy.score(model, weights, 3) == validation().score(model, weights, 3)
+
+
+def test_score_looks_at_fixed_timesteps_spread_over_the_axis(model, monkeypatch):
+    look, seen = validation(), []
+    losses = look.diffusion.training_losses
+
+    def note(network, x_start, t, y, noise):
+        seen.append((int(t), x_start, noise))
+        return losses(network, x_start, t, y=y, noise=noise)
+
+    monkeypatch.setattr(look.diffusion, "training_losses", note)
+    look.score(model, model.state_dict(), 4)
+    assert [t for t, _, _ in seen] == [2, 12, 7, 17, 12, 2, 17, 7]
+    assert all(torch.equal(x, ITEMS[k // 2 % 3]["image"]) for k, (_, x, _) in enumerate(seen))
+    assert all(torch.equal(noise, rules().noise([k // 2], (3, H, W))) for k, (_, _, noise) in enumerate(seen))
+
+
+def test_score_in_bf16_is_near(model):
+    weights = random_weights(model)
+    assert validation("bf16").score(model, weights, 2) == pytest.approx(validation().score(model, weights, 2), rel=0.05)
+
+
+# -- lending weights --------------------------------------------------------------------------------------------------
+
+
+def look_at(what, model, weights, path):
+    if what == "score":
+        return validation().score(model, weights, 2)
+    return validation().preview(model, weights, 1, path)
+
+
+@pytest.mark.parametrize("what", ["score", "preview"])
+@pytest.mark.parametrize("training", [True, False])
+def test_own_weights_gradients_and_mode_are_untouched(model, what, training, tmp_path):
+    model.train(training)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    places = [p.data_ptr() for p in model.parameters()]
+    weights = random_weights(model)
+    lent = {k: v.clone() for k, v in weights.items()}
+    look_at(what, model, weights, tmp_path / "p.png")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, lent[k]) for k, v in weights.items())
+    assert places == [p.data_ptr() for p in model.parameters()]
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(m.training == training for m in model.modules())
+
+
+@pytest.mark.parametrize("what", ["score", "preview"])
+def test_own_weights_come_back_after_an_error(model, what, tmp_path, monkeypatch):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    monkeypatch.setattr(SampleRules, "condition", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        look_at(what, model, random_weights(model), tmp_path / "p.png")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training
+    assert not list(tmp_path.iterdir())
+
+
+# -- preview ----------------------------------------------------------------------------------------------------------
+
+
+def test_preview_writes_the_panel_it_returns(model, tmp_path):
+    path = tmp_path / "previews" / "000010.png"
+    panel, error = validation().preview(model, constant_weights(model, 0.1), 2, path)
+    assert panel.dtype == np.uint8
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), panel)
+    zoom, gap, head = 192 // W, 4, 18
+    assert panel.shape == (head + 2 * (H * zoom + gap) + gap, 3 * (W * zoom + gap) + gap, 3)
+    assert 0 < error < 1
+    second = panel[head + gap // 2 + H * zoom + gap :, gap:][: H * zoom : zoom, : W * zoom : zoom]  # its top left corner
+    shown = ((ITEMS[1]["image"][0].permute(1, 2, 0) + 1) * 127.5).round().numpy()
+    np.testing.assert_array_equal(second, shown)
+
+
+def test_preview_shows_the_given_weights_the_same_way_every_time(model, tmp_path):
+    look, path = validation(add_noise=True, sigma=0.9, drop_rate=1.0), tmp_path / "p.png"
+    panels = []
+    for seed, value in ((0, 0.1), (1, 0.1), (0, -0.4)):
+        torch.manual_seed(seed)
+        panels.append(look.preview(model, constant_weights(model, value), 2, path)[0])
+    assert (panels[0] == panels[1]).all() and (panels[0] != panels[2]).any()
+
+
+def test_colour_error_of_a_known_picture(model, tmp_path):
+    # A network that predicts x_0 = 0.25 everywhere regenerates a flat grey.
+    def process(**respacing):
+        return create_gaussian_diffusion(diffusion_steps=20, noise_schedule="linear", prediction="x0", **respacing)
+
+    look = Validation(ITEMS, rules(), process(), process(timestep_respacing="3"), CPU, "fp32")
+    _, error = look.preview(model, constant_weights(model, 0.25), 3, tmp_path / "p.png")
+    originals = torch.cat([one["image"] for one in ITEMS])
+    expected = colour_error(torch.full_like(originals, 0.25), originals).mean()
+    assert error == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_preview_takes_no_more_items_than_there_are(model, tmp_path):
+    panel, _ = validation().preview(model, model.state_dict(), 50, tmp_path / "p.png")
+    assert panel.shape[0] == 18 + 3 * (H * 6 + 4) + 4
