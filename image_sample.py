@@ -1,0 +1,58 @@
+"""Regenerate a split's pictures from their semantics as a noisy channel delivers them (Diff-GOn).
+
+Start small: python image_sample.py --preset toy
+"""
+
+import os
+import sys
+
+from guided_diffusion.config import (
+    SampleConfig,
+    adopt_training_config,
+    ineffective_flags,
+    load_config,
+    parse_config,
+    print_config,
+    run_script,
+)
+from guided_diffusion.errors import InputError
+
+
+def say(text):
+    """Print one line of progress to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main():
+    """Parse flags, take the architecture from the checkpoint, build, regenerate."""
+    config, given = parse_config(SampleConfig, __doc__)
+    from guided_diffusion import build
+
+    weights = build.find_weights(config.model_path, config.dry_run)
+    trained = {}
+    beside = os.path.join(os.path.dirname(weights), "config.json")
+    if os.path.exists(beside):
+        trained = load_config(beside)
+        adopt_training_config(config, given, trained, beside)
+    for line in ineffective_flags(config, given):
+        say(f"warning: {line}")
+    if config.s > 1 and trained.get("drop_rate") == 0:
+        say(f"warning: --s {config.s:g} guides a model trained without --drop_rate: it has never seen empty semantics")
+    if config.dry_run:
+        print_config(config)
+        build.dry_run(config, say=print, weights=weights)
+        return
+    if not config.results_path:
+        raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
+    from guided_diffusion.regenerate import Regeneration
+
+    run = Regeneration(config, weights, build.sampling_parts(config, weights, say))
+    if not run.dataset.has_images:
+        say("this split has no pictures: working from labels alone, without image edges")
+    say(f"regenerating {run.count} pictures with {weights} into {config.results_path}")
+    for line in run.summary(run.run()):
+        say(line)
+
+
+if __name__ == "__main__":
+    run_script(main)

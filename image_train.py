@@ -1,0 +1,45 @@
+"""Train the semantic diffusion model with noise-restricted forward diffusion (Diff-GOn).
+
+Start small: python image_train.py --preset toy
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from guided_diffusion.config import (
+    TrainConfig,
+    adopt_resumed,
+    ineffective_flags,
+    parse_config,
+    print_config,
+    run_script,
+    save_config,
+)
+
+
+def say(text):
+    """Print one line of progress to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main():
+    """Parse flags, build, train."""
+    config, given = parse_config(TrainConfig, __doc__)
+    from guided_diffusion import build
+
+    for line in [*adopt_resumed(config, given), *ineffective_flags(config, given)]:
+        say(f"warning: {line}")
+    if config.dry_run:
+        print_config(config)
+        build.dry_run(config, say=print)
+        return
+    loop = build.training_loop(config, given, say)
+    os.makedirs(config.checkpoint_dir, exist_ok=True)
+    save_config(config, Path(config.checkpoint_dir) / "config.json")
+    step = loop.run()
+    say(f"finished at step {step}: weights, progress.csv and previews are in {config.checkpoint_dir}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,120 @@
+"""From flags to parts, and the dry run."""
+
+import pytest
+import torch
+from conftest import TINY, TRAIN, as_arguments
+
+from guided_diffusion import build, create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.config import SampleConfig, TrainConfig, parse_config
+from guided_diffusion.errors import InputError
+
+SMALL = {"image_size": 32, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1}
+
+
+def test_model_and_diffusion_from_flags():
+    flags = {**model_and_diffusion_defaults(), **SMALL, "learn_sigma": True, "timestep_respacing": "10"}
+    model, diffusion = create_model_and_diffusion(**flags)
+    out = model(torch.zeros(2, 3, 32, 64), torch.tensor([0, 999]), torch.zeros(2, 36, 32, 64))
+    assert out.shape == (2, 6, 32, 64)
+    assert diffusion.num_timesteps == 10
+
+
+@pytest.mark.parametrize(
+    "flags, channels",
+    [({}, 36), ({"no_instance": True}, 35), ({"one_hot_label": False}, 2), ({"num_classes": 151, "no_instance": True}, 151)],
+)
+def test_conditioning_channels(flags, channels):
+    model, _ = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **SMALL, **flags})
+    assert model.label_channels == channels
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"colour": 1}, "colour"),
+        ({"class_cond": False}, "--class_cond False"),
+        ({"channel_mult": "1,x"}, "--channel_mult 1,x"),
+        ({"channel_mult": "", "image_size": 48}, "--image_size 48"),
+        ({"attention_resolutions": "0"}, "--attention_resolutions 0"),
+        ({"channel_mult": "0.5,1"}, "multiple of 32"),
+        ({"prediction": "y"}, "--prediction y"),
+    ],
+)
+def test_flags_that_cannot_be_meant(flags, words):
+    with pytest.raises(InputError, match=words):
+        create_model_and_diffusion(**{**model_and_diffusion_defaults(), **SMALL, **flags})
+
+
+def test_a_missing_flag_is_named():
+    flags = {**model_and_diffusion_defaults(), **SMALL}
+    del flags["dropout"]
+    with pytest.raises(InputError, match="dropout"):
+        create_model_and_diffusion(**flags)
+
+
+def test_predict_xstart_is_prediction_x0():
+    _, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **SMALL, "predict_xstart": True})
+    assert diffusion.prediction == "x0"
+
+
+@pytest.mark.parametrize(
+    "flags, loss_type",
+    [({}, "mse"), ({"use_kl": True}, "rescaled_kl"), ({"rescale_learned_sigmas": True}, "rescaled_mse")],
+)
+def test_loss_types(flags, loss_type):
+    _, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **SMALL, **flags})
+    assert diffusion.loss_type == loss_type
+
+
+def test_a_second_run_does_not_train_over_the_first(make_loop):
+    make_loop(total_steps=1).run()
+    with pytest.raises(InputError, match=r"reached step 1.*--resume_checkpoint auto"):
+        make_loop()
+
+
+def test_auto_without_a_checkpoint_starts_afresh(make_loop):
+    assert make_loop(resume_checkpoint="auto").step == 0
+
+
+@pytest.mark.parametrize("rates", ["", "1.0", "a", "0.9,-1"])
+def test_bad_ema_rates(rates):
+    with pytest.raises(InputError, match="--ema_rate"):
+        build.ema_rates(rates)
+
+
+def test_initial_weights_follow_from_the_seed(make_loop):
+    def first(folder, seed):
+        return make_loop(folder, seed=seed).model.state_dict()["input_blocks.0.0.weight"]
+
+    assert torch.equal(first("a", 1), first("b", 1)) and not torch.equal(first("c", 1), first("d", 2))
+
+
+def test_dry_run_of_training_reports_and_writes_nothing(scenes, tmp_path):
+    flags = {"data_dir": scenes, "checkpoint_dir": tmp_path / "none", **TINY, **TRAIN}
+    config, _ = parse_config(TrainConfig, "", as_arguments(flags))
+    lines = []
+    build.dry_run(config, lines.append)
+    text = "\n".join(lines)
+    for words in ("pictures: 6 of 16x32", "class   7", "parameters: ", "memory estimate: "):
+        assert words in text
+    assert not (tmp_path / "none").exists()
+
+
+def test_dry_run_of_sampling_checks_weights_where_they_exist(scenes, trained):
+    flags = {"data_dir": scenes, **TINY}
+    config, _ = parse_config(SampleConfig, "", as_arguments(flags))
+    lines = []
+    build.dry_run(config, lines.append, weights=str(trained / "ema_0.9_000004.pt"))
+    build.dry_run(config, lines.append, weights="nowhere/ema.pt")
+    assert any("ema_0.9_000004.pt: fits" in line for line in lines)
+    assert any("nowhere/ema.pt: does not exist" in line for line in lines)
+
+
+def test_find_weights_takes_a_folders_newest_average(trained, tmp_path):
+    assert build.find_weights(str(trained)).endswith("ema_0.9_000004.pt")
+    with pytest.raises(InputError, match="no such file"):
+        build.find_weights(str(tmp_path / "none.pt"))
+    with pytest.raises(InputError, match="--model_path is empty"):
+        build.find_weights("")
+    with pytest.raises(InputError, match="no ema_"):
+        build.find_weights(str(tmp_path))

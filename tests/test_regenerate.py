@@ -1,0 +1,127 @@
+"""A sampling run: files, resuming, independence from batches, labels alone."""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+from conftest import TINY, as_arguments
+from PIL import Image
+
+from guided_diffusion import build
+from guided_diffusion.config import SampleConfig, parse_config
+from guided_diffusion.errors import InputError
+from guided_diffusion.regenerate import Regeneration, unique_names
+
+KINDS = ("images", "labels", "received", "samples")
+
+
+@pytest.fixture
+def make_run(scenes, trained, tmp_path):
+    def make(folder="results", **flags):
+        flags = {"data_dir": scenes, "model_path": trained, "results_path": tmp_path / folder, **TINY,
+                 "timestep_respacing": "3", "use_ddim": True, **flags}  # fmt: skip
+        config, _ = parse_config(SampleConfig, "", as_arguments(flags))
+        weights = build.find_weights(config.model_path)
+        return Regeneration(config, weights, build.sampling_parts(config, weights, say=lambda line: None))
+
+    return make
+
+
+def samples(folder):
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in (folder / "samples").iterdir()}
+
+
+def test_every_picture_gets_its_files_and_its_row(make_run, tmp_path):
+    run = make_run(snr=10, pool="med", batch_size=2)
+    rows = run.run()
+    folder = tmp_path / "results"
+    with open(folder / "results.csv") as f:
+        table = list(csv.DictReader(f))
+    assert [row["name"] for row in table] == run.names and len(rows) == 3
+    for row in table:
+        assert row["steps"] == "3" and row["snr_db"] == "10" and 0 <= int(row["bank_index"]) < 16
+        assert float(row["seconds"]) > 0 and float(row["psnr_db"]) > 0
+        for kind in KINDS:
+            with Image.open(folder / kind / f"{row['name']}.png") as picture:
+                assert picture.size == (32, 16)
+    with Image.open(folder / "panel.png") as panel:
+        assert panel.width > 4 * 32 and panel.height > 3 * 16
+    assert "3 pictures" in run.summary(rows)[-1] and "PSNR" in run.summary(rows)[0]
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_saved_labels_are_the_ids(make_run, tmp_path):
+    run = make_run(num_samples=1)
+    run.run()
+    with Image.open(tmp_path / "results" / "labels" / f"{run.names[0]}.png") as picture:
+        assert picture.mode == "P"
+        np.testing.assert_array_equal(np.asarray(picture), run.dataset[0]["label"][0].numpy())
+
+
+@pytest.mark.parametrize("flags", [{}, {"use_ddim": False}, {"eta": 0.7}, {"s": 2}, {"noise_bank_size": 0}])
+def test_a_picture_does_not_depend_on_its_batch(make_run, tmp_path, flags):
+    flags = {"snr": 10, **flags}
+    make_run("one", batch_size=1, **flags).run()
+    make_run("three", batch_size=3, **flags).run()
+    one, three = samples(tmp_path / "one"), samples(tmp_path / "three")
+    assert one.keys() == three.keys()
+    for name in one:
+        assert np.abs(one[name] - three[name]).max() <= 1  # a rounding of 8-bit pixels
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(make_run, tmp_path):
+    make_run("straight").run()
+    make_run("broken", num_samples=1).run()
+    first = next((tmp_path / "broken" / "samples").iterdir())
+    stamp = first.stat().st_mtime_ns
+    rows = make_run("broken").run()
+    assert len(rows) == 3 and first.stat().st_mtime_ns == stamp
+    for name, picture in samples(tmp_path / "straight").items():
+        np.testing.assert_array_equal(picture, samples(tmp_path / "broken")[name])
+
+
+def test_a_lost_picture_is_made_again(make_run, tmp_path):
+    run = make_run()
+    run.run()
+    lost = tmp_path / "results" / "samples" / f"{run.names[1]}.png"
+    lost.unlink()
+    make_run().run()
+    assert lost.exists()
+
+
+def test_other_settings_in_the_same_folder_are_refused(make_run, tmp_path):
+    make_run(num_samples=1).run()
+    with pytest.raises(InputError, match=r"snr 100\.0, now 10\.0"):
+        make_run(snr=10).run()
+    assert len(samples(tmp_path / "results")) == 1
+
+
+def test_early_stop_is_reported(make_run):
+    rows = make_run(stop_tol=10, stop_patience=1, timestep_respacing="6").run()
+    assert [row["steps"] for row in rows] == [2, 2, 2]
+
+
+def test_one_index_for_all_or_one_each(make_run):
+    assert {row["bank_index"] for row in make_run("a", noise_index=5).run()} == {5}
+    assert len({row["bank_index"] for row in make_run("b").run()}) > 1
+    for index in ("16", "-1", "best?"):
+        with pytest.raises(InputError, match=f"--noise_index {index}".replace("?", r"\?")):
+            make_run("c", noise_index=index)
+
+
+def test_labels_alone_are_enough(make_run, scenes, tmp_path):
+    shutil.copytree(scenes / "gtFine", tmp_path / "labels_only" / "gtFine")
+    run = make_run(data_dir=tmp_path / "labels_only")
+    rows = run.run()
+    assert len(rows) == 3 and not any(row.get("psnr_db") for row in rows)
+    assert not (tmp_path / "results" / "images").exists()
+    assert len(samples(tmp_path / "results")) == 3
+
+
+def test_equal_stems_are_kept_apart():
+    paths = ["d/val/a/x.png", "d/val/b/x.png", "d/val/b/y.png", "gs://d/val/c/z.jpg"]
+    assert unique_names(paths) == ["a__x", "b__x", "y", "z"]
+    assert unique_names([]) == []
+    deep = ["d/1/a/x.png", "d/2/a/x.png"]
+    assert len(set(unique_names(deep))) == 2
