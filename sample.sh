@@ -1,0 +1,32 @@
+#!/bin/bash
+#SBATCH --job-name=diff_go_n_sample
+#SBATCH --partition=partitions-gpu
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=5
+#SBATCH --gres=gpu:1
+#SBATCH --mem=32G
+#SBATCH --time=72:00:00
+#SBATCH --output=%x-%j.out
+#SBATCH --mail-type=END,FAIL
+#SBATCH --mail-user=user@email.com
+
+# sbatch sample.sh [further flags]      or: DATA_DIR=/data/cityscapes bash sample.sh [further flags]
+# Change the lines above, and these, for your site. Further flags go to image_sample.py and override what stands below.
+DATA_DIR=${DATA_DIR:-./datasets/cityscapes}
+MODEL_PATH=${MODEL_PATH:-./checkpoints/cityscapes}
+RESULTS_PATH=${RESULTS_PATH:-./results/cityscapes}
+CONDA_ENV=${CONDA_ENV:-diff_go_n}
+
+set -euo pipefail
+# A batch job runs a copy of this file, so its own place does not tell where the project is.
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")}"
+if type module >/dev/null 2>&1; then module load cuda || echo "sample.sh: no module cuda; going on without" >&2; fi
+if command -v conda >/dev/null 2>&1 && conda env list | grep -q "^$CONDA_ENV "; then
+  set +u  # conda's own scripts read unset variables
+  eval "$(conda shell.bash hook)" && conda activate "$CONDA_ENV"
+  set -u
+fi
+
+exec python image_sample.py --preset cityscapes --data_dir "$DATA_DIR" --model_path "$MODEL_PATH" \
+  --results_path "$RESULTS_PATH" "$@"
