@@ -5,6 +5,7 @@ state{N}.pt (everything else that resuming needs; written last, so it marks a wh
 """
 
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -41,7 +42,9 @@ def save_parts(directory, step, parts):
 def load_file(path):
     """Read what torch.save wrote, without running code from the file. Raises InputError naming the file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on odd pickles before it refuses them
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check --model_path or --resume_checkpoint") from None
     except Exception as error:  # torch raises many kinds for damaged and for refused files

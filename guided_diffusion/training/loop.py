@@ -191,7 +191,7 @@ class TrainLoop:
         """Train to the last step, or until stopped; return the last step."""
         s = self.settings
         logger = RunLogger(s.checkpoint_dir, self.step, s.last_step)
-        saved = self.step
+        saved, batches = self.step, None
         try:
             batches = iter(self.loader(self.step * s.batch_size)) if self.step != s.last_step else None
             window, started = _Window(self.device), time.monotonic()
@@ -219,6 +219,7 @@ class TrainLoop:
             logger.say(f"interrupted; saved step {self.step} in {s.checkpoint_dir}")
             raise
         finally:
+            batches = None  # ends the loader's workers now, not when a traceback lets go of them
             logger.close()
         return self.step
 

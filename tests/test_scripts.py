@@ -1,0 +1,295 @@
+"""The two scripts as users run them: whole runs, bad input in one line, kills, the SLURM wrappers under bash."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, TRAIN, as_arguments
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED_TRAIN = (
+    "--dataset_mode cityscapes --lr 1e-4 --batch_size 1 --attention_resolutions 32,16,8 --diffusion_steps 1000 --image_size 256"
+    " --learn_sigma True --noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2"
+    " --resblock_updown True --use_fp16 True --use_scale_shift_norm True --use_checkpoint True --save_interval 1000"
+    " --num_classes 35 --class_cond True --no_instance False --one_hot_label True"
+).split()  # noqa: SIM905 - reads as it is typed
+SEED_SAMPLE = (
+    "--dataset_mode cityscapes --attention_resolutions 32,16,8 --diffusion_steps 1000 --image_size 256 --learn_sigma True"
+    " --noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --resblock_updown True"
+    " --use_fp16 True --use_scale_shift_norm True --num_classes 35 --class_cond True --no_instance False --batch_size 1"
+    " --num_samples 100 --model_path ./checkpoints/ema_0.9999_100000.pt --results_path ./results/results_100000 --s 2"
+    " --one_hot_label True --snr 100 --pool None --unet_model unet"
+).split()  # noqa: SIM905
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, tmp_path):
+    """Function that runs a script's main in this process; returns (exit code, standard output, standard error)."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(tmp_path)
+
+    def script(name, *arguments):
+        from guided_diffusion.config import run_script
+
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        module = __import__(name)
+        code = 0
+        try:
+            run_script(module.main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return script
+
+
+def train_flags(scenes, folder, **changes):
+    return as_arguments({"data_dir": scenes, "checkpoint_dir": folder, **TINY, **TRAIN, "total_steps": 2, **changes})
+
+
+def sample_flags(scenes, weights, folder, **changes):
+    flags = {"data_dir": scenes, "model_path": weights, "results_path": folder, "use_ddim": True, "timestep_respacing": 2}
+    return as_arguments({**flags, **changes})
+
+
+def test_train_then_sample(run, scenes, tmp_path):
+    code, _, said = run("image_train", *train_flags(scenes, "ckpt", add_noise=True, drop_rate=0.1, preview_items=1))
+    assert code == 0 and "finished at step 2" in said and "ckpt" in said
+    assert json.loads((tmp_path / "ckpt" / "config.json").read_text())["num_channels"] == 32
+    # The architecture comes from config.json: no network flag is given here.
+    code, _, said = run("image_sample", *sample_flags(scenes, "ckpt", "out", snr=10, pool="max", s=1.5))
+    assert code == 0 and "3 pictures" in said
+    assert (tmp_path / "out" / "panel.png").exists() and len(list((tmp_path / "out" / "samples").iterdir())) == 3
+
+
+def test_the_familys_commands_are_accepted(run, scenes):
+    code, out, said = run("image_train", "--data_dir", scenes, "--checkpoint_dir", "./ckpt", *SEED_TRAIN, "--dry_run", "True")
+    assert code == 0, said
+    assert "parameters: 653,984,518" in out and "6 of 256x512" in out
+    code, out, said = run("image_sample", "--data_dir", scenes, *SEED_SAMPLE, "--dry_run", "True")
+    assert code == 0, said
+    assert [line for line in out.splitlines() if "ema_0.9999_100000.pt" in line and "does not exist" in line]
+    assert not Path("ckpt").exists() and not Path("results").exists()
+
+
+def test_help_needs_no_torch():
+    for name in ("image_train", "image_sample"):
+        code = f"import sys; sys.argv = ['{name}.py', '--help']; import {name}; {name}.run_script({name}.main)"
+        probe = f"import atexit, sys\natexit.register(lambda: print('torch' in sys.modules))\n{code}"
+        done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "--noise_bank_size" in done.stdout
+        assert done.stdout.strip().endswith("False")
+
+
+def break_label(scenes, folder, change):
+    """Copy the scenes and change the first training label with `change(path)`; return the folder."""
+    shutil.copytree(scenes, folder)
+    change(sorted(folder.glob("gtFine/train/*/*_labelIds.png"))[0])
+    return folder
+
+
+def set_id(value):
+    def change(path):
+        ids = np.asarray(Image.open(path)).copy()
+        ids[5, 5] = value
+        Image.fromarray(ids).save(path)
+
+    return change
+
+
+BAD_TRAINING = {
+    "unknown flag": ({"colour": 1}, "--colour"),
+    "boolean": ({"use_fp16": "maybe"}, "expected True or False"),
+    "choice": ({"noise_schedule": "quadratic"}, "quadratic"),
+    "number": ({"lr": "fast"}, "--lr"),
+    "class_cond": ({"class_cond": "False"}, "--class_cond False"),
+    "batch size": ({"batch_size": 0}, "--batch_size 0"),
+    "width": ({"num_channels": 40}, "multiple of 32"),
+    "heads": ({"num_head_channels": 33}, "--num_head_channels 33"),
+    "size": ({"image_size": 15}, "15x30"),
+    "respacing": ({"timestep_respacing": "ddim999"}, "ddim999"),
+    "device": ({"device": "cuda:99"}, "--device cuda:99"),
+    "no data": ({"data_dir": "nowhere"}, "nowhere"),
+    "no data flag": ({"data_dir": ""}, "--data_dir"),
+    "resume name": ({"resume_checkpoint": "weights.pt"}, "weights.pt"),
+    "resume file": ({"resume_checkpoint": "ckpt/model000009.pt"}, "model000009.pt"),
+    "classes": ({"num_classes": 20}, "--num_classes is 20"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRAINING)
+def test_bad_training_input_is_one_line(run, scenes, tmp_path, case):
+    changes, words = BAD_TRAINING[case]
+    code, _, said = run("image_train", *train_flags(scenes, "ckpt", **changes))
+    lines = [line for line in said.splitlines() if line and not line.startswith("warning")]
+    assert code == 2 and words in lines[-1] and lines[-1].startswith("image_train.py: error: ")
+    assert "Traceback" not in said
+    assert not (tmp_path / "ckpt").exists() or not any((tmp_path / "ckpt").glob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (set_id(40), "has id 40, but --num_classes is 35"),
+        (lambda path: Image.new("RGB", (64, 32)).save(path), "RGB"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "_labelIds.png"),
+        (lambda path: Image.new("L", (32, 32)).save(path), "32x32"),
+    ],
+    ids=["id", "RGB", "truncated", "size"],
+)
+def test_bad_labels_are_one_line(run, scenes, tmp_path, change, words):
+    folder = break_label(scenes, tmp_path / "broken", change)
+    for extra in ({"total_steps": 4}, {"dry_run": True}, {"total_steps": 4, "num_workers": 2}):
+        code, _, said = run("image_train", *train_flags(folder, "ckpt", **extra))
+        shutil.rmtree(tmp_path / "ckpt", ignore_errors=True)
+        last = said.strip().splitlines()[-1]
+        assert code == 2 and words in last and "toytown_" in last and "Traceback" not in said, said
+
+
+def test_a_missing_split_and_an_unwritable_folder(run, scenes, tmp_path):
+    shutil.copytree(scenes / "gtFine" / "val", tmp_path / "half" / "gtFine" / "val")
+    code, _, said = run("image_train", *train_flags(tmp_path / "half", "ckpt"))
+    assert code == 2 and "train" in said.splitlines()[-1] and "Traceback" not in said
+    (tmp_path / "file").write_text("not a folder")
+    code, _, said = run("image_train", *train_flags(scenes, "file"))
+    assert code == 1 and "file" in said.splitlines()[-1] and "Traceback" not in said
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(run, scenes, tmp_path, monkeypatch):
+    save, calls = torch.save, []
+
+    def filling(contents, f):
+        calls.append(1)
+        if len(calls) > 5:
+            raise OSError(28, "No space left on device")
+        save(contents, f)
+
+    monkeypatch.setattr(torch, "save", filling)
+    code, _, said = run("image_train", *train_flags(scenes, "ckpt", total_steps=4, save_interval=1))
+    last = said.strip().splitlines()[-1]
+    assert code == 1 and "No space left on device" in last and "Traceback" not in said
+    assert {path.name for path in (tmp_path / "ckpt").glob("*.pt")} >= {"state000001.pt", "model000001.pt"}
+    assert not list((tmp_path / "ckpt").glob("*.tmp"))
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model_path": "none.pt"}, "none.pt"),
+        ({"model_path": "garbage.pt"}, "garbage.pt"),
+        ({"model_path": "evil.pt"}, "evil.pt"),
+        ({"model_path": "empty"}, "no ema_"),
+        ({"results_path": ""}, "--results_path"),
+        ({"num_channels": 64}, "--num_channels 64 contradicts the checkpoint, trained with 32"),
+        ({"noise_bank_seed": 1}, "--noise_bank_seed 1 contradicts the checkpoint, trained with 150"),
+        ({"s": 0.5}, "--s 0.5"),
+        ({"snr": 0.5}, "--snr 0.5"),
+        ({"pool": "median"}, "median"),
+        ({"noise_index": 99}, "--noise_index 99"),
+        ({"timestep_respacing": "x"}, "--timestep_respacing x"),
+    ],
+)
+def test_bad_sampling_input_is_one_line(run, scenes, trained, tmp_path, changes, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "garbage.pt").write_bytes(b"\x80garbage")
+    with open(tmp_path / "evil.pt", "wb") as f:
+        pickle.dump({"out.2.weight": Evil()}, f)
+    code, _, said = run("image_sample", *sample_flags(scenes, trained, "out", **changes))
+    lines = said.strip().splitlines()
+    assert code == 2 and words in lines[-1] and "Traceback" not in said
+    assert not (tmp_path / "out").exists() and not (tmp_path / "executed").exists()
+
+
+def test_guiding_a_model_that_never_dropped_its_semantics_warns(run, scenes, tmp_path):
+    run("image_train", *train_flags(scenes, "ckpt"))
+    _, _, said = run("image_sample", *sample_flags(scenes, "ckpt", "out", s=2, num_samples=1))
+    assert "warning: --s 2" in said
+
+
+def test_resuming_with_other_flags_says_so(run, scenes, tmp_path):
+    run("image_train", *train_flags(scenes, "ckpt"))
+    code, _, said = run("image_train", *train_flags(scenes, "ckpt", lr=1e-4, total_steps=3, resume_checkpoint="auto"))
+    assert code == 0 and "resuming with --lr 0.0001; the earlier run had 0.001" in said
+    flags = train_flags(scenes, "ckpt", num_channels=64, resume_checkpoint="auto")
+    code, _, said = run("image_train", *flags)
+    assert code == 2 and "--num_channels 64 contradicts the checkpoint, trained with 32" in said
+
+
+def test_a_killed_run_resumes_to_the_same_weights(run, scenes, tmp_path):
+    flags = {"total_steps": 12, "save_interval": 1, "add_noise": True}
+    command = [sys.executable, str(ROOT / "image_train.py"), *train_flags(scenes, tmp_path / "killed", **flags)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").glob("state*.pt")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (tmp_path / "killed" / "state000012.pt").exists()
+    code, _, said = run("image_train", *train_flags(scenes, "killed", resume_checkpoint="auto", **flags))
+    assert code == 0 and "resumed from step" in said
+    code, _, _ = run("image_train", *train_flags(scenes, "straight", **flags))
+    assert code == 0
+    for name in ("model000012.pt", "ema_0.9_000012.pt"):
+        resumed, straight = (torch.load(tmp_path / d / name, weights_only=True) for d in ("killed", "straight"))
+        assert all(torch.equal(resumed[key], straight[key]) for key in straight)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs bash")
+def test_the_wrappers_run_under_bash(scenes, tmp_path):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DATA_DIR": str(scenes),
+                   "CHECKPOINT_DIR": str(tmp_path / "ckpt"), "MODEL_PATH": str(tmp_path / "ckpt"),
+                   "RESULTS_PATH": str(tmp_path / "out")}  # fmt: skip
+    environment.pop("SLURM_SUBMIT_DIR", None)
+    off = {"precision": "fp32", "learn_sigma": False, "eval_interval": 0, "total_steps": 1, "use_checkpoint": False}
+    for script, flags in (("train.sh", {**TINY, **TRAIN, **off}), ("sample.sh", {"timestep_respacing": 2, "num_samples": 1})):
+        command = ["bash", str(ROOT / script), *as_arguments(flags)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ckpt" / "model000001.pt").exists() and (tmp_path / "out" / "panel.png").exists()
+
+
+@pytest.mark.parametrize("script, memory", [("train.sh", "64G"), ("sample.sh", "32G")])
+def test_the_wrappers_carry_their_sbatch_lines(script, memory):
+    lines = (ROOT / script).read_text().splitlines()
+    assert lines[0] == "#!/bin/bash"
+    options = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
+    assert {"partition=partitions-gpu", "gres=gpu:1", "ntasks-per-node=1", "cpus-per-task=5", "time=72:00:00", f"mem={memory}",
+            "mail-type=END,FAIL", "mail-user=user@email.com"} <= options  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["coco", "ade20k"])
+def test_the_other_data_sets_train_and_sample(run, tmp_path, mode):
+    names = {
+        "coco": ("images/{s}2017/{k}.jpg", "labels/{s}2017/{k}.png", "images/{s}_inst/{k}.png"),
+        "ade20k": ("{t}/{k}.jpg", "{t}/{k}_seg.png"),
+    }[mode]
+    draw = np.random.default_rng(0)
+    for split, long in (("train", "training"), ("val", "validation")):
+        for k in range(2):
+            paths = [tmp_path / "data" / name.format(s=split, t=long, k=f"{k:06d}") for name in names]
+            for path, high in zip(paths, (256, 182 if mode == "coco" else 151, 3), strict=False):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shape = (30, 40, 3) if path.suffix == ".jpg" else (30, 40)
+                Image.fromarray(draw.integers(high, size=shape, dtype=np.uint8)).save(path)
+    classes = {"coco": 183, "ade20k": 151}[mode]
+    extra = {"dataset_mode": mode, "num_classes": classes, "no_instance": mode == "ade20k"}
+    code, _, said = run("image_train", *train_flags(tmp_path / "data", "ckpt", **extra))
+    assert code == 0, said
+    code, _, said = run("image_sample", *sample_flags(tmp_path / "data", "ckpt", "out", dataset_mode=mode, batch_size=2))
+    assert code == 0 and "2 pictures" in said, said
