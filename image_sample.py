@@ -16,6 +16,7 @@ from guided_diffusion.config import (
     run_script,
 )
 from guided_diffusion.errors import InputError
+from guided_diffusion.files import check_folder
 
 
 def say(text):
@@ -38,17 +39,19 @@ def main():
         say(f"warning: {line}")
     if config.s > 1 and trained.get("drop_rate") == 0:
         say(f"warning: --s {config.s:g} guides a model trained without --drop_rate: it has never seen empty semantics")
+    if not trained and os.path.exists(weights):
+        say(f"warning: no config.json beside {weights}: prediction, schedule and noise bank are taken from the flags")
+    build.draw_toy_scenes(config, given, say)
+    if not config.results_path and not config.dry_run:
+        raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
+    check_folder(config.results_path, "results_path")
     if config.dry_run:
         print_config(config)
         build.dry_run(config, say=print, weights=weights)
         return
-    if not config.results_path:
-        raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
     from guided_diffusion.regenerate import Regeneration
 
     run = Regeneration(config, weights, build.sampling_parts(config, weights, say))
-    if not run.dataset.has_images:
-        say("this split has no pictures: working from labels alone, without image edges")
     say(f"regenerating {run.count} pictures with {weights} into {config.results_path}")
     for line in run.summary(run.run()):
         say(line)

@@ -16,6 +16,7 @@ from guided_diffusion.config import (
     run_script,
     save_config,
 )
+from guided_diffusion.files import check_folder
 
 
 def say(text):
@@ -30,6 +31,8 @@ def main():
 
     for line in [*adopt_resumed(config, given), *ineffective_flags(config, given)]:
         say(f"warning: {line}")
+    check_folder(config.checkpoint_dir, "checkpoint_dir")
+    build.draw_toy_scenes(config, given, say)
     if config.dry_run:
         print_config(config)
         build.dry_run(config, say=print)

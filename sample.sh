@@ -19,12 +19,14 @@ RESULTS_PATH=${RESULTS_PATH:-./results/cityscapes}
 CONDA_ENV=${CONDA_ENV:-diff_go_n}
 
 set -euo pipefail
-# A batch job runs a copy of this file, so its own place does not tell where the project is.
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")}"
+# A batch job runs a copy of this file from a spool folder; the project is then where sbatch was called.
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [ -f "$here/image_train.py" ]; then cd "$here"; else cd "$SLURM_SUBMIT_DIR"; fi
 if type module >/dev/null 2>&1; then module load cuda || echo "sample.sh: no module cuda; going on without" >&2; fi
-if command -v conda >/dev/null 2>&1 && conda env list | grep -q "^$CONDA_ENV "; then
+if command -v conda >/dev/null 2>&1; then
   set +u  # conda's own scripts read unset variables
-  eval "$(conda shell.bash hook)" && conda activate "$CONDA_ENV"
+  eval "$(conda shell.bash hook)"
+  conda activate "$CONDA_ENV" || echo "sample.sh: no conda environment $CONDA_ENV; going on with $(command -v python)" >&2
   set -u
 fi
 

@@ -1,8 +1,9 @@
 """From a configuration to model, diffusion, noise bank and data: the only module that knows them all."""
 
 import dataclasses
+import inspect
+import math
 import os
-from pathlib import Path
 
 import torch
 
@@ -11,25 +12,17 @@ from .data.semantics import conditioning_channels
 from .data.toy_scenes import write_toy_scenes
 from .diffusion.gaussian_diffusion import create_gaussian_diffusion
 from .diffusion.resample import create_schedule_sampler
-from .diffusion.unet import DEFAULT_CHANNEL_MULT, UNetModel, check_size
+from .diffusion.unet import DEFAULT_CHANNEL_MULT, SPADE_PLACES, UNetModel, check_size
 from .errors import InputError
 from .link.channel import snr_to_sigma
 from .link.noise_bank import NoiseBank
 from .random_streams import stream_seed
 from .report import describe_labels, describe_network
-from .training.checkpoint import load_weights, newest_checkpoint, newest_ema, parse_checkpoint_path
+from .training.checkpoint import load_weights, newest_ema, resume_point
 from .training.distributed import pins_memory, select_device, usable_precision
 from .training.loop import LoopSettings, TrainLoop
 from .training.samples import SampleRules
 from .training.validation import Validation
-
-_MODEL_FLAGS = ("image_size", "num_classes", "num_channels", "num_res_blocks", "num_heads", "num_heads_upsample",
-                "num_head_channels", "attention_resolutions", "channel_mult", "dropout", "class_cond", "use_checkpoint",
-                "use_scale_shift_norm", "resblock_updown", "use_new_attention_order", "no_instance", "one_hot_label",
-                "unet_model")  # fmt: skip
-_DIFFUSION_FLAGS = ("learn_sigma", "diffusion_steps", "noise_schedule", "timestep_respacing", "use_kl", "prediction",
-                    "predict_xstart", "rescale_timesteps", "rescale_learned_sigmas")  # fmt: skip
-
 
 # -- model and diffusion ----------------------------------------------------------------------------------------------
 
@@ -37,10 +30,12 @@ _DIFFUSION_FLAGS = ("learn_sigma", "diffusion_steps", "noise_schedule", "timeste
 def create_model_and_diffusion(**flags):
     """Build the network and the diffusion process from flags.
 
-    :param flags: every key of `model_and_diffusion_defaults()`.
+    :param flags: every key of `model_and_diffusion_defaults()`. The family's `use_fp16` is accepted too, and ignored:
+        weights stay in float32, and torch.autocast around the calls decides the precision.
     :return: (UNetModel, GaussianDiffusion).
     :raises InputError: for an unknown or missing flag, or values that do not fit together.
     """
+    flags.pop("use_fp16", None)
     wanted = {*_MODEL_FLAGS, *_DIFFUSION_FLAGS}
     if flags.keys() != wanted:
         odd = sorted(flags.keys() ^ wanted)
@@ -58,6 +53,8 @@ def create_model(*, image_size, num_classes, num_channels, num_res_blocks, num_h
     """Build the semantic UNet from flags (see `config.ModelFlags`)."""
     if not class_cond:
         raise InputError("--class_cond False: this network is conditional; set it to True")
+    if unet_model not in SPADE_PLACES:
+        raise InputError(f"--unet_model {unet_model}: unknown; choose one of {', '.join(SPADE_PLACES)}")
     resolutions = _numbers(attention_resolutions, "attention_resolutions", int)
     if any(size < 1 for size in resolutions):
         raise InputError(f"--attention_resolutions {attention_resolutions}: image sizes must be at least 1")
@@ -83,6 +80,8 @@ def create_model(*, image_size, num_classes, num_channels, num_res_blocks, num_h
 def create_diffusion(*, learn_sigma, diffusion_steps, noise_schedule, timestep_respacing, use_kl, prediction,
                      predict_xstart, rescale_timesteps, rescale_learned_sigmas):  # fmt: skip
     """Build the diffusion process from flags (see `config.DiffusionFlags`)."""
+    if predict_xstart and prediction == "v":
+        raise InputError("--predict_xstart True is --prediction x0, but prediction is v; drop one of them")
     loss_type = "rescaled_kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse"
     return create_gaussian_diffusion(
         diffusion_steps=diffusion_steps,
@@ -95,9 +94,16 @@ def create_diffusion(*, learn_sigma, diffusion_steps, noise_schedule, timestep_r
     )
 
 
+_MODEL_FLAGS = tuple(name for name in inspect.signature(create_model).parameters if name != "learn_sigma")
+_DIFFUSION_FLAGS = tuple(inspect.signature(create_diffusion).parameters)
+
+
 def _channel_mult(text, image_size):
     if text:
-        return tuple(_numbers(text, "channel_mult", float))
+        multipliers = tuple(_numbers(text, "channel_mult", float))
+        if not multipliers or not all(0 < mult < math.inf for mult in multipliers):
+            raise InputError(f'--channel_mult {text}: expected positive numbers separated by commas, such as "1,2,3,4"')
+        return multipliers
     if image_size not in DEFAULT_CHANNEL_MULT:
         known = ", ".join(str(size) for size in DEFAULT_CHANNEL_MULT)
         raise InputError(f'--image_size {image_size} has no default --channel_mult (only {known} have); set it: "1,2,3,4"')
@@ -129,20 +135,30 @@ def _placed(model, device):
 # -- data and bank ----------------------------------------------------------------------------------------------------
 
 
-def data_set(config, is_train, augment=False):
-    """Open one split of the configuration's data set; the toy preset draws its scenes first."""
-    if config.preset == "toy" and not os.path.exists(config.data_dir):
+def draw_toy_scenes(config, given, say):
+    """Draw the scenes of the toy preset into its own folder, unless they are there or another folder was named."""
+    if config.preset == "toy" and "data_dir" not in given and not os.path.exists(config.data_dir):
+        say(f"drawing toy scenes into {config.data_dir}")
         write_toy_scenes(config.data_dir)
-    return SceneDataset(
+
+
+def data_set(config, is_train, say=None):
+    """Open one split of the configuration's data set, and say what it lacks."""
+    dataset = SceneDataset(
         config.dataset_mode, config.data_dir, config.image_size, is_train, num_classes=config.num_classes,
-        no_instance=config.no_instance, augment=augment, seed=config.seed,
+        no_instance=config.no_instance, seed=config.seed,
     )  # fmt: skip
+    if say is not None and not dataset.has_images:
+        say("this split has no pictures: working from labels alone, without image edges")
+    if say is not None and not dataset.has_instances and not config.no_instance:
+        say("this split has no instance maps: the edge plane holds image edges alone")
+    return dataset
 
 
 def picture_size(dataset, model):
     """Return (H, W) of the data set's pictures after checking that the network takes them."""
     height, width = dataset.sample_size(0)
-    check_size(height, width, model.strides)
+    check_size(height, width, model.downsampling)
     return height, width
 
 
@@ -168,14 +184,10 @@ def training_loop(config, given, say):
     torch.manual_seed(stream_seed(config.seed, "initial weights"))
     model = model_from(config)
     _say_idle_attention(config, model, say)
-    data_set_ = data_set(config, config.is_train)
-    if not data_set_.has_images:
-        raise InputError(f"--data_dir {config.data_dir}: training needs pictures, and this split has labels alone")
-    height, width = picture_size(data_set_, model)
+    pictures, validation_pictures = _training_data(config, say)
+    height, width = picture_size(pictures, model)
     rates = ema_rates(config.ema_rate)
-    start = _resume_point(config, rates, say)
-    say(f"training on {len(data_set_)} pictures of {height}x{width}; checkpoints, progress.csv and previews are in"
-        f" {config.checkpoint_dir}")  # fmt: skip
+    start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial)
     rules = SampleRules(
         num_classes=config.num_classes,
         one_hot=config.one_hot_label,
@@ -192,12 +204,30 @@ def training_loop(config, given, say):
     loop = TrainLoop(
         _placed(model, device), diffusion, create_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps).to(device),
         rules, lambda position: _training_batches(config, position, device),
-        _validation(config, rules, diffusion, device, precision), settings,
+        _validation(config, validation_pictures, rules, diffusion, device, precision), settings,
     )  # fmt: skip
     if start is not None:
         missing = loop.resume(*start, partial=config.resume_partial)
         say(f"resumed from step {start[1]} in {start[0]}" + (f", without {', '.join(missing)}" if missing else ""))
+    elif config.resume_checkpoint:
+        say(f"no checkpoint in {config.checkpoint_dir} yet: starting afresh")
+    say(f"training on {len(pictures)} pictures of {height}x{width}; checkpoints, progress.csv and previews go to"
+        f" {config.checkpoint_dir}")  # fmt: skip
     return loop
+
+
+def _training_data(config, say):
+    """Open the training split, and the validation split or None where nothing looks at it; check that both have pictures."""
+    pictures = data_set(config, config.is_train, say)
+    if not pictures.has_images:
+        raise InputError(f"--data_dir {config.data_dir}: training needs pictures, and this split has labels alone")
+    if not config.preview_items and not config.eval_interval:
+        return pictures, None
+    validation = data_set(config, is_train=False)
+    if not validation.has_images:
+        raise InputError(f"--data_dir {config.data_dir}: previews and scores need validation pictures; set --preview_items 0"
+                         " and --eval_interval 0 to train without")  # fmt: skip
+    return pictures, validation
 
 
 def ema_rates(text):
@@ -225,43 +255,19 @@ def _training_batches(config, position, device):
     )  # fmt: skip
 
 
-def _validation(config, rules, diffusion, device, precision):
-    """Return a `Validation` on the first pictures of the validation split, or None where nothing asks for it."""
-    count = max(config.preview_items, config.eval_items if config.eval_interval else 0)
-    if not count:
+def _validation(config, pictures, rules, diffusion, device, precision):
+    """Return a `Validation` on a few pictures of the validation split, or None where nothing asks for it."""
+    if pictures is None:
         return None
-    pictures = data_set(config, is_train=False)
-    if not pictures.has_images:
-        raise InputError(f"--data_dir {config.data_dir}: previews and scores need validation pictures; set --preview_items 0"
-                         " and --eval_interval 0 to train without")  # fmt: skip
-    # Spread over the split: neighbours in a drive look alike.
-    chosen = sorted({k * len(pictures) // count for k in range(min(count, len(pictures)))})
-    items = [pictures.batch([i]) for i in chosen]
+    wanted = max(config.preview_items, config.eval_items if config.eval_interval else 0)
+    count = min(wanted, len(pictures))
+    # Spread over the split, because neighbours in a drive look alike; every other one first, for the preview's share.
+    spread = [k * len(pictures) // count for k in range(count)]
+    items = [pictures.batch([i]) for i in spread[::2] + spread[1::2]]
     steps = min(config.preview_steps, diffusion.num_timesteps)
     preview = diffusion_from(config, timestep_respacing=str(steps)).to(device)
     clean = dataclasses.replace(rules, add_noise=False, drop_rate=0.0)
     return Validation(items, clean, diffusion, preview, device, precision)
-
-
-def _resume_point(config, rates, say):
-    """Return (folder, step) to resume from, or None; refuse to train over another run's checkpoints."""
-    if config.resume_checkpoint not in ("", "auto"):
-        folder, step = parse_checkpoint_path(config.resume_checkpoint)
-        if not Path(config.resume_checkpoint).exists():
-            raise InputError(f"--resume_checkpoint {config.resume_checkpoint}: no such file")
-        return folder, step
-    newest = newest_checkpoint(config.checkpoint_dir, rates)
-    if config.resume_checkpoint == "auto":
-        if newest is None:
-            say(f"no checkpoint in {config.checkpoint_dir} yet: starting afresh")
-            return None
-        return config.checkpoint_dir, newest
-    if newest is not None:
-        raise InputError(
-            f"--checkpoint_dir {config.checkpoint_dir} holds a run that reached step {newest}: go on with"
-            " --resume_checkpoint auto, or choose another folder"
-        )
-    return None
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -290,7 +296,7 @@ def sampling_parts(config, weights, say):
     device = select_device(config.device)
     precision = _precision(config, device, say)
     model = model_from(config)
-    dataset = data_set(config, config.is_train)
+    dataset = data_set(config, config.is_train, say)
     height, width = picture_size(dataset, model)
     if weights is not None:
         load_weights(model, weights)
@@ -318,13 +324,19 @@ def dry_run(config, say, weights=None):
         model = model_from(config)
     _say_idle_attention(config, model, say)
     diffusion_from(config)
-    dataset = data_set(config, config.is_train)
+    training = weights is None
+    dataset = _training_data(config, say)[0] if training else data_set(config, config.is_train, say)
     height, width = picture_size(dataset, model)
+    if training:
+        start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial)
+        say(
+            f"checkpoints: {config.checkpoint_dir}, "
+            + ("starting afresh" if start is None else f"resuming from step {start[1]}")
+        )
     say(f"pictures: {len(dataset)} of {height}x{width}" + ("" if dataset.has_images else ", labels alone"))
     say("label histogram:")
     for line in describe_labels(label_histogram(dataset, progress=True)):
         say(line)
-    training = weights is None
     count = len(ema_rates(config.ema_rate)) if training else None
     batch = config.batch_size
     if training and config.microbatch > 0:
@@ -333,7 +345,7 @@ def dry_run(config, say, weights=None):
         say(line)
     if not training:
         _check_weights(config, weights, say)
-    say("dry run: everything was accepted; nothing was written")
+    say("dry run: everything was accepted; nothing was trained, sampled or saved")
 
 
 def _check_weights(config, weights, say):
@@ -355,5 +367,5 @@ def _precision(config, device, say):
 def _say_idle_attention(config, model, say):
     for size in _numbers(config.attention_resolutions, "attention_resolutions", int):
         stride = config.image_size // size
-        if not 1 <= stride <= model.strides or stride & (stride - 1):
+        if not 1 <= stride <= model.downsampling or stride & (stride - 1):
             say(f"warning: --attention_resolutions {size} has no effect: no level of this network is {stride} times smaller")

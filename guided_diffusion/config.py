@@ -5,9 +5,11 @@ Standard library only, so that `--help` answers at once.
 
 import argparse
 import dataclasses
+import glob
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass, field
 
 from .errors import InputError
@@ -250,6 +252,13 @@ def settle(config, given):
             raise InputError(f"--{name} {getattr(config, name)}: must be at least {low}")
     if getattr(config, "microbatch", -1) < 1 and getattr(config, "microbatch", -1) != -1:
         raise InputError(f"--microbatch {config.microbatch}: must be at least 1, or -1 for the whole batch")
+    if not config.snr >= 1:
+        raise InputError(f"--snr {config.snr:g}: GESCO's table covers 1 dB to 100 dB (no noise); choose a value in that range")
+    if config.num_classes > 256:
+        raise InputError(f"--num_classes {config.num_classes}: label maps have 8 bits, so at most 256 classes")
+    index = getattr(config, "noise_index", "random")
+    if index != "random" and config.noise_bank_size and not (index.isdigit() and int(index) < config.noise_bank_size):
+        raise InputError(f"--noise_index {index}: expected random or a number from 0 to {config.noise_bank_size - 1}")
     for name in ("drop_rate", "dropout", "eta"):
         if not 0 <= getattr(config, name, 0) <= 1:
             raise InputError(f"--{name} {getattr(config, name)}: must be between 0 and 1")
@@ -275,6 +284,8 @@ def ineffective_flags(config, given):
             ("fp16_scale_growth", True, "torch's GradScaler has its own growth rule"),
             ("snr", not config.add_noise, "training adds channel noise only with --add_noise True"),
             ("noise_to", not config.add_noise, "training adds channel noise only with --add_noise True"),
+            ("noise_to", config.add_noise and config.no_instance, "there is no edge plane with --no_instance True"),
+            ("export_legacy", config.unet_model != "unet", "this encoder has SPADE blocks of its own"),
             ("patience", config.patience and not config.eval_interval, "there is no score without --eval_interval"),
             ("min_delta", not config.patience, "it belongs to --patience"),
             ("eval_items", not config.eval_interval, "it belongs to --eval_interval"),
@@ -299,21 +310,24 @@ def ineffective_flags(config, given):
     return [f"--{name} {getattr(config, name)} has no effect: {why}" for name, idle, why in rules if name in on and idle]
 
 
-def adopt_training_config(config, given, trained, path):
+def adopt_training_config(config, given, trained, path, also=()):
     """Take from a checkpoint's config.json what training fixed. Changes `config` in place.
 
     :param trained: dict read from config.json.
-    :raises InputError: a flag was given with another value; the message names both.
+    :param also: further names to take over.
+    :raises InputError: a flag was given with another value (the message names both), or the file holds an invalid one.
     """
-    for name in FIXED_BY_TRAINING:
+    choices = {f.name: f.metadata["choices"] for f in dataclasses.fields(config)}
+    for name in [*FIXED_BY_TRAINING, *also]:
         if name not in trained:
             continue
         value, asked = trained[name], getattr(config, name)
-        if type(value) is not type(asked) and not (isinstance(value, int) and isinstance(asked, float)):
-            raise InputError(f"{path}: {name} is {value!r}, expected {type(asked).__name__}; restore the file")
+        if type(value) is not type(asked) or (choices[name] and value not in choices[name]):
+            raise InputError(f"{path}: {name} is {value!r}, which this flag does not take; restore the file")
         if name in given and asked != value:
             raise InputError(f"--{name} {asked} contradicts the checkpoint, trained with {value} ({path}); drop the flag")
         setattr(config, name, value)
+    settle(config, given - {"prediction", "predict_xstart", "precision", "use_fp16"})
 
 
 def adopt_resumed(config, given):
@@ -325,12 +339,13 @@ def adopt_resumed(config, given):
     resumed = config.resume_checkpoint
     folder = config.checkpoint_dir if resumed == "auto" else os.path.dirname(resumed)
     path = os.path.join(folder, "config.json")
-    if not resumed or not os.path.exists(path):
+    if not resumed or not os.path.exists(path) or not glob.glob(os.path.join(glob.escape(folder), "model*.pt")):
         return []
     trained = load_config(path)
-    adopt_training_config(config, given, trained, path)
-    watched = {f.name for group in (TrainFlags, ChannelFlags) for f in dataclasses.fields(group)} | {"precision", "dropout"}
-    watched -= {"resume_checkpoint", "resume_partial", "checkpoint_dir", "total_steps"}
+    adopt_training_config(config, given, trained, path, also=("use_kl", "rescale_learned_sigmas", "timestep_respacing"))
+    watched = {f.name for group in (TrainFlags, ChannelFlags, DataFlags) for f in dataclasses.fields(group)}
+    watched |= {"precision", "dropout"}
+    watched -= {"resume_checkpoint", "resume_partial", "checkpoint_dir", "total_steps", "num_workers"}
     changed = [name for name in sorted(watched & trained.keys()) if getattr(config, name) != trained[name]]
     return [f"resuming with --{name} {getattr(config, name)}; the earlier run had {trained[name]}" for name in changed]
 
@@ -360,12 +375,20 @@ def load_config(path):
 
 def run_script(main):
     """Run a script's main function; print bad input as one line and exit with code 2, and system errors with code 1."""
+    warnings.simplefilter("once")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     try:
         main()
     except InputError as error:
         sys.exit(_complain(error, 2))
     except OSError as error:
         sys.exit(_complain(error, 1))
+    except RuntimeError as error:
+        text = str(error)
+        if "out of memory" not in text and "can't allocate memory" not in text and "killed by signal" not in text:
+            raise
+        hint = "out of memory? lower --batch_size or --microbatch, or set --use_checkpoint True"
+        sys.exit(_complain(f"{text.splitlines()[0][:200]} ({hint})", 1))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", 130))
 

@@ -3,6 +3,8 @@
 import os
 from contextlib import contextmanager
 
+from .errors import InputError
+
 
 @contextmanager
 def whole_file(path, mode="w"):
@@ -21,3 +23,12 @@ def whole_file(path, mode="w"):
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def check_folder(path, flag):
+    """Raise InputError where an output folder's path, or one of its parents, is a file."""
+    probe = os.path.abspath(path)
+    while not os.path.exists(probe):
+        probe = os.path.dirname(probe)
+    if not os.path.isdir(probe):
+        raise InputError(f"--{flag} {path}: {probe} is a file, not a folder; choose another place")

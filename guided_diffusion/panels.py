@@ -64,7 +64,7 @@ def picture_grid(rows, captions, gap=4):
     """
     height, width = next(picture.shape[:2] for row in rows for picture in row if picture is not None)
     # Small pictures are enlarged: a caption has to fit above them.
-    zoom = max(1, 192 // width)
+    zoom = -(-192 // width)
     height, width, head = height * zoom, width * zoom, 18
     canvas = Image.new("RGB", (len(captions) * (width + gap) + gap, head + len(rows) * (height + gap) + gap), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)

@@ -7,8 +7,6 @@ count cannot change it, and resuming a run is starting at a position.
 import hashlib
 import struct
 
-# A purpose is a short name, so that two purposes at the same position never share a stream.
-
 
 def stream_seed(seed, purpose, *position):
     """Return a 63-bit integer that follows from (seed, purpose, position) alone.
@@ -16,12 +14,17 @@ def stream_seed(seed, purpose, *position):
     The low 32 bits are as well mixed as the rest: torch's CPU generator uses only those.
 
     :param seed: any integer.
-    :param purpose: a short string, such as "flip" or "timestep".
+    :param purpose: a name of at most 16 characters, such as "flip": two purposes never share a stream.
     :param position: further integers, such as the place in the data order.
     """
     words = struct.pack(f"<{len(position) + 1}q", *(int(word) for word in (seed, *position)))
-    digest = hashlib.blake2b(words, digest_size=8, person=purpose.encode()[:16]).digest()
+    digest = hashlib.blake2b(words, digest_size=8, person=purpose.encode()).digest()  # refuses longer names
     return int.from_bytes(digest, "little") >> 1
+
+
+def text_number(text):
+    """Return a 63-bit integer that follows from a text alone, as a position for things that have names."""
+    return int.from_bytes(hashlib.blake2b(str(text).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def uniform(seed, purpose, *position):

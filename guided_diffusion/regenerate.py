@@ -22,14 +22,15 @@ from .files import whole_file
 from .link.channel import snr_to_sigma, transmit
 from .metrics import colour_error, psnr
 from .panels import palette, picture_grid, save_picture, show_semantics, to_uint8
-from .random_streams import generator, integer, stream_seed
+from .random_streams import generator, integer, stream_seed, text_number
 from .training.distributed import autocast
 
 COLUMNS = ("path", "name", "bank_index", "steps", "snr_db", "seconds", "psnr_db", "colour_error")
 
 # Flags that may change between two runs into the same folder.
-_FREE = {"num_samples", "batch_size", "num_workers", "device", "dry_run", "preset", "panel_items", "noise_bank_cache",
-         "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "add_noise", "noise_to", "use_fp16"}  # fmt: skip
+_FREE = {"results_path", "num_samples", "batch_size", "num_workers", "device", "dry_run", "preset", "panel_items",
+         "use_fp16", "noise_bank_cache", "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "add_noise",
+         "noise_to"}  # fmt: skip
 
 
 def unique_names(paths):
@@ -42,7 +43,8 @@ def unique_names(paths):
             break
         names = ["__".join(part[-depth:]).replace("/", "") if counts[name] > 1 else name
                  for name, part in zip(names, parts, strict=True)]  # fmt: skip
-    return names
+    counts = Counter(names)
+    return [f"{name}__{k}" if counts[name] > 1 else name for k, name in enumerate(names)]
 
 
 class Regeneration:
@@ -61,16 +63,9 @@ class Regeneration:
         paths = [str(pair.image or pair.label) for pair in self.dataset.pairs]
         self.paths, self.names = paths, unique_names(paths)
         self.sigma = snr_to_sigma(config.snr)
-        self.fixed_index = self._fixed_index()
+        # What is drawn for a picture follows from its name, so that further files in the split change nothing.
+        self.numbers = [text_number(pair.stem) for pair in self.dataset.pairs]
         self.stop = EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
-
-    def _fixed_index(self):
-        asked = self.config.noise_index
-        if asked == "random" or self.bank is None:
-            return None
-        if not asked.isdigit() or int(asked) >= len(self.bank):
-            raise InputError(f"--noise_index {asked}: expected random or a number from 0 to {len(self.bank) - 1}")
-        return int(asked)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -84,7 +79,7 @@ class Regeneration:
         batches = [todo[i : i + size] for i in range(0, len(todo), size)]
         with tqdm(total=len(batches) * steps, unit="step", file=sys.stderr, dynamic_ncols=True) as bar:
             for number, batch in enumerate(batches, 1):
-                bar.set_description(f"picture {len(rows) + 1}-{len(rows) + len(batch)} of {self.count}")
+                bar.set_description(f"pictures {batch[0] + 1}-{batch[-1] + 1} of {self.count}")
                 for k, row in zip(batch, self._regenerate(batch, bar), strict=True):
                     rows[k] = row
                 bar.update(number * steps - bar.n)  # early stops leave steps out
@@ -98,7 +93,7 @@ class Regeneration:
         config = self.config
         batch = self.dataset.batch(numbers)
         sent = self._encode(batch)
-        streams = [generator(config.seed, "channel", k) for k in numbers]
+        streams = [generator(config.seed, "channel", self.numbers[k]) for k in numbers]
         received = transmit(sent, self.sigma, generators=streams, num_classes=config.num_classes,
                             one_hot=config.one_hot_label, pool=config.pool)  # fmt: skip
         indices = [self._index(k) for k in numbers]
@@ -133,14 +128,16 @@ class Regeneration:
     def _index(self, k):
         if self.bank is None:
             return ""
-        return integer(self.config.seed, "picture index", len(self.bank), k) if self.fixed_index is None else self.fixed_index
+        asked = self.config.noise_index
+        return integer(self.config.seed, "picture index", len(self.bank), self.numbers[k]) if asked == "random" else int(asked)
 
-    def _start(self, batch, indices, size):
+    def _start(self, numbers, indices, size):
         """Return x_T (N, 3, H, W) and the seeds of all later noise: from the bank, or fresh per picture without one."""
         if self.bank is not None:
-            return self.bank.entries(indices), [self.bank.chain_seed(i) for i in indices]
-        fresh = [torch.randn(3, *size, generator=generator(self.config.seed, "picture noise", k)) for k in batch]
-        return torch.stack(fresh), [stream_seed(self.config.seed, "picture chain", k) for k in batch]
+            return self.bank.sized(3, *size).entries(indices), [self.bank.chain_seed(i) for i in indices]
+        seed, named = self.config.seed, [self.numbers[k] for k in numbers]
+        fresh = [torch.randn(3, *size, generator=generator(seed, "picture noise", number)) for number in named]
+        return torch.stack(fresh), [stream_seed(seed, "picture chain", number) for number in named]
 
     def summary(self, rows):
         """Return lines that say what a run's rows amount to, and where its output is."""
@@ -156,7 +153,8 @@ class Regeneration:
     def _claim_folder(self):
         """Note the settings in the results folder, or check that those noted there are the same."""
         settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in _FREE}
-        settings["model_path"] = os.path.abspath(self.weights)
+        for name, where in (("model_path", self.weights), ("data_dir", self.config.data_dir)):
+            settings[name] = where if "://" in where else os.path.abspath(where)
         settings["weights_sha256"] = _digest(self.weights)
         path = self.folder / "settings.json"
         if path.exists():
@@ -164,14 +162,17 @@ class Regeneration:
                 earlier = json.loads(path.read_text())
             except ValueError as error:
                 raise InputError(f"{path}: no valid JSON ({error}); choose another --results_path") from None
+            if not isinstance(earlier, dict):
+                raise InputError(f"{path}: expected a JSON object; choose another --results_path")
             changed = [k for k in settings if earlier.get(k) != settings[k] and k != "model_path"]
             if changed:
                 k = changed[0]
                 raise InputError(f"--results_path {self.folder} holds results with {k} {earlier.get(k)!r}, now {settings[k]!r};"
                                  " choose another folder for other settings")  # fmt: skip
             return
-        if (self.folder / "results.csv").exists():
-            raise InputError(f"--results_path {self.folder} holds a results.csv without settings.json; choose another folder")
+        for name in ("results.csv", "config.json"):
+            if (self.folder / name).exists():
+                raise InputError(f"--results_path {self.folder} holds a {name} that is not of sampling; choose another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as f:
             f.write(json.dumps(settings, indent=1) + "\n")
@@ -184,7 +185,7 @@ class Regeneration:
         path = self.folder / "results.csv"
         if not path.exists():
             return {}
-        numbers = {p: k for k, p in enumerate(self.paths[: self.count])}
+        numbers = {p: k for k, p in enumerate(self.paths)}
         with open(path, newline="") as f:
             rows = {numbers[row["path"]]: row for row in csv.DictReader(f) if row.get("path") in numbers}
         return {k: row for k, row in rows.items() if self._file("samples", k).exists()}
@@ -225,5 +226,8 @@ def _read(path):
 
 
 def _digest(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while chunk := f.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

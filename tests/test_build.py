@@ -37,12 +37,27 @@ def test_conditioning_channels(flags, channels):
         ({"channel_mult": "", "image_size": 48}, "--image_size 48"),
         ({"attention_resolutions": "0"}, "--attention_resolutions 0"),
         ({"channel_mult": "0.5,1"}, "multiple of 32"),
+        ({"channel_mult": ","}, "--channel_mult ,"),
+        ({"channel_mult": "nan,1"}, "--channel_mult nan"),
+        ({"unet_model": "foo"}, "--unet_model foo"),
+        ({"prediction": "v", "predict_xstart": True}, "--predict_xstart"),
         ({"prediction": "y"}, "--prediction y"),
     ],
 )
 def test_flags_that_cannot_be_meant(flags, words):
     with pytest.raises(InputError, match=words):
         create_model_and_diffusion(**{**model_and_diffusion_defaults(), **SMALL, **flags})
+
+
+def test_the_familys_use_fp16_is_accepted():
+    model, _ = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **SMALL, "use_fp16": True})
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_previews_are_spread_over_a_small_split(make_loop):
+    loop = make_loop(preview_items=8)
+    paths = {batch["path"][0] for batch in loop.validation.items}
+    assert len(loop.validation.items) == len(paths) == 3
 
 
 def test_a_missing_flag_is_named():

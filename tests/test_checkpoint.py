@@ -9,7 +9,6 @@ import torch
 from guided_diffusion import create_model_and_diffusion, load_weights, model_and_diffusion_defaults
 from guided_diffusion.diffusion.unet import ResBlock, SPADEResBlock
 from guided_diffusion.errors import InputError
-from guided_diffusion.training import checkpoint
 from guided_diffusion.training.checkpoint import (
     file_name,
     load_file,
@@ -17,7 +16,9 @@ from guided_diffusion.training.checkpoint import (
     newest_checkpoint,
     newest_ema,
     parse_checkpoint_path,
+    resume_point,
     save_parts,
+    sweep_temporary_files,
     with_legacy_keys,
 )
 
@@ -87,7 +88,7 @@ def test_state_is_written_last(tmp_path, monkeypatch):
         order.append(Path(target).name)
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", note)
+    monkeypatch.setattr(os, "replace", note)
     save_parts(tmp_path, 7, parts())
     assert order[-1] == "state000007.pt" and len(order) == 5
 
@@ -121,7 +122,7 @@ def test_a_save_that_fails_half_way_is_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", fail_at_opt)
     with pytest.raises(OSError, match="opt000008"):
         save_parts(tmp_path, 8, parts())
-    assert newest_checkpoint(tmp_path, RATES) == 7
+    assert newest_checkpoint(tmp_path) == 7
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -285,30 +286,61 @@ def test_legacy_keys_leave_weights_and_the_global_stream_alone(weights):
 # -- finding checkpoints ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("missing", KINDS)
-def test_newest_checkpoint_is_whole(tmp_path, missing):
+def test_newest_checkpoint_is_one_that_was_saved_whole(tmp_path):
     for step in (9, 10, 100):
         save_parts(tmp_path, step, parts())
-    assert newest_checkpoint(tmp_path, RATES) == 100
-    (tmp_path / file_name(missing, 100)).rename(tmp_path / (file_name(missing, 100) + ".tmp"))
-    assert newest_checkpoint(tmp_path, RATES) == 10
+    assert newest_checkpoint(tmp_path) == 100
+    (tmp_path / file_name("state", 100)).unlink()  # the part that is written last
+    assert newest_checkpoint(tmp_path) == 10
+    assert newest_checkpoint(tmp_path, partial=True) == 100
+
+
+def test_a_lost_part_is_not_a_reason_to_start_afresh(tmp_path):
+    save_parts(tmp_path, 5, parts())
+    (tmp_path / file_name("opt", 5)).unlink()
+    assert resume_point(tmp_path, "auto") == (str(tmp_path), 5)
+    with pytest.raises(InputError, match=r"lacks opt000005\.pt"):
+        load_parts(tmp_path, 5, RATES)
+    (tmp_path / file_name("state", 5)).unlink()
+    with pytest.raises(InputError, match=r"state000005\.pt"):
+        resume_point(tmp_path, "auto")
+    assert resume_point(tmp_path, "auto", partial=True) == (str(tmp_path), 5)
 
 
 def test_newest_checkpoint_counts_steps_not_letters(tmp_path):
     for step in (999_999, 1_000_000):
         save_parts(tmp_path, step, parts())
-    assert newest_checkpoint(tmp_path, RATES) == 1_000_000
+    assert newest_checkpoint(tmp_path) == 1_000_000
 
 
 def test_no_checkpoint(tmp_path):
-    assert newest_checkpoint(tmp_path, RATES) is None
-    assert newest_checkpoint(tmp_path / "gone", RATES) is None
+    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path / "gone") is None
+    assert resume_point(tmp_path, "auto") is None and resume_point(tmp_path / "gone", "") is None
 
 
-def test_only_the_asked_averages_count(tmp_path):
-    save_parts(tmp_path, 5, parts(kinds=("model", "opt", "state", "ema_0.9999_")))
-    assert newest_checkpoint(tmp_path, ("0.9999",)) == 5
-    assert newest_checkpoint(tmp_path, RATES) is None
+def test_a_run_is_neither_overwritten_nor_mixed_with_another(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    for step in (2, 4):
+        save_parts(run, step, parts())
+    with pytest.raises(InputError, match="reached step 4"):
+        resume_point(run, "")
+    assert resume_point(run, str(run / "model000004.pt")) == (str(run), 4)
+    with pytest.raises(InputError, match="steps up to 4"):
+        resume_point(run, str(run / "model000002.pt"))
+    assert resume_point(other, str(run / "model000002.pt")) == (str(run), 2)
+    other.mkdir()
+    save_parts(other, 1, parts())
+    with pytest.raises(InputError, match="another run"):
+        resume_point(other, str(run / "model000002.pt"))
+
+
+def test_half_written_files_are_swept(tmp_path):
+    save_parts(tmp_path, 5, parts())
+    (tmp_path / "model000006.pt.tmp").write_bytes(b"half")
+    sweep_temporary_files(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(file_name(kind, 5) for kind in KINDS)
 
 
 @pytest.mark.parametrize(

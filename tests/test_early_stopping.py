@@ -53,3 +53,12 @@ def test_state_goes_on_where_it_stopped(tmp_path, seen):
         if step >= seen:
             assert second.update(score, step) == expected
     assert second.state_dict() == whole.state_dict()
+
+
+def test_exhausted_survives_a_round_trip():
+    rule = EarlyStopping(patience=1)
+    rule.update(1.0, 1)
+    assert not rule.exhausted and rule.update(2.0, 2) and rule.exhausted
+    resumed = EarlyStopping(patience=1)
+    resumed.load_state_dict(rule.state_dict())
+    assert resumed.exhausted and not EarlyStopping(patience=0).exhausted

@@ -1,9 +1,13 @@
 """Training: steps against naive ones, exact resuming, losses that are not finite, schedules, early stopping."""
 
 import csv
+import os
+import shutil
+import signal
 
 import pytest
 import torch
+from PIL import Image
 
 from guided_diffusion.errors import InputError
 from guided_diffusion.training.loop import MAX_SKIPPED
@@ -187,21 +191,81 @@ def test_early_stopping_ends_the_run(make_loop):
     assert loop.early_stopping.best_step == 1
 
 
-def test_interrupting_saves(make_loop, tmp_path):
-    loop = make_loop(total_steps=50)
-    loader = loop.loader
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_run_between_steps_with_a_checkpoint(make_loop, number):
+    straight = make_loop("straight", total_steps=5)
+    straight.run()
+    loop = make_loop(total_steps=5)
+    train_step = loop.train_step
 
-    def interrupted(position):
-        for k, batch in enumerate(loader(position)):
-            if k == 2:
-                raise KeyboardInterrupt
-            yield batch
+    def interrupted(batch):
+        if loop.step == 2:
+            os.kill(os.getpid(), number)
+        return train_step(batch)
 
-    loop.loader = interrupted
+    loop.train_step = interrupted
     with pytest.raises(KeyboardInterrupt):
         loop.run()
-    assert (tmp_path / "run" / "state000002.pt").exists()
-    assert make_loop(resume_checkpoint="auto").step == 2
+    resumed = make_loop(total_steps=5, resume_checkpoint="auto")
+    assert resumed.step == 3  # the step at work was finished first
+    resumed.run()
+    assert_same(weights_of(resumed), weights_of(straight))
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+
+
+def test_a_run_that_ran_out_of_patience_stays_stopped(make_loop):
+    flags = {"total_steps": 50, "eval_interval": 1, "eval_items": 1, "min_delta": 100}
+    make_loop(patience=2, **flags).run()
+    resumed = make_loop(patience=2, resume_checkpoint="auto", **flags)
+    assert resumed.run() == 3
+    assert make_loop(patience=4, resume_checkpoint="auto", **flags).run() == 5
+
+
+def test_a_finished_run_has_nothing_to_do(make_loop):
+    make_loop(total_steps=2).run()
+    loop = make_loop(total_steps=1, resume_checkpoint="auto")
+    before = weights_of(loop)
+    assert loop.run() == 2
+    assert_same(weights_of(loop), before)
+
+
+def test_weight_decay_follows_the_flag_on_resuming(make_loop):
+    make_loop(total_steps=1).run()
+    loop = make_loop(resume_checkpoint="auto", weight_decay=0.5)
+    assert [group["weight_decay"] for group in loop.optimizer.param_groups] == [0.5]
+
+
+def test_an_average_of_another_network_is_refused(make_loop, tmp_path):
+    make_loop(total_steps=1).run()
+    torch.save({"out.2.weight": torch.zeros(1)}, tmp_path / "run" / "ema_0.9_000001.pt")
+    with pytest.raises(InputError, match=r"ema_0\.9_000001\.pt: missing key"):
+        make_loop(resume_checkpoint="auto")
+
+
+@pytest.mark.parametrize("contents", [[], {"step": 1}])
+def test_a_foreign_state_file_is_refused(make_loop, tmp_path, contents):
+    make_loop(total_steps=1).run()
+    torch.save(contents, tmp_path / "run" / "state000001.pt")
+    with pytest.raises(InputError, match="does not fit this run"):
+        make_loop(resume_checkpoint="auto")
+
+
+def test_a_new_average_on_resuming_is_asked_about_not_started_over(make_loop):
+    make_loop(total_steps=1).run()
+    with pytest.raises(InputError, match=r"lacks ema_0\.5_000001\.pt"):
+        make_loop(resume_checkpoint="auto", ema_rate="0.9,0.5")
+    loop = make_loop(resume_checkpoint="auto", ema_rate="0.9,0.5", resume_partial=True)
+    assert_same(loop.emas["0.5"], weights_of(loop))
+
+
+def test_pictures_of_several_sizes_train_one_at_a_time(make_loop, scenes, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(scenes, folder)
+    for path in sorted(folder.rglob("toytown_000001*.png")):
+        with Image.open(path) as picture:
+            wider = picture.resize((96, 32), Image.NEAREST)
+        wider.save(path)
+    assert make_loop(data_dir=folder, batch_size=1, total_steps=6).run() == 6
 
 
 def test_it_learns(make_loop):

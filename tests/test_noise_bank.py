@@ -156,3 +156,10 @@ def test_the_global_stream_is_left_alone(shape):
     bank[1999]
     bank.draw(3, torch.Generator().manual_seed(0))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_other_shapes_share_size_and_seed():
+    bank = NoiseBank((3, 4, 8), 5, 7)
+    other = bank.sized(3, 4, 16)
+    assert bank.sized(3, 4, 8) is bank and bank.sized(3, 4, 16) is other
+    assert torch.equal(other[3], NoiseBank((3, 4, 16), 5, 7)[3])

@@ -25,7 +25,8 @@ ORDER = [
     {"diffusion"},
     {"data"},
     {"metrics", "panels"},
-    {"errors", "random_streams", "files"},
+    {"files", "random_streams"},
+    {"errors"},
 ]
 PUBLIC = ["model_and_diffusion_defaults", "create_model_and_diffusion", "load_weights", "NoiseBank", "load_data",
           "encode_semantics", "sample", "EarlyStop"]  # fmt: skip

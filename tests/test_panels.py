@@ -96,7 +96,7 @@ def test_captions_stand_above_their_columns():
     assert head[:, 208:].any() and not head[:, :200].any()
 
 
-@pytest.mark.parametrize(("width", "zoom"), [(16, 12), (64, 3), (128, 1), (192, 1), (512, 1)])
+@pytest.mark.parametrize(("width", "zoom"), [(16, 12), (64, 3), (128, 2), (192, 1), (512, 1)])
 def test_small_pictures_are_enlarged(width, zoom):
     grid = picture_grid([[flat(0, 8, width)]], ["x"], gap=2)
     assert grid.shape == (18 + 8 * zoom + 4, width * zoom + 4, 3)

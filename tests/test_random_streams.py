@@ -58,3 +58,10 @@ def test_generator_repeats_and_leaves_the_global_stream_alone():
     first, again, other = (torch.randn(8, generator=generator(0, "noise", p)) for p in (3, 3, 4))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_names_make_numbers():
+    from guided_diffusion.random_streams import text_number
+
+    assert text_number("aachen/a_1") == text_number("aachen/a_1") != text_number("aachen/a_2")
+    assert 0 <= text_number("") < 2**63

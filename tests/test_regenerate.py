@@ -105,9 +105,43 @@ def test_early_stop_is_reported(make_run):
 def test_one_index_for_all_or_one_each(make_run):
     assert {row["bank_index"] for row in make_run("a", noise_index=5).run()} == {5}
     assert len({row["bank_index"] for row in make_run("b").run()}) > 1
-    for index in ("16", "-1", "best?"):
-        with pytest.raises(InputError, match=f"--noise_index {index}".replace("?", r"\?")):
+    for index in ("16", "-1", "best"):
+        with pytest.raises(InputError, match=f"--noise_index {index}"):
             make_run("c", noise_index=index)
+
+
+def test_the_same_folder_by_another_name_goes_on(make_run, tmp_path, monkeypatch):
+    make_run(num_samples=1).run()
+    monkeypatch.chdir(tmp_path)
+    assert len(make_run(results_path="./results").run()) == 3
+
+
+def test_fewer_pictures_the_next_time_lose_no_rows(make_run, tmp_path):
+    run = make_run()
+    run.run()
+    make_run(num_samples=1).run()
+    assert (tmp_path / "results" / "results.csv").read_text().count("\n") == 4
+
+
+def test_a_further_picture_changes_nothing_for_the_others(make_run, scenes, tmp_path):
+    folder = tmp_path / "more"
+    shutil.copytree(scenes, folder)
+    make_run("before", data_dir=folder, snr=10).run()
+    for path in sorted(folder.rglob("val/*/toytown_000000*.png")):
+        shutil.copy(path, path.with_name(path.name.replace("000000_000000", "000000_000001")))
+    make_run("after", data_dir=folder, snr=10).run()
+    before, after = samples(tmp_path / "before"), samples(tmp_path / "after")
+    assert len(after) == 4
+    for name, picture in before.items():
+        assert np.abs(picture - after[name]).max() <= 1
+
+
+@pytest.mark.parametrize("contents", ["[]", "{"])
+def test_a_broken_settings_file_is_named(make_run, tmp_path, contents):
+    make_run(num_samples=1).run()
+    (tmp_path / "results" / "settings.json").write_text(contents)
+    with pytest.raises(InputError, match=r"settings\.json"):
+        make_run().run()
 
 
 def test_labels_alone_are_enough(make_run, scenes, tmp_path):
@@ -123,5 +157,5 @@ def test_equal_stems_are_kept_apart():
     paths = ["d/val/a/x.png", "d/val/b/x.png", "d/val/b/y.png", "gs://d/val/c/z.jpg"]
     assert unique_names(paths) == ["a__x", "b__x", "y", "z"]
     assert unique_names([]) == []
-    deep = ["d/1/a/x.png", "d/2/a/x.png"]
-    assert len(set(unique_names(deep))) == 2
+    for paths in (["d/1/a/x.png", "d/2/a/x.png"], ["d/x/y.png", "e/y.png", "d/x__y.png"]):
+        assert len(set(unique_names(paths))) == len(paths)

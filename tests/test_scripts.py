@@ -125,6 +125,10 @@ BAD_TRAINING = {
     "resume name": ({"resume_checkpoint": "weights.pt"}, "weights.pt"),
     "resume file": ({"resume_checkpoint": "ckpt/model000009.pt"}, "model000009.pt"),
     "classes": ({"num_classes": 20}, "--num_classes is 20"),
+    "too many classes": ({"num_classes": 300}, "--num_classes 300"),
+    "snr": ({"add_noise": True, "snr": 0.5}, "--snr 0.5"),
+    "microbatch": ({"microbatch": 0}, "--microbatch 0"),
+    "memory": ({"num_channels": 3200000}, "out of memory?"),
 }
 
 
@@ -133,7 +137,7 @@ def test_bad_training_input_is_one_line(run, scenes, tmp_path, case):
     changes, words = BAD_TRAINING[case]
     code, _, said = run("image_train", *train_flags(scenes, "ckpt", **changes))
     lines = [line for line in said.splitlines() if line and not line.startswith("warning")]
-    assert code == 2 and words in lines[-1] and lines[-1].startswith("image_train.py: error: ")
+    assert code == (1 if case == "memory" else 2) and words in lines[-1] and lines[-1].startswith("image_train.py: error: ")
     assert "Traceback" not in said
     assert not (tmp_path / "ckpt").exists() or not any((tmp_path / "ckpt").glob("*.pt"))
 
@@ -163,7 +167,7 @@ def test_a_missing_split_and_an_unwritable_folder(run, scenes, tmp_path):
     assert code == 2 and "train" in said.splitlines()[-1] and "Traceback" not in said
     (tmp_path / "file").write_text("not a folder")
     code, _, said = run("image_train", *train_flags(scenes, "file"))
-    assert code == 1 and "file" in said.splitlines()[-1] and "Traceback" not in said
+    assert code == 2 and "--checkpoint_dir file" in said.splitlines()[-1] and "Traceback" not in said
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
@@ -230,6 +234,47 @@ def test_resuming_with_other_flags_says_so(run, scenes, tmp_path):
     flags = train_flags(scenes, "ckpt", num_channels=64, resume_checkpoint="auto")
     code, _, said = run("image_train", *flags)
     assert code == 2 and "--num_channels 64 contradicts the checkpoint, trained with 32" in said
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"resume_checkpoint": "nope/model000005.pt"}, "nope/model000005.pt"),
+        ({"add_noise": True, "snr": 0.5}, "--snr 0.5"),
+        ({"data_dir": "typo"}, "typo"),
+        ({"image_size": 15}, "15x30"),
+    ],
+)
+def test_a_dry_run_finds_what_the_run_would_trip_over(run, scenes, tmp_path, changes, words):
+    code, out, said = run("image_train", *train_flags(scenes, "ckpt", dry_run=True, **changes))
+    assert code == 2 and words in said.splitlines()[-1] and "accepted" not in out
+    code, out, said = run("image_train", "--preset", "toy", "--data_dir", "typo", "--dry_run", "True")
+    assert code == 2 and "typo" in said and not (tmp_path / "typo").exists()
+
+
+def test_a_dry_run_of_training_needs_validation_pictures_as_the_run_does(run, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "leftImg8bit" / "val")
+    shutil.rmtree(tmp_path / "half" / "gtFine" / "val")
+    for extra in ({"dry_run": True}, {}):
+        code, _, said = run("image_train", *train_flags(tmp_path / "half", "ckpt", preview_items=1, **extra))
+        assert code == 2 and "val" in said.splitlines()[-1]
+
+
+def test_a_loss_is_not_switched_by_resuming(run, scenes, tmp_path):
+    run("image_train", *train_flags(scenes, "ckpt", use_kl=True))
+    code, _, said = run("image_train", *train_flags(scenes, "ckpt", total_steps=3, resume_checkpoint="auto"))
+    assert code == 0 and json.loads((tmp_path / "ckpt" / "config.json").read_text())["use_kl"] is True
+    code, _, said = run("image_train", *train_flags(scenes, "ckpt", total_steps=4, use_kl=False, resume_checkpoint="auto"))
+    assert code == 2 and "--use_kl False contradicts" in said
+
+
+def test_a_config_with_an_invalid_value_is_named(run, scenes, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    path.write_text(path.read_text().replace('"unet_model": "unet"', '"unet_model": "foo"'))
+    code, _, said = run("image_sample", *sample_flags(scenes, "copy", "out"))
+    assert code == 2 and "config.json: unet_model is 'foo'" in said and "Traceback" not in said
 
 
 def test_a_killed_run_resumes_to_the_same_weights(run, scenes, tmp_path):

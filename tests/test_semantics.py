@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from guided_diffusion.data.semantics import conditioning_channels, encode_semantics, instance_edges, split_planes
+from guided_diffusion.data.semantics import conditioning_channels, encode_semantics, instance_edges
 from guided_diffusion.errors import InputError
 
 K = 6
@@ -127,10 +127,3 @@ def test_channel_counts(arguments, channels):
     label = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
     num_classes, one_hot, no_instance = arguments
     assert encode_semantics(label, label, None, num_classes, one_hot, not no_instance).shape[1] == channels
-
-
-@pytest.mark.parametrize("one_hot", [True, False])
-def test_split_planes_reads_noisy_labels_back(scene, one_hot):
-    y = encode_semantics(scene[0], None, None, K, one_hot=one_hot)
-    noisy = y + 0.4 * (2 * torch.rand(y.shape, generator=torch.Generator().manual_seed(0)) - 1)
-    assert torch.equal(split_planes(noisy, one_hot), scene[0])

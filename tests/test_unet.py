@@ -404,7 +404,7 @@ def test_default_channel_multipliers(image_size, mults):
     widths = [weights[f"input_blocks.{2 * k + 1}.0.in_layers.2.weight"].shape[0] for k in range(levels)]
     assert widths == [int(64 * mult) for mult in mults]
     assert len(model.input_blocks) == 2 * levels and len(model.output_blocks) == 2 * levels
-    assert model.strides == 2 ** (levels - 1)
+    assert model.downsampling == 2 ** (levels - 1)
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_sizes_that_do_not_divide_name_sizes_that_do(size, example):
     x, t, y = (v.to("meta") for v in inputs(1, size=size))
     with pytest.raises(InputError, match=f"{size[0]}x{size[1]}.*multiples of 4, for example {example[0]}x{example[1]}"):
         model(x, t, y)
-    check_size(*example, model.strides)
+    check_size(*example, model.downsampling)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +452,7 @@ def test_flags_that_do_not_fit(flags, words):
 
 
 def test_any_size_works_with_channel_mult():
-    assert build_on_meta(image_size=96, channel_mult="1,1,2").strides == 4
+    assert build_on_meta(image_size=96, channel_mult="1,1,2").downsampling == 4
 
 
 @pytest.mark.parametrize(

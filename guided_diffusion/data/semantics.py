@@ -55,11 +55,3 @@ def encode_semantics(label, instance, image_edge, num_classes, one_hot=True, edg
     if not edge_plane:
         return planes
     return torch.cat([planes, sum(edges) if edges else torch.zeros_like(planes[:, :1])], dim=1)
-
-
-def split_planes(y, one_hot=True):
-    """Return the label map (N, 1, H, W) int64 that a (possibly noisy) y shows, by the strongest plane or nearest id.
-
-    :param y: (N, C, H, W), with class planes only (leave out the edge plane).
-    """
-    return y.argmax(1, keepdim=True) if one_hot else y[:, :1].round().long()

@@ -142,6 +142,28 @@ class TimestepSequential(nn.Sequential):
         return x
 
 
+class _Blocks:
+    """Makes the blocks of one network: what they share is said once."""
+
+    def __init__(self, emb_channels, label_channels, dropout, scale_shift, updown, num_head_channels, new_order):
+        self.shared = {"dropout": dropout, "scale_shift": scale_shift, "label_channels": label_channels}
+        self.emb_channels, self.updown = emb_channels, updown
+        self.num_head_channels, self.new_order = num_head_channels, new_order
+
+    def residual(self, spade, channels, out_channels, stride, **resample):
+        kind = SPADEResBlock if spade else ResBlock
+        return kind(channels, out_channels, self.emb_channels, stride=stride, **self.shared, **resample)
+
+    def attention(self, channels, num_heads):
+        return AttentionBlock(channels, _head_count(channels, num_heads, self.num_head_channels), self.new_order)
+
+    def down(self, spade, channels, stride):
+        return self.residual(spade, channels, channels, stride, down=True) if self.updown else Downsample(channels, True)
+
+    def up(self, spade, channels, stride):
+        return self.residual(spade, channels, channels, stride, up=True) if self.updown else Upsample(channels, True)
+
+
 class UNetModel(nn.Module):
     """Noise predictor epsilon_theta(x_t, t, m).
 
@@ -160,61 +182,29 @@ class UNetModel(nn.Module):
                  use_checkpoint=False, places="unet"):  # fmt: skip
         super().__init__()
         self.model_channels, self.label_channels, self.use_checkpoint = model_channels, label_channels, use_checkpoint
-        self.strides = 2 ** (len(channel_mult) - 1)
+        self.downsampling = 2 ** (len(channel_mult) - 1)
         widths = [_level_width(mult, model_channels) for mult in channel_mult]
         emb_channels = 4 * model_channels
+        blocks = _Blocks(emb_channels, label_channels, dropout, use_scale_shift_norm, resblock_updown, num_head_channels,
+                         use_new_attention_order)  # fmt: skip
+        spade_encoder, spade_decoder = SPADE_PLACES[places]
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
-        decoder_heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
-
-        def attention(channels, heads):
-            heads = _head_count(channels, heads, num_head_channels)
-            return AttentionBlock(channels, heads, use_new_attention_order)
-
-        def block(spade, channels, out, stride, **resample):
-            return (SPADEResBlock if spade else ResBlock)(
-                channels, out, emb_channels, dropout=dropout, scale_shift=use_scale_shift_norm,
-                label_channels=label_channels, stride=stride, **resample)  # fmt: skip
-
-        spade_encoder, spade_decoder = SPADE_PLACES[places]
-        last = len(widths) - 1
-        channels, stride = widths[0], 1
-        self.input_blocks = nn.ModuleList([TimestepSequential(nn.Conv2d(in_channels, channels, 3, padding=1))])
-        skips = [channels]
-        for level, width in enumerate(widths):
-            for _ in range(num_res_blocks):
-                layers = [block(spade_encoder, channels, width, stride)]
-                channels = width
-                if stride in attention_strides:
-                    layers.append(attention(channels, num_heads))
-                self.input_blocks.append(TimestepSequential(*layers))
-                skips.append(channels)
-            if level != last:
-                down = (block(spade_encoder, channels, channels, stride, down=True) if resblock_updown
-                        else Downsample(channels, True))  # fmt: skip
-                self.input_blocks.append(TimestepSequential(down))
-                skips.append(channels)
-                stride *= 2
-
+        stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        encoder, skips = _encoder(blocks, widths, num_res_blocks, attention_strides, spade_encoder, num_heads)
+        self.input_blocks = nn.ModuleList([TimestepSequential(stem), *encoder])
+        deepest = widths[-1]
         self.middle_block = TimestepSequential(
-            block(True, channels, channels, stride), attention(channels, num_heads), block(True, channels, channels, stride)
+            blocks.residual(True, deepest, deepest, self.downsampling),
+            blocks.attention(deepest, num_heads),
+            blocks.residual(True, deepest, deepest, self.downsampling),
         )
-
-        self.output_blocks = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
-            for i in range(num_res_blocks + 1):
-                layers = [block(spade_decoder, channels + skips.pop(), width, stride)]
-                channels = width
-                if stride in attention_strides:
-                    layers.append(attention(channels, decoder_heads))
-                if level and i == num_res_blocks:
-                    layers.append(block(spade_decoder, channels, channels, stride, up=True) if resblock_updown
-                                  else Upsample(channels, True))  # fmt: skip
-                    stride //= 2
-                self.output_blocks.append(TimestepSequential(*layers))
+        heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        decoder = _decoder(blocks, widths, skips, num_res_blocks, attention_strides, spade_decoder, heads)
+        self.output_blocks = nn.ModuleList(decoder)
         out_conv = zero_module(nn.Conv2d(widths[0], out_channels, 3, padding=1))
-        self.out = nn.Sequential(normalization(channels), nn.SiLU(), out_conv)
+        self.out = nn.Sequential(normalization(widths[0]), nn.SiLU(), out_conv)
 
     def modulations(self, y):
         """Return every SPADE layer's (gamma, beta): all that the network computes from the label map alone.
@@ -242,7 +232,7 @@ class UNetModel(nn.Module):
         :param y: (N, C, H, W) conditioning, or the result of `modulations(y)`.
         :return: (N, 3 or 6, H, W) float32.
         """
-        check_size(x.shape[2], x.shape[3], self.strides)
+        check_size(x.shape[2], x.shape[3], self.downsampling)
         if y is None or torch.is_tensor(y):
             self._check_labels(y, x)
         maps = LabelMaps(y) if torch.is_tensor(y) else y
@@ -263,6 +253,41 @@ class UNetModel(nn.Module):
             raise InputError(f"conditioning y: expected (N, {self.label_channels}, H, W), found {found}")
         if x is not None and (y.shape[0], *y.shape[2:]) != (x.shape[0], *x.shape[2:]):
             raise InputError(f"conditioning y {tuple(y.shape)} and picture {tuple(x.shape)} differ in N, H or W")
+
+
+def _encoder(blocks, widths, num_res_blocks, attention_strides, spade, num_heads):
+    """Return the encoder's stages after the first convolution, and the widths of all skip connections."""
+    stages, channels, stride = [], widths[0], 1
+    skips = [channels]
+    for level, width in enumerate(widths):
+        for _ in range(num_res_blocks):
+            layers = [blocks.residual(spade, channels, width, stride)]
+            channels = width
+            if stride in attention_strides:
+                layers.append(blocks.attention(channels, num_heads))
+            stages.append(TimestepSequential(*layers))
+            skips.append(channels)
+        if level != len(widths) - 1:
+            stages.append(TimestepSequential(blocks.down(spade, channels, stride)))
+            skips.append(channels)
+            stride *= 2
+    return stages, skips
+
+
+def _decoder(blocks, widths, skips, num_res_blocks, attention_strides, spade, num_heads):
+    """Return the decoder's stages; each takes one skip connection, the last first."""
+    stages, skips, channels, stride = [], list(skips), widths[-1], 2 ** (len(widths) - 1)
+    for level, width in reversed(list(enumerate(widths))):
+        for i in range(num_res_blocks + 1):
+            layers = [blocks.residual(spade, channels + skips.pop(), width, stride)]
+            channels = width
+            if stride in attention_strides:
+                layers.append(blocks.attention(channels, num_heads))
+            if level and i == num_res_blocks:
+                layers.append(blocks.up(spade, channels, stride))
+                stride //= 2
+            stages.append(TimestepSequential(*layers))
+    return stages
 
 
 def check_size(height, width, divisor):

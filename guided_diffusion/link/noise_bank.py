@@ -33,6 +33,7 @@ class NoiseBank:
         self.stride = math.ceil(self.size / MAX_STATES)
         self._walker = torch.Generator().manual_seed(self.seed)
         self._states, self._walked, self._buffer = None, 0, None
+        self._siblings = {}
         self._cache, self._cache_entries = OrderedDict(), cache_entries
 
     def __len__(self):
@@ -61,6 +62,14 @@ class NoiseBank:
             if len(self._cache) > self._cache_entries:
                 self._cache.popitem(last=False)
         return entry
+
+    def sized(self, *shape):
+        """Return the bank of the same size and seed for entries of another shape (one is kept per shape)."""
+        if tuple(shape) == self.shape:
+            return self
+        if shape not in self._siblings:
+            self._siblings[shape] = NoiseBank(shape, self.size, self.seed, self._cache_entries)
+        return self._siblings[shape]
 
     def draw(self, n, generator):
         """Draw n indices uniformly with a CPU `torch.Generator`; return (indices (n,) int64, noise (n, *shape))."""

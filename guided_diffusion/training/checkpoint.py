@@ -16,7 +16,6 @@ from ..files import whole_file
 
 # GESCO and Diff-GO-n files carry an unused SPADE over 3 label channels in every encoder block.
 LEGACY_KEY = re.compile(r"input_blocks\.\d+\.\d+\.spade_norm\.")
-MODEL_FILE = re.compile(r"model(\d{6,})\.pt")
 EMA_FILE = re.compile(r"ema_((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)_(\d{6,})\.pt")
 
 
@@ -48,8 +47,29 @@ def load_file(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check --model_path or --resume_checkpoint") from None
     except Exception as error:  # torch raises many kinds for damaged and for refused files
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise InputError(f"{path}: cannot be read as a checkpoint of plain tensors ({reason})") from None
+
+
+def check_weights(model, weights, where):
+    """Return a state dict without the family's unused keys, after checking that it fits a model.
+
+    :param where: the file's name, for messages.
+    :raises InputError: naming the first missing, unexpected or differently shaped key.
+    """
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
+        raise InputError(f"{where}: expected a state dict, found {type(weights).__name__}")
+    weights = {key: value for key, value in weights.items() if not LEGACY_KEY.match(key)}
+    own = model.state_dict()
+    for problem, keys in (("missing", own.keys() - weights.keys()), ("unexpected", weights.keys() - own.keys())):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise InputError(f"{where}: {problem} key {min(keys)}{more}; do the network's flags match the file?")
+    for key, value in weights.items():
+        if not torch.is_tensor(value) or value.shape != own[key].shape:
+            found = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+            raise InputError(f"{where}: key {key} has shape {found}, the network expects {tuple(own[key].shape)}")
+    return weights
 
 
 def load_weights(model, weights):
@@ -63,19 +83,7 @@ def load_weights(model, weights):
     where = "state dict"
     if not isinstance(weights, dict):
         where, weights = str(weights), load_file(weights)
-    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
-        raise InputError(f"{where}: expected a state dict, found {type(weights).__name__}")
-    weights = {key: value for key, value in weights.items() if not LEGACY_KEY.match(key)}
-    own = model.state_dict()
-    for problem, keys in (("missing", own.keys() - weights.keys()), ("unexpected", weights.keys() - own.keys())):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise InputError(f"{where}: {problem} key {min(keys)}{more}; do the network's flags match the file?")
-    for key, value in weights.items():
-        if not torch.is_tensor(value) or value.shape != own[key].shape:
-            found = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
-            raise InputError(f"{where}: key {key} has shape {found}, the network expects {tuple(own[key].shape)}")
-    model.load_state_dict(weights)
+    model.load_state_dict(check_weights(model, weights, where))
 
 
 def with_legacy_keys(weights, model):
@@ -91,13 +99,63 @@ def with_legacy_keys(weights, model):
     return weights
 
 
-def newest_checkpoint(directory, ema_rates):
-    """Return the newest step of which `directory` holds every part, or None."""
-    directory = Path(directory)
-    steps = [int(match[1]) for path in directory.glob("model*.pt") if (match := MODEL_FILE.fullmatch(path.name))]
-    kinds = ["model", "opt", "state", *(f"ema_{rate}_" for rate in ema_rates)]
-    whole = [step for step in steps if all((directory / file_name(kind, step)).exists() for kind in kinds)]
-    return max(whole, default=None)
+def _steps(directory, kind):
+    found = (re.fullmatch(rf"{kind}(\d{{6,}})\.pt", path.name) for path in Path(directory).glob(f"{kind}*.pt"))
+    return {int(match[1]) for match in found if match}
+
+
+def newest_checkpoint(directory, partial=False):
+    """Return the newest step that `directory` can be resumed from, or None where it has no checkpoint at all.
+
+    The state file is written last, so a step that has one was saved whole; what is missing of it now is for `load_parts`
+    to say.
+
+    :param partial: be content with a model file.
+    :raises InputError: there are model files, but none with its state file.
+    """
+    models = _steps(directory, "model")
+    usable = models if partial else models & _steps(directory, "state")
+    if models and not usable:
+        raise InputError(
+            f"{directory}: no model file has its state file beside it; restore state{max(models):06d}.pt, or go on from the"
+            " weights alone with --resume_partial True"
+        )
+    return max(usable, default=None)
+
+
+def resume_point(directory, asked, partial=False):
+    """Return (folder, step) to resume from, or None to start afresh; never a start that would overwrite another run.
+
+    :param directory: the run's --checkpoint_dir.
+    :param asked: --resume_checkpoint: "", "auto", or the path of a model file.
+    :raises InputError: the folder holds a run and nothing was asked for, the file is missing, or the folder holds later
+        steps than the one to resume from.
+    """
+    if asked == "auto":
+        newest = newest_checkpoint(directory, partial)
+        return None if newest is None else (str(directory), newest)
+    latest = max(_steps(directory, "model"), default=None)
+    if not asked:
+        if latest is not None:
+            raise InputError(
+                f"--checkpoint_dir {directory} holds a run that reached step {latest}: go on with --resume_checkpoint auto,"
+                " or choose another folder"
+            )
+        return None
+    folder, step = parse_checkpoint_path(asked)
+    if not Path(asked).exists():
+        raise InputError(f"--resume_checkpoint {asked}: no such file")
+    same = Path(directory).exists() and Path(folder).resolve() == Path(directory).resolve()
+    if latest is not None and (not same or latest > step):
+        what = f"steps up to {latest}" if same else f"another run (step {latest})"
+        raise InputError(f"--checkpoint_dir {directory} already holds {what}: choose an empty folder to branch off into")
+    return str(folder), step
+
+
+def sweep_temporary_files(directory):
+    """Remove what a killed run left half-written."""
+    for path in Path(directory).glob("*.pt.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def newest_ema(directory):
@@ -112,7 +170,7 @@ def newest_ema(directory):
 def parse_checkpoint_path(path):
     """Split a model file's path into (folder, step). Raises InputError for other names."""
     path = Path(path)
-    match = MODEL_FILE.fullmatch(path.name)
+    match = re.fullmatch(r"model(\d{6,})\.pt", path.name)
     if not match:
         raise InputError(f"--resume_checkpoint {path}: expected a file called model<step>.pt, or auto")
     return path.parent, int(match[1])

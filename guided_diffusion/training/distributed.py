@@ -29,7 +29,7 @@ def usable_precision(device, precision):
     """Return the precision to use on a device, and a line that says why where it is not the one asked for."""
     if precision == "fp16" and device.type == "cpu":
         return "bf16", "fp16 is of no use on a CPU: using bf16"
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp16", "this GPU has no bf16: using fp16"
     return precision, None
 
@@ -50,6 +50,6 @@ def pins_memory(device):
     return device.type == "cuda"
 
 
-def peak_memory_gib(device):
-    """Peak memory that tensors took on an accelerator, in GiB; None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+def to_device(tensor, device):
+    """Move a tensor from host memory without making the host wait, where the device can."""
+    return tensor.pin_memory().to(device, non_blocking=True) if pins_memory(device) else tensor.to(device)

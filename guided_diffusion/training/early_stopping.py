@@ -20,6 +20,11 @@ class EarlyStopping:
             self.best, self.best_step, self.waited = score, step, 0
         else:
             self.waited += 1
+        return self.exhausted
+
+    @property
+    def exhausted(self):
+        """Whether training should stop."""
         return self.patience > 0 and self.waited >= self.patience
 
     def state_dict(self):

@@ -1,5 +1,7 @@
 """The training loop: noise-restricted forward diffusion (Diff-GOn, algorithm for training), AdamW, EMA, checkpoints."""
 
+import signal
+import threading
 import time
 from collections import deque
 from contextlib import contextmanager
@@ -10,8 +12,8 @@ import torch
 
 from ..errors import InputError
 from ..random_streams import stream_seed
-from .checkpoint import load_parts, load_weights, save_parts, with_legacy_keys
-from .distributed import autocast, grad_scaler
+from .checkpoint import check_weights, load_parts, load_weights, save_parts, sweep_temporary_files, with_legacy_keys
+from .distributed import autocast, grad_scaler, to_device
 from .early_stopping import EarlyStopping
 from .logger import RunLogger
 
@@ -66,7 +68,7 @@ class TrainLoop:
         self.model, self.diffusion, self.sampler, self.rules = model, diffusion, sampler, rules
         self.loader, self.validation, self.settings = loader, validation, settings
         self.device = next(model.parameters()).device
-        self.step = 0
+        self.step, self.position = 0, 0  # steps taken, and samples seen: the place in the data order
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.scaler = grad_scaler(self.device, settings.precision)
         self.emas = {rate: {k: v.detach().clone() for k, v in model.state_dict().items()} for rate in settings.ema_rates}
@@ -90,7 +92,7 @@ class TrainLoop:
     def _state(self):
         return {
             "step": self.step,
-            "position": self.step * self.settings.batch_size,
+            "position": self.position,
             "batch_size": self.settings.batch_size,
             "seed": self.settings.seed,
             "sampler": self.sampler.state_dict(),
@@ -104,17 +106,20 @@ class TrainLoop:
         parts, missing = load_parts(directory, step, self.settings.ema_rates, partial)
         name = f"{directory}/model{step:06d}.pt"
         load_weights(self.model, parts["model"])
-        self.step = step
+        self.step, self.position = step, step * self.settings.batch_size
         for rate, ema in self.emas.items():
-            source = parts.get(f"ema_{rate}_", parts["model"])
+            kind = f"ema_{rate}_" if f"ema_{rate}_" in parts else "model"
+            source = check_weights(self.model, parts[kind], f"{directory}/{kind}{step:06d}.pt")
             for key, value in ema.items():
                 value.copy_(source[key])
         try:
             if "opt" in parts:
                 self.optimizer.load_state_dict(parts["opt"])
+                for group in self.optimizer.param_groups:
+                    group["weight_decay"] = self.settings.weight_decay  # flags rule, not the file
             if "state" in parts:
                 self._restore(parts["state"], name)
-        except (KeyError, RuntimeError, ValueError, AttributeError) as error:
+        except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{name}: its opt or state file does not fit this run ({error}); check the flags") from None
@@ -127,6 +132,7 @@ class TrainLoop:
                     f"--{what} {getattr(self.settings, what)} contradicts the checkpoint {name}, made with {state[what]}:"
                     " the data order would change; use the same value"
                 )
+        self.position = state["position"]
         self.sampler.load_state_dict(state["sampler"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -144,8 +150,9 @@ class TrainLoop:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         terms["grad_norm"] = torch.nn.utils.get_total_norm(gradients)
-        finite = torch.isfinite(terms["loss"]) & torch.isfinite(terms["grad_norm"])
-        if not self.scaler.is_enabled():
+        finite = torch.isfinite(terms["loss"])
+        if not self.scaler.is_enabled():  # a scaler looks at the gradients itself, and overflows while it finds its scale
+            finite = finite & torch.isfinite(terms["grad_norm"])
             # The fused optimizer leaves the weights alone where this is not 0, without asking the host.
             self.optimizer.found_inf = (~finite).float()
         self.scaler.step(self.optimizer)
@@ -154,11 +161,12 @@ class TrainLoop:
         self.skipped += ~finite
         self.recent.append((finite, batch["path"]))
         self.step += 1
+        self.position += len(batch["path"])
         self._update_emas()
         return terms
 
     def _backward(self, x_start, y, noise, u):
-        x_start, y, noise, u = (v.to(self.device, non_blocking=True) for v in (x_start, y, noise, u))
+        x_start, y, noise, u = (to_device(v, self.device) for v in (x_start, y, noise, u))
         t, weights = self.sampler.sample(u)
         size = self.settings.microbatch if self.settings.microbatch > 0 else len(x_start)
         sums = {}
@@ -188,57 +196,68 @@ class TrainLoop:
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self):
-        """Train to the last step, or until stopped; return the last step."""
+        """Train to the last step, or until stopped; return the last step.
+
+        SIGINT and SIGTERM end the run after the step at work, with a checkpoint, by KeyboardInterrupt; a second one at once.
+        """
         s = self.settings
-        logger = RunLogger(s.checkpoint_dir, self.step, s.last_step)
-        saved, batches = self.step, None
+        sweep_temporary_files(s.checkpoint_dir)
+        logger, batches, saved = RunLogger(s.checkpoint_dir, self.step, s.last_step), None, self.step
+        stop = self.early_stopping.exhausted
+        if stop or (s.last_step is not None and self.step >= s.last_step):
+            logger.say(
+                f"nothing to do: step {self.step} already met " + ("--patience" if stop else f"the last step {s.last_step}")
+            )
         try:
-            batches = iter(self.loader(self.step * s.batch_size)) if self.step != s.last_step else None
-            window, started = _Window(self.device), time.monotonic()
-            while s.last_step is None or self.step < s.last_step:
-                window.add(self.train_step(next(batches)))
-                logger.bar.update()
-                if self.step % min(s.log_interval, CHECK_EVERY) == 0:
-                    self._check_finite()
-                with window.paused():
-                    extra, stop = self._scheduled(logger)
-                if self.step % s.log_interval == 0 or extra or stop or self.step == s.last_step:
-                    logger.row(self._row(window, time.monotonic() - started) | extra)
-                with window.paused():
-                    if self.step % s.save_interval == 0:
-                        self.save()
-                        saved = self.step
-                if stop:
-                    logger.say(f"early stopping: no better score than {self.early_stopping.best:.6g} of step"
-                               f" {self.early_stopping.best_step} for {s.patience} evaluations")  # fmt: skip
-                    break
-            if saved != self.step:
-                self.save()
-        except KeyboardInterrupt:
-            self.save()
-            logger.say(f"interrupted; saved step {self.step} in {s.checkpoint_dir}")
-            raise
+            with _Interrupts() as interrupts:
+                window, started = _Window(), time.monotonic()
+                while not stop and (s.last_step is None or self.step < s.last_step):
+                    batches = batches or iter(self.loader(self.position))
+                    window.add(self.train_step(next(batches)))
+                    logger.bar.update()
+                    last = self.step == s.last_step or interrupts.seen
+                    if last or self.step % min(s.log_interval, CHECK_EVERY) == 0:
+                        self._check_finite()
+                    with window.paused():
+                        extra, stop = self._score()
+                        if last or stop or self.step % s.save_interval == 0:
+                            self.save()
+                            saved = self.step
+                            extra |= self._preview(logger) if not interrupts.seen else {}
+                    if extra or stop or last or self.step % s.log_interval == 0:
+                        logger.row(self._row(window, time.monotonic() - started) | extra)
+                    if interrupts.seen:
+                        logger.say(f"interrupted; saved step {self.step} in {s.checkpoint_dir}")
+                        raise KeyboardInterrupt
+            if stop and saved == self.step:
+                logger.say(f"early stopping: best score {self.early_stopping.best:.6g} at step"
+                           f" {self.early_stopping.best_step}, none better for {s.patience} evaluations")  # fmt: skip
         finally:
             batches = None  # ends the loader's workers now, not when a traceback lets go of them
             logger.close()
         return self.step
 
-    def _scheduled(self, logger):
-        """Score and preview when they are due; return their columns, and whether to stop early."""
-        s, extra, stop = self.settings, {}, False
-        if self.validation is None:
-            return extra, stop
-        slowest = max(s.ema_rates, key=float)
-        if s.eval_interval and self.step % s.eval_interval == 0:
-            extra["val_score"] = self.validation.score(self.model, self.emas[slowest], s.eval_items)
-            stop = self.early_stopping.update(extra["val_score"], self.step)
-        if s.preview_items and (self.step % s.save_interval == 0 or self.step == s.last_step or stop):
-            path = Path(s.checkpoint_dir) / "previews" / f"{self.step:06d}.png"
-            panel, error = self.validation.preview(self.model, self.emas[slowest], s.preview_items, path)
-            logger.picture("preview", panel, self.step)
-            logger.say(f"step {self.step}: mean colour error {error:.3f}; preview in {path}")
-            extra["colour_error"] = error
-        return extra, stop
+    def _averages(self):
+        return self.emas[max(self.settings.ema_rates, key=float)]
+
+    def _score(self):
+        """Score the averaged weights when it is time; return the score's column, and whether to stop early."""
+        s = self.settings
+        if self.validation is None or not s.eval_interval or self.step % s.eval_interval:
+            return {}, False
+        score = self.validation.score(self.model, self._averages(), s.eval_items)
+        return {"val_score": score}, self.early_stopping.update(score, self.step)
+
+    def _preview(self, logger):
+        """Regenerate the preview pictures; return the column of their colour error."""
+        s = self.settings
+        if self.validation is None or not s.preview_items:
+            return {}
+        path = Path(s.checkpoint_dir) / "previews" / f"{self.step:06d}.png"
+        panel, error = self.validation.preview(self.model, self._averages(), s.preview_items, path)
+        logger.picture("preview", panel, self.step)
+        logger.say(f"step {self.step}: mean colour error {error:.3f}; preview in {path}")
+        return {"colour_error": error}
 
     def _row(self, window, seconds):
         means, rate = window.close(self.settings.batch_size)
@@ -259,11 +278,31 @@ class TrainLoop:
         )
 
 
+class _Interrupts:
+    """Notes SIGINT and SIGTERM instead of breaking a step in two; a second signal breaks it all the same."""
+
+    def __init__(self):
+        self.seen, self._before = False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+
+
 class _Window:
     """Means of the losses since the last row, kept on the device until they are asked for."""
 
-    def __init__(self, device):
-        self.device = device
+    def __init__(self):
         self._reset()
 
     def _reset(self):

@@ -51,7 +51,8 @@ class SampleRules:
     def noise(self, positions, shape):
         """Return the forward process's noise (N, *shape): a bank entry per sample (NR-FD), or fresh noise without a bank."""
         if self.bank is not None:
-            return self.bank.entries([integer(self.seed, "bank index", len(self.bank), p) for p in positions])
+            indices = [integer(self.seed, "bank index", len(self.bank), p) for p in positions]
+            return self.bank.sized(*shape).entries(indices)
         return torch.stack([torch.randn(shape, generator=generator(self.seed, "noise", p)) for p in positions])
 
     def received(self, y, positions):
