@@ -302,7 +302,6 @@ class SceneBatches:
             batch_sampler=positions,
             collate_fn=_collate,
             num_workers=num_workers,
-            persistent_workers=num_workers > 0,
             worker_init_fn=_init_worker,
             pin_memory=pin_memory and torch.accelerator.is_available(),
             generator=torch.Generator(),  # else the loader draws from torch's global stream
