@@ -4,7 +4,6 @@ Start small: python image_sample.py --preset toy
 """
 
 import os
-import sys
 
 from guided_diffusion.config import (
     SampleConfig,
@@ -13,15 +12,10 @@ from guided_diffusion.config import (
     load_config,
     parse_config,
     print_config,
-    run_script,
 )
 from guided_diffusion.errors import InputError
 from guided_diffusion.files import check_folder
-
-
-def say(text):
-    """Print one line of progress to standard error."""
-    print(text, file=sys.stderr, flush=True)
+from guided_diffusion.scripts import run_script, say
 
 
 def main():

@@ -4,7 +4,6 @@ Start small: python image_train.py --preset toy
 """
 
 import os
-import sys
 from pathlib import Path
 
 from guided_diffusion.config import (
@@ -13,15 +12,10 @@ from guided_diffusion.config import (
     ineffective_flags,
     parse_config,
     print_config,
-    run_script,
     save_config,
 )
 from guided_diffusion.files import check_folder
-
-
-def say(text):
-    """Print one line of progress to standard error."""
-    print(text, file=sys.stderr, flush=True)
+from guided_diffusion.scripts import run_script, say
 
 
 def main():

@@ -74,6 +74,8 @@ class Regeneration:
         self._claim_folder()
         rows = self._finished_rows()
         todo = [k for k in range(self.count) if k not in rows]
+        if len(todo) < self.count:
+            print(f"{self.count - len(todo)} of {self.count} pictures are done already", file=sys.stderr)
         size = self.config.batch_size
         steps = self.parts["diffusion"].num_timesteps
         batches = [todo[i : i + size] for i in range(0, len(todo), size)]

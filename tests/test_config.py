@@ -19,11 +19,11 @@ from guided_diffusion.config import (
     model_and_diffusion_defaults,
     parse_config,
     print_config,
-    run_script,
     save_config,
 )
 from guided_diffusion.errors import InputError
 from guided_diffusion.presets import PRESETS
+from guided_diffusion.scripts import run_script
 
 BOTH = [TrainConfig, SampleConfig]
 

@@ -25,7 +25,7 @@ ORDER = [
     {"diffusion"},
     {"data"},
     {"metrics", "panels"},
-    {"files", "random_streams"},
+    {"files", "random_streams", "scripts"},
     {"errors"},
 ]
 PUBLIC = ["model_and_diffusion_defaults", "create_model_and_diffusion", "load_weights", "NoiseBank", "load_data",

@@ -40,7 +40,7 @@ def run(monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def script(name, *arguments):
-        from guided_diffusion.config import run_script
+        from guided_diffusion.scripts import run_script
 
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         module = __import__(name)

@@ -226,8 +226,8 @@ class TrainLoop:
                             extra |= self._preview(logger) if not interrupts.seen else {}
                     if extra or stop or last or self.step % s.log_interval == 0:
                         logger.row(self._row(window, time.monotonic() - started) | extra)
-                    if interrupts.seen:
-                        logger.say(f"interrupted; saved step {self.step} in {s.checkpoint_dir}")
+                    if interrupts.seen and self.step != s.last_step:
+                        logger.say(f"saved step {self.step} in {s.checkpoint_dir}; go on with --resume_checkpoint auto")
                         raise KeyboardInterrupt
             if stop and saved == self.step:
                 logger.say(f"early stopping: best score {self.early_stopping.best:.6g} at step"
