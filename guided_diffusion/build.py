@@ -290,7 +290,7 @@ def find_weights(model_path, may_lack=False):
 def sampling_parts(config, weights, say):
     """Build what a sampling run needs.
 
-    :param weights: path of the weights, or None to leave them random (dry runs).
+    :param weights: path of the weights.
     :return: dict of model (on its device), diffusion, bank, dataset, device, precision.
     """
     device = select_device(config.device)
@@ -298,8 +298,7 @@ def sampling_parts(config, weights, say):
     model = model_from(config)
     dataset = data_set(config, config.is_train, say)
     height, width = picture_size(dataset, model)
-    if weights is not None:
-        load_weights(model, weights)
+    load_weights(model, weights)
     return {
         "model": _placed(model, device).eval().requires_grad_(False),
         "diffusion": diffusion_from(config).to(device),

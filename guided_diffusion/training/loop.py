@@ -74,7 +74,7 @@ class TrainLoop:
         self.emas = {rate: {k: v.detach().clone() for k, v in model.state_dict().items()} for rate in settings.ema_rates}
         self.early_stopping = EarlyStopping(settings.patience, settings.min_delta)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.recent = deque(maxlen=max(settings.log_interval, MAX_SKIPPED))  # (finite, paths) of the last steps
+        self.recent = deque(maxlen=MAX_SKIPPED)  # (finite, paths) of the last steps
 
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
@@ -267,10 +267,9 @@ class TrainLoop:
 
     def _check_finite(self):
         """Stop where the last steps had no finite loss or gradient; those steps have left the weights as they were."""
-        last = list(self.recent)[-MAX_SKIPPED:]
-        if len(last) < MAX_SKIPPED or torch.stack([finite for finite, _ in last]).any():
+        if len(self.recent) < MAX_SKIPPED or torch.stack([finite for finite, _ in self.recent]).any():
             return
-        names = sorted({path for _, paths in last for path in paths})
+        names = sorted({path for _, paths in self.recent for path in paths})
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise InputError(
             f"the last {MAX_SKIPPED} steps before step {self.step} had no finite loss or gradient; their pictures: {shown};"
