@@ -8,7 +8,7 @@ import os
 import torch
 
 from .data.image_datasets import SceneDataset, label_histogram, load_data
-from .data.semantics import conditioning_channels
+from .data.semantics import SemanticCoding, conditioning_channels
 from .data.toy_scenes import write_toy_scenes
 from .diffusion.gaussian_diffusion import create_gaussian_diffusion
 from .diffusion.resample import create_schedule_sampler
@@ -127,7 +127,8 @@ def diffusion_from(config, **changes):
     return create_diffusion(**{**{name: getattr(config, name) for name in _DIFFUSION_FLAGS}, **changes})
 
 
-def _placed(model, device):
+def placed(model, device):
+    """Put a network on its device, in the memory layout that it is fastest in."""
     # Convolutions are faster on pixels than on planes, on CPUs and GPUs alike.
     return model.to(device, memory_format=torch.channels_last)
 
@@ -155,6 +156,11 @@ def data_set(config, is_train, say=None):
     return dataset
 
 
+def semantic_coding(config):
+    """Return the `SemanticCoding` of a configuration."""
+    return SemanticCoding(config.label_scale, config.edge_levels, config.edge_threshold, config.edge_scale)
+
+
 def picture_size(dataset, model):
     """Return (H, W) of the data set's pictures after checking that the network takes them."""
     height, width = dataset.sample_size(0)
@@ -180,7 +186,7 @@ def training_loop(config, given, say):
     :return: `TrainLoop`.
     """
     device = select_device(config.device)
-    precision = _precision(config, device, say)
+    precision = precision_of(config, device, say)
     torch.manual_seed(stream_seed(config.seed, "initial weights"))
     model = model_from(config)
     _say_idle_attention(config, model, say)
@@ -198,11 +204,12 @@ def training_loop(config, given, say):
         sigma=snr_to_sigma(config.snr) if "snr" in given else None,
         noise_to=config.noise_to,
         seed=config.seed,
+        coding=semantic_coding(config),
     )
     diffusion = diffusion_from(config).to(device)
     settings = _loop_settings(config, rates, precision)
     loop = TrainLoop(
-        _placed(model, device), diffusion, create_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps).to(device),
+        placed(model, device), diffusion, create_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps).to(device),
         rules, lambda position: _training_batches(config, position, device),
         _validation(config, validation_pictures, rules, diffusion, device, precision), settings,
     )  # fmt: skip
@@ -287,28 +294,6 @@ def find_weights(model_path, may_lack=False):
     return model_path
 
 
-def sampling_parts(config, weights, say):
-    """Build what a sampling run needs.
-
-    :param weights: path of the weights.
-    :return: dict of model (on its device), diffusion, bank, dataset, device, precision.
-    """
-    device = select_device(config.device)
-    precision = _precision(config, device, say)
-    model = model_from(config)
-    dataset = data_set(config, config.is_train, say)
-    height, width = picture_size(dataset, model)
-    load_weights(model, weights)
-    return {
-        "model": _placed(model, device).eval().requires_grad_(False),
-        "diffusion": diffusion_from(config).to(device),
-        "bank": noise_bank(config, height, width),
-        "dataset": dataset,
-        "device": device,
-        "precision": precision,
-    }
-
-
 # -- dry run ----------------------------------------------------------------------------------------------------------
 
 
@@ -318,7 +303,7 @@ def dry_run(config, say, weights=None):
     :param weights: path of the weights in sampling; None in training.
     """
     device = select_device(config.device)
-    precision = _precision(config, device, say)
+    precision = precision_of(config, device, say)
     with torch.device("meta"):
         model = model_from(config)
     _say_idle_attention(config, model, say)
@@ -356,7 +341,8 @@ def _check_weights(config, weights, say):
     say(f"--model_path {weights}: fits the network")
 
 
-def _precision(config, device, say):
+def precision_of(config, device, say):
+    """Return the precision that a device can do, and say so where it is not the one asked for."""
     precision, why = usable_precision(device, config.precision)
     if why:
         say(why)

@@ -1,4 +1,4 @@
-"""Every flag once: dataclasses whose fields carry their help texts, turned into argparse, presets and config.json.
+"""Flags (see `flags`) turned into argparse, presets and config.json.
 
 Standard library only, so that `--help` answers at once.
 """
@@ -6,166 +6,30 @@ Standard library only, so that `--help` answers at once.
 import argparse
 import dataclasses
 import glob
+import itertools
 import json
+import math
 import os
-from dataclasses import dataclass, field
 
 from .errors import InputError
 from .files import whole_file
+from .flags import (
+    BankFlags,
+    ChannelFlags,
+    DataFlags,
+    DiffusionFlags,
+    ModelFlags,
+    SampleConfig,
+    SourceFlags,
+    TrainConfig,
+    TrainFlags,
+)
 from .presets import PRESETS
 
-
-def flag(default, help, choices=None):
-    """Declare one command-line flag as a dataclass field."""
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-@dataclass(kw_only=True)
-class RunFlags:
-    """Run"""
-
-    preset: str = flag("", "starting values that explicit flags override", ("", *PRESETS))
-    dry_run: bool = flag(False, "check data, labels, sizes and weights, print the configuration and a memory estimate, stop")
-    device: str = flag("auto", "auto, cpu or cuda[:N]")
-    precision: str = flag("", "fp32, bf16 or fp16 (torch.amp); empty: fp16 with --use_fp16 True, else fp32",
-                          ("", "fp32", "bf16", "fp16"))  # fmt: skip
-    use_fp16: bool = flag(False, "the family's flag for --precision fp16; a CPU then uses bf16 and says so")
-    seed: int = flag(0, "seed of everything but the noise bank: data order, crops, flips, timesteps, channel noise")
-
-
-@dataclass(kw_only=True)
-class DataFlags:
-    """Data"""
-
-    data_dir: str = flag("", "the data set's folder (local, gs:// or az://)")
-    dataset_mode: str = flag("cityscapes", "folder layout and label ids", ("cityscapes", "ade20k", "coco"))
-    is_train: bool = flag(True, "True reads the training split, False the validation split")
-    num_workers: int = flag(2, "processes that load pictures; 0 loads in the main process")
-
-
-@dataclass(kw_only=True)
-class ModelFlags:
-    """Network"""
-
-    image_size: int = flag(64, "short side of the picture, in pixels; Cityscapes keeps its aspect (256 -> 256x512)")
-    num_classes: int = flag(35, "label ids: 35 for cityscapes, 151 for ade20k, 183 for coco")
-    num_channels: int = flag(128, "base width; level widths (times channel_mult) are multiples of 32")
-    num_res_blocks: int = flag(2, "residual blocks per level")
-    num_heads: int = flag(4, "attention heads, where num_head_channels is -1")
-    num_heads_upsample: int = flag(-1, "attention heads in the decoder; -1: num_heads")
-    num_head_channels: int = flag(-1, "channels per attention head; -1: use num_heads")
-    attention_resolutions: str = flag("16,8", "image sizes at which attention runs, as image_size // size = downsampling")
-    channel_mult: str = flag("", 'width multiplier per level, such as "1,2,3,4"; empty: the default of image_size 64...512')
-    dropout: float = flag(0.0, "dropout in the residual blocks, 0...1")
-    class_cond: bool = flag(True, "must be True: this network is conditional")
-    use_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
-    use_scale_shift_norm: bool = flag(True, "the time embedding scales and shifts the second norm of each block")
-    resblock_updown: bool = flag(False, "residual blocks change the resolution, not strided convolutions")
-    use_new_attention_order: bool = flag(False, "split q, k, v before the heads (published weights: False)")
-    no_instance: bool = flag(False, "leave out the edge plane (instance and image edges)")
-    one_hot_label: bool = flag(True, "one plane per class; False: one plane with the raw label id")
-    unet_model: str = flag("unet", "where SPADE blocks are: unet (middle, decoder), spadeboth, enconly (encoder, middle)",
-                           ("unet", "spadeboth", "enconly"))  # fmt: skip
-
-
-@dataclass(kw_only=True)
-class DiffusionFlags:
-    """Diffusion"""
-
-    learn_sigma: bool = flag(False, "the network also predicts the variance")
-    diffusion_steps: int = flag(1000, "steps of the forward process")
-    noise_schedule: str = flag("linear", "noise schedule", ("linear", "cosine"))
-    timestep_respacing: str = flag("", 'steps of the reverse chain: "250", "10,20,30" (per section) or "ddim50"; empty: all')
-    use_kl: bool = flag(False, "train on the variational bound alone")
-    prediction: str = flag("eps", "what the network predicts: noise, picture or velocity", ("eps", "x0", "v"))
-    predict_xstart: bool = flag(False, "the family's flag for --prediction x0")
-    rescale_timesteps: bool = flag(False, "the network sees timesteps scaled to 0...1000")
-    rescale_learned_sigmas: bool = flag(False, "weight the variational term by T/1000")
-
-
-@dataclass(kw_only=True)
-class BankFlags:
-    """Noise bank"""
-
-    noise_bank_size: int = flag(1000, "entries; 0: ordinary diffusion with fresh noise")
-    noise_bank_seed: int = flag(150, "seed that both ends share; published weights: 150")
-    noise_bank_cache: int = flag(0, "bank entries kept in memory")
-
-
-@dataclass(kw_only=True)
-class ChannelFlags:
-    """Channel"""
-
-    snr: float = flag(
-        100.0,
-        "dB in GESCO's table 100:0 30:0.05 25:0.08 20:0.13 15:0.22 10:0.36 5:0.6 1:0.9 (standard deviation of the noise"
-        " on the semantic planes; log-linear between rows; a convention, not a signal-to-noise ratio: 10 dB would be 0.316)",
-    )
-    add_noise: bool = flag(False, "training: noise on the semantics, per sample one of the table's rows, or --snr if given")
-    noise_to: str = flag("semantics", "training: noise on all planes, or on the label planes alone", ("semantics", "label"))
-
-
-@dataclass(kw_only=True)
-class TrainFlags:
-    """Training"""
-
-    checkpoint_dir: str = flag("./checkpoints", "where checkpoints, config.json, progress.csv and previews go")
-    resume_checkpoint: str = flag("", "model file to go on from, or auto: the newest in checkpoint_dir, if any")
-    resume_partial: bool = flag(False, "resume although parts of the checkpoint are missing")
-    batch_size: int = flag(1, "pictures per step")
-    microbatch: int = flag(-1, "pictures per forward pass (gradient accumulation); -1: the whole batch")
-    lr: float = flag(1e-4, "learning rate of AdamW")
-    weight_decay: float = flag(0.0, "weight decay of AdamW")
-    lr_warmup_steps: int = flag(0, "steps over which the learning rate rises from 0")
-    lr_anneal_steps: int = flag(0, "the learning rate falls linearly to 0 over so many steps, and training ends; 0: constant")
-    total_steps: int = flag(0, "stop after so many steps; 0: go on until stopped (or lr_anneal_steps)")
-    ema_rate: str = flag("0.9999", "decay of the averaged weights; several, separated by commas, make several averages")
-    schedule_sampler: str = flag("uniform", "which timesteps to train on", ("uniform", "loss-second-moment"))
-    drop_rate: float = flag(0.0, "share of samples trained without conditioning; needed for guidance (0.1 in the presets)")
-    log_interval: int = flag(10, "steps between rows of progress.csv")
-    save_interval: int = flag(5000, "steps between checkpoints and previews")
-    export_legacy: bool = flag(False, "add the unused spade_norm tensors that GESCO and Diff-GO-n insist on")
-    fp16_scale_growth: float = flag(1e-3, "accepted, without effect: GradScaler has its own rule")
-    eval_interval: int = flag(0, "steps between validation scores; 0: none")
-    eval_items: int = flag(8, "validation pictures behind one score")
-    patience: int = flag(0, "stop after so many validation scores without improvement; 0: never")
-    min_delta: float = flag(0.0, "what counts as improvement of the validation score")
-    preview_items: int = flag(4, "validation pictures in the preview at every save; 0: no preview")
-    preview_steps: int = flag(20, "reverse steps of the preview")
-
-
-@dataclass(kw_only=True)
-class SampleFlags:
-    """Sampling"""
-
-    model_path: str = flag("", "weights (.pt), or a checkpoint folder: its newest EMA file")
-    results_path: str = flag("", "where pictures, panel and results.csv go")
-    num_samples: int = flag(10000, "at most so many pictures; each picture of the split once")
-    batch_size: int = flag(1, "pictures per batch")
-    use_ddim: bool = flag(False, "DDIM instead of ancestral sampling")
-    eta: float = flag(0.0, "share of fresh noise in DDIM, 0...1")
-    clip_denoised: bool = flag(True, "clip the predicted picture to the valid range at every step")
-    s: float = flag(1.0, "guidance scale, at least 1; above 1 doubles the cost")
-    pool: str = flag("None", "filter on the received planes: None, med (3x3 median), mean (3x3), max (mean, then 3x3 maximum)",
-                     ("None", "med", "mean", "max"))  # fmt: skip
-    noise_index: str = flag("random", "bank entry to start from: random (per picture, from --seed) or a number")
-    stop_tol: float = flag(0.0, "early stop: predicted picture moved less than this (RMS, of a range of 2); 0: off")
-    stop_patience: int = flag(3, "early stop: so many consecutive steps")
-    stop_min_steps: int = flag(1, "early stop: not before so many steps")
-    panel_items: int = flag(8, "pictures in panel.png")
-
-
-@dataclass(kw_only=True)
-class TrainConfig(RunFlags, DataFlags, ModelFlags, DiffusionFlags, BankFlags, ChannelFlags, TrainFlags):
-    """Configuration of image_train.py."""
-
-
-@dataclass(kw_only=True)
-class SampleConfig(RunFlags, DataFlags, ModelFlags, DiffusionFlags, BankFlags, ChannelFlags, SampleFlags):
-    """Configuration of image_sample.py."""
-
-    is_train: bool = flag(False, "True reads the training split, False the validation split")
-
+LINKS = ("analog", "digital", "ideal")
+POOLS = ("None", "med", "mean", "max")
+METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "fid", "kid", "miou")
+CODECS = ("jpeg", "webp", "avif", "jxl")
 
 # What a checkpoint fixes: sampling with other values would be another model.
 _FREE = {"dropout", "use_checkpoint", "class_cond", "timestep_respacing", "use_kl", "rescale_learned_sigmas",
@@ -245,24 +109,109 @@ def settle(config, given):
                       ("weight_decay", 0), ("total_steps", 0), ("lr_anneal_steps", 0), ("lr_warmup_steps", 0),
                       ("eval_interval", 0), ("eval_items", 1), ("patience", 0), ("min_delta", 0), ("preview_items", 0),
                       ("preview_steps", 1), ("s", 1), ("stop_tol", 0), ("stop_patience", 1), ("stop_min_steps", 1),
-                      ("panel_items", 0)):  # fmt: skip
+                      ("panel_items", 0), ("candidates", 1), ("feedback_steps", 0), ("step_candidates", 1),
+                      ("step_atoms", 1), ("selected_steps", 0), ("tail_steps", 0)):  # fmt: skip
         if not getattr(config, name, low) >= low:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least {low}")
     if getattr(config, "microbatch", -1) < 1 and getattr(config, "microbatch", -1) != -1:
         raise InputError(f"--microbatch {config.microbatch}: must be at least 1, or -1 for the whole batch")
-    if not config.snr >= 1:
-        raise InputError(f"--snr {config.snr:g}: GESCO's table covers 1 dB to 100 dB (no noise); choose a value in that range")
     if config.num_classes > 256:
         raise InputError(f"--num_classes {config.num_classes}: label maps have 8 bits, so at most 256 classes")
-    index = getattr(config, "noise_index", "random")
-    if index != "random" and config.noise_bank_size and not (index.isdigit() and int(index) < config.noise_bank_size):
-        raise InputError(f"--noise_index {index}: expected random or a number from 0 to {config.noise_bank_size - 1}")
     for name in ("drop_rate", "dropout", "eta"):
         if not 0 <= getattr(config, name, 0) <= 1:
             raise InputError(f"--{name} {getattr(config, name)}: must be between 0 and 1")
     for name in ("seed", "noise_bank_seed"):
         if not -(2**63) <= getattr(config, name) < 2**63:
             raise InputError(f"--{name} {getattr(config, name)}: must fit in 64 bits")
+
+    if isinstance(config, SampleConfig):
+        _settle_link(config, given)
+    else:
+        _check_nominal_snr(config.snr)
+
+
+def _check_nominal_snr(snr):
+    if not snr >= 1:
+        raise InputError(f"--snr {snr:g}: GESCO's table covers 1 dB to 100 dB (no noise); choose a value in that range")
+
+
+def parts_of(text):
+    """Split a flag's value at its commas."""
+    return [part.strip() for part in str(text).split(",") if part.strip()]
+
+
+def _settle_link(config, given):
+    for name, choices in (("link", LINKS), ("pool", POOLS), ("metrics", METRICS), ("baseline", CODECS)):
+        parts = parts_of(getattr(config, name))
+        odd = [part for part in parts if part not in choices]
+        if odd or (not parts and name in ("link", "pool")):
+            raise InputError(f"--{name} {odd[0] if odd else repr('')}: choose from {', '.join(choices)}")
+    try:
+        snrs = [float(part) for part in parts_of(config.snr)]
+    except ValueError:
+        raise InputError(f"--snr {config.snr}: expected dB, or several values separated by commas") from None
+    if not snrs or not all(map(math.isfinite, snrs)):
+        raise InputError(f"--snr {config.snr}: expected at least one finite value in dB")
+    if config.role == "link" and "analog" in parts_of(config.link):
+        for snr in snrs:
+            _check_nominal_snr(snr)
+    if not 0.2 <= config.code_rate <= 0.95:
+        raise InputError(f"--code_rate {config.code_rate:g}: 5G LDPC codes have rates from 0.2 to 0.95")
+    if config.role == "receive" and not config.messages:
+        raise InputError("--role receive needs --messages: the folder with the .dgo files of --role transmit")
+    if config.role != "link" and len(points(config)) > 1:
+        raise InputError(f"--role {config.role}: one run makes one set of messages; drop the lists of --link, --pool and --snr")
+    _settle_selection(config, given)
+
+
+def _settle_selection(config, given):
+    index, size = config.noise_index, config.noise_bank_size
+    if config.selection == "both" and index == "random":
+        config.noise_index = index = "best"
+    if config.selection == "per_step" and index != "random":
+        raise InputError(f"--selection per_step starts from entry 0; for --noise_index {index} set --selection both")
+    if index not in ("random", "best") and size and not (index.isdigit() and int(index) < size):
+        raise InputError(f"--noise_index {index}: expected random, best or a number from 0 to {size - 1}")
+    if size == 0:
+        if index == "best" or config.selection != "initial":
+            raise InputError("--noise_bank_size 0: noise selection needs a noise bank")
+        if config.role != "link" or parts_of(config.link) != ["analog"]:
+            raise InputError("--noise_bank_size 0: a message names its noise by a bank index; only --link analog works without")
+        return
+    for name in ("candidates", "step_candidates"):
+        if name in given and getattr(config, name) > size:
+            raise InputError(f"--{name} {getattr(config, name)}: the noise bank has {size} entries")
+        setattr(config, name, min(getattr(config, name), size))
+    if config.selection == "initial":
+        return
+    if config.step_atoms > config.step_candidates:
+        raise InputError(f"--step_atoms {config.step_atoms}: more than --step_candidates {config.step_candidates}")
+    if config.use_ddim and config.eta != 1:
+        raise InputError(f"--selection {config.selection} needs ancestral sampling, or DDIM with --eta 1 (not {config.eta:g})")
+    if config.stop_tol:
+        raise InputError(f"--selection {config.selection}: the steps to choose noise for are fixed; drop --stop_tol")
+
+
+def points(config):
+    """Return a copy of a sampling config for each link, pool and SNR that it lists, each with a folder of its own.
+
+    A single point keeps the folder; in the copies `snr` is a float.
+    """
+    snrs = [float(part) for part in parts_of(config.snr)]
+    found = []
+    for link in parts_of(config.link):
+        pools = parts_of(config.pool) if link == "analog" else ["None"]
+        found += itertools.product([link], pools, snrs if link != "ideal" else [math.inf])
+    return [dataclasses.replace(config, link=link, pool=pool, snr=snr,
+                                results_path=_point_folder(config.results_path, link, pool, snr, len(found) == 1))
+            for link, pool, snr in found]  # fmt: skip
+
+
+def _point_folder(root, link, pool, snr, single):
+    if single:
+        return root
+    words = [link, *([pool] if pool != "None" else []), *([f"{snr:g}dB"] if math.isfinite(snr) else [])]
+    return os.path.join(root, "_".join(words))
 
 
 def ineffective_flags(config, given):
@@ -274,6 +223,9 @@ def ineffective_flags(config, given):
         ("num_heads_upsample", config.num_head_channels != -1, "num_head_channels decides the number of heads"),
         ("noise_bank_seed", config.noise_bank_size == 0, "there is no bank with --noise_bank_size 0"),
         ("noise_bank_cache", config.noise_bank_size == 0, "there is no bank with --noise_bank_size 0"),
+        ("edge_threshold", config.edge_levels != 2, "it belongs to --edge_levels 2"),
+        ("edge_scale", config.edge_levels == 0, "there are no image edges with --edge_levels 0"),
+        ("edge_levels", config.no_instance, "there is no edge plane with --no_instance True"),
     ]
     if training:
         rules += [
@@ -304,8 +256,41 @@ def ineffective_flags(config, given):
             ("stop_min_steps", not config.stop_tol, "it belongs to --stop_tol"),
             ("noise_index", config.noise_bank_size == 0, "there is no bank with --noise_bank_size 0"),
             ("num_workers", True, "sampling loads its pictures in the main process"),
+            *_idle_link_flags(config),
         ]
     return [f"--{name} {getattr(config, name)} has no effect: {why}" for name, idle, why in rules if name in on and idle]
+
+
+def _idle_link_flags(config):
+    """Return (flag, whether it is idle, why) for the flags of the link."""
+    links = parts_of(config.link) if config.role == "link" else []
+    searching, per_step = config.noise_index == "best", config.selection != "initial"
+    segmenting = (searching and config.distance == "segmenter") or "miou" in parts_of(config.metrics)
+    decided_by_message = ("s", "use_ddim", "eta", "timestep_respacing", "clip_denoised", "stop_tol", "noise_index", "selection",
+                          "candidates", "distance", "feedback_steps", "step_candidates", "step_atoms", "selected_steps",
+                          "tail_steps", "extractor", "label_scale", "edge_levels", "edge_scale", "edge_threshold",
+                          "is_train", "precision")  # fmt: skip
+    receiving = config.role == "receive"
+    rules = [(name, receiving, "with --role receive the message decides") for name in decided_by_message]
+    rules += [
+        (name, receiving, "--role receive sees messages alone")
+        for name in ("data_dir", "baseline", "segmenter", "local_picture")
+    ]
+    rules += [
+        ("messages", not receiving, "it belongs to --role receive"),
+        ("link", config.role != "link", "only --role link has a channel"),
+        ("snr", not {"analog", "digital"} & {*links}, "this run has no noisy channel"),
+        ("pool", "analog" not in links, "it belongs to --link analog"),
+        *((name, "digital" not in links, "it belongs to --link digital") for name in ("modulation", "code_rate", "fading")),
+        *((name, not searching, "it belongs to --noise_index best") for name in ("candidates", "distance", "feedback_steps")),
+        *((name, not per_step, "it belongs to --selection per_step or both")
+          for name in ("step_candidates", "step_atoms", "selected_steps")),
+        ("segmenter", not segmenting, "it belongs to --distance segmenter and --metrics miou"),
+        ("lpips_weights", "lpips" not in config.metrics and config.distance != "lpips", "it belongs to lpips"),
+        *((name, not {"fid", "kid"} & {*parts_of(config.metrics)}, "it belongs to fid and kid")
+          for name in ("fid_weights", "features")),
+    ]  # fmt: skip
+    return rules
 
 
 def adopt_training_config(config, given, trained, path, also=()):
@@ -313,19 +298,28 @@ def adopt_training_config(config, given, trained, path, also=()):
 
     :param trained: dict read from config.json.
     :param also: further names to take over.
+    :return: a line for each flag of source coding that differs from training's.
     :raises InputError: a flag was given with another value (the message names both), or the file holds an invalid one.
     """
+    # What training saw before these flags were there.
+    trained = {"label_scale": 1, "edge_levels": 256, "edge_threshold": 0.3, "edge_scale": 1, **trained}
     choices = {f.name: f.metadata["choices"] for f in dataclasses.fields(config)}
-    for name in [*FIXED_BY_TRAINING, *also]:
+    source, differing = {f.name for f in dataclasses.fields(SourceFlags)}, []
+    for name in [*FIXED_BY_TRAINING, *source, *also]:
         if name not in trained:
             continue
         value, asked = trained[name], getattr(config, name)
         if type(value) is not type(asked) or (choices[name] and value not in choices[name]):
             raise InputError(f"{path}: {name} is {value!r}, which this flag does not take; restore the file")
+        if name in given and name in source:
+            if asked != value:
+                differing.append(f"--{name} {asked} is not what the checkpoint was trained with ({value}, {path})")
+            continue
         if name in given and asked != value:
             raise InputError(f"--{name} {asked} contradicts the checkpoint, trained with {value} ({path}); drop the flag")
         setattr(config, name, value)
     settle(config, given - {"prediction", "predict_xstart", "precision", "use_fp16"})
+    return sorted(differing)
 
 
 def adopt_resumed(config, given):
@@ -340,12 +334,12 @@ def adopt_resumed(config, given):
     if not resumed or not os.path.exists(path) or not glob.glob(os.path.join(glob.escape(folder), "model*.pt")):
         return []
     trained = load_config(path)
-    adopt_training_config(config, given, trained, path, also=("use_kl", "rescale_learned_sigmas", "timestep_respacing"))
+    lines = adopt_training_config(config, given, trained, path, also=("use_kl", "rescale_learned_sigmas", "timestep_respacing"))
     watched = {f.name for group in (TrainFlags, ChannelFlags, DataFlags) for f in dataclasses.fields(group)}
     watched |= {"precision", "dropout"}
     watched -= {"resume_checkpoint", "resume_partial", "checkpoint_dir", "total_steps", "num_workers"}
     changed = [name for name in sorted(watched & trained.keys()) if getattr(config, name) != trained[name]]
-    return [f"resuming with --{name} {getattr(config, name)}; the earlier run had {trained[name]}" for name in changed]
+    return lines + [f"resuming with --{name} {getattr(config, name)}; the earlier run had {trained[name]}" for name in changed]
 
 
 def print_config(config):

@@ -18,6 +18,7 @@ from guided_diffusion.config import (
     load_config,
     model_and_diffusion_defaults,
     parse_config,
+    points,
     print_config,
     save_config,
 )
@@ -47,7 +48,7 @@ TRAIN = {
 }  # fmt: skip
 SAMPLE = {
     "clip_denoised": False, "num_samples": 12, "use_ddim": True, "model_path": "/m.pt", "results_path": "/r", "is_train": True,
-    "s": 2.5, "pool": "max", "batch_size": 3,
+    "s": 2.5, "pool": "max", "batch_size": 3, "snr": "12.5",
 }  # fmt: skip
 FAMILY = [
     (config_class, name, value)
@@ -109,7 +110,7 @@ def test_defaults_that_others_rely_on(config_class):
     config, given = parse(config_class)
     assert given == set()
     assert config.one_hot_label is True and config.num_classes == 35 and config.class_cond is True
-    assert (config.noise_bank_size, config.noise_bank_seed, config.snr, config.unet_model) == (1000, 150, 100.0, "unet")
+    assert (config.noise_bank_size, config.noise_bank_seed, float(config.snr), config.unet_model) == (1000, 150, 100, "unet")
     assert (config.prediction, config.predict_xstart, config.precision) == ("eps", False, "fp32")
     assert config.is_train is (config_class is TrainConfig)
     if config_class is SampleConfig:
@@ -127,7 +128,7 @@ def test_every_flag_has_a_help_text_and_a_default_of_its_type(config_class):
 def test_help_groups_flags_and_shows_defaults(config_class, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(config_class, "--help")
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # argparse breaks lines at hyphens
     assert stopped.value.code == 0
     for expected in ("Network", "Noise bank", "Channel", "not a signal-to-noise ratio", "(default: 150)"):
         assert expected in text
@@ -162,7 +163,6 @@ def test_booleans(text, value):
         ("--dataset_mode kitti", "--dataset_mode: invalid choice: 'kitti'"),
         ("--preset big", "--preset: invalid choice: 'big'"),
         ("--num_classes 3.5", "--num_classes: invalid int value: '3.5'"),
-        ("--snr loud", "--snr: invalid float value: 'loud'"),
         ("stray", "stray"),
     ],
 )
@@ -260,11 +260,63 @@ def test_use_fp16_and_precision_say_the_same(line, precision):
         (SampleConfig, "--s 0.5", "--s 0.5: must be at least 1"),
         (SampleConfig, "--num_samples 0", "--num_samples 0: must be at least 1"),
         (SampleConfig, "--stop_tol -1", "--stop_tol -1.0: must be at least 0"),
+        (SampleConfig, "--snr loud", "--snr loud: expected dB"),
+        (SampleConfig, "--snr 10,", None),
+        (SampleConfig, "--snr ,", "--snr ,: expected at least one"),
+        (SampleConfig, "--snr 10,inf --link digital", "--snr 10,inf: expected at least one finite"),
+        (SampleConfig, "--snr 10,0.5", "--snr 0.5: GESCO's table"),
+        (SampleConfig, "--snr -3 --link digital", None),
+        (SampleConfig, "--snr -3 --link digital,analog", "--snr -3: GESCO's table"),
+        (TrainConfig, "--snr 0.5", "--snr 0.5: GESCO's table"),
+        (SampleConfig, "--link radio", "--link radio: choose from analog, digital, ideal"),
+        (SampleConfig, "--pool None,big", "--pool big: choose from None, med"),
+        (SampleConfig, "--metrics psnr,beauty", "--metrics beauty: choose from psnr"),
+        (SampleConfig, "--baseline gif", "--baseline gif: choose from jpeg"),
+        (SampleConfig, "--code_rate 0.1", "--code_rate 0.1: 5G LDPC"),
+        (SampleConfig, "--role receive", "--role receive needs --messages"),
+        (SampleConfig, "--role transmit --snr 10,20", "--role transmit: one run makes one set"),
+        (SampleConfig, "--noise_index 1000", "--noise_index 1000: expected random, best or a number from 0 to 999"),
+        (SampleConfig, "--noise_index best --candidates 1001", "--candidates 1001: the noise bank has 1000"),
+        (SampleConfig, "--noise_index best --noise_bank_size 0", "--noise_bank_size 0: noise selection needs"),
+        (SampleConfig, "--link digital --noise_bank_size 0", "--noise_bank_size 0: .* only --link analog"),
+        (SampleConfig, "--selection per_step --noise_index best", "--selection per_step starts from entry 0; .* both"),
+        (SampleConfig, "--selection per_step --use_ddim True", "--selection per_step needs ancestral"),
+        (SampleConfig, "--selection per_step --use_ddim True --eta 1", None),
+        (SampleConfig, "--selection per_step --step_candidates 4 --step_atoms 5", "--step_atoms 5: more than"),
+        (SampleConfig, "--selection both --stop_tol 0.1", "--selection both: .* drop --stop_tol"),
     ],
 )
 def test_values_that_cannot_be_meant(config_class, line, message):
+    if message is None:
+        parse(config_class, line)
+        return
     with pytest.raises(InputError, match=message):
         parse(config_class, line)
+
+
+# -- points of a sweep ------------------------------------------------------------------------------------------------
+
+
+def test_a_single_point_keeps_its_folder():
+    (point,) = points(parse(SampleConfig, "--snr 10 --pool med --results_path r")[0])
+    assert (point.snr, point.pool, point.link, point.results_path) == (10.0, "med", "analog", "r")
+
+
+def test_every_link_pool_and_snr_gets_a_folder_of_its_own():
+    found = points(parse(SampleConfig, "--snr 10,2.5 --pool None,med --link analog,digital,ideal --results_path r")[0])
+    assert [(p.link, p.pool, p.snr) for p in found] == [
+        ("analog", "None", 10.0), ("analog", "None", 2.5), ("analog", "med", 10.0), ("analog", "med", 2.5),
+        ("digital", "None", 10.0), ("digital", "None", 2.5), ("ideal", "None", float("inf")),
+    ]  # fmt: skip
+    assert [p.results_path for p in found] == [
+        "r/analog_10dB", "r/analog_2.5dB", "r/analog_med_10dB", "r/analog_med_2.5dB", "r/digital_10dB", "r/digital_2.5dB",
+        "r/ideal",
+    ]  # fmt: skip
+
+
+def test_selecting_both_searches_for_the_start():
+    assert parse(SampleConfig, "--selection both")[0].noise_index == "best"
+    assert parse(SampleConfig, "--selection both --noise_index 7")[0].noise_index == "7"
 
 
 # -- flags without effect ---------------------------------------------------------------------------------------------
@@ -302,6 +354,30 @@ def test_values_that_cannot_be_meant(config_class, line, message):
         (SampleConfig, "--use_checkpoint True --dropout 0.1 --use_kl True", ["use_checkpoint", "dropout", "use_kl"]),
         (SampleConfig, "--noise_index 3 --noise_bank_size 0", ["noise_index"]),
         (SampleConfig, "--rescale_learned_sigmas True", ["rescale_learned_sigmas"]),
+        (TrainConfig, "--edge_threshold 0.2 --edge_scale 2", ["edge_threshold", "edge_scale"]),
+        (TrainConfig, "--edge_threshold 0.2 --edge_scale 2 --edge_levels 2", []),
+        (SampleConfig, "--link ideal --snr 10 --pool med", ["snr", "pool"]),
+        (SampleConfig, "--link digital --snr 10 --modulation qpsk --code_rate 0.3 --fading rayleigh", []),
+        (SampleConfig, "--modulation qpsk --code_rate 0.3 --fading rayleigh", ["modulation", "code_rate", "fading"]),
+        (SampleConfig, "--candidates 4 --distance ssim --feedback_steps 3", ["candidates", "distance", "feedback_steps"]),
+        (SampleConfig, "--candidates 4 --distance ssim --feedback_steps 3 --noise_index best", []),
+        (
+            SampleConfig,
+            "--step_candidates 4 --step_atoms 1 --selected_steps 3",
+            ["step_candidates", "step_atoms", "selected_steps"],
+        ),
+        (SampleConfig, "--step_candidates 4 --step_atoms 1 --selected_steps 3 --selection per_step", []),
+        (SampleConfig, "--segmenter s.pt", ["segmenter"]),
+        (SampleConfig, "--segmenter s.pt --metrics miou", []),
+        (
+            SampleConfig,
+            "--features f.pt --fid_weights w.pth --lpips_weights l.pth",
+            ["features", "fid_weights", "lpips_weights"],
+        ),
+        (SampleConfig, "--features f.pt --metrics kid", []),
+        (SampleConfig, "--messages m", ["messages"]),
+        (SampleConfig, "--role receive --messages m --s 2 --extractor e.pt", ["s", "extractor"]),
+        (SampleConfig, "--role transmit --link digital --snr 3", ["link", "snr"]),
     ],
 )
 def test_flags_without_effect_get_one_line_each(config_class, line, names):
@@ -389,6 +465,22 @@ def test_a_value_of_the_wrong_type_is_named(name, value):
     config, given = parse(SampleConfig)
     with pytest.raises(InputError, match=f"config.json: {name} is {value!r}, which this flag does not take"):
         adopt_training_config(config, given, {**trained(), name: value}, "config.json")
+
+
+def test_source_coding_comes_from_training_and_a_difference_is_said():
+    config, given = parse(SampleConfig)
+    assert adopt_training_config(config, given, trained("--edge_levels 2 --label_scale 2"), "config.json") == []
+    assert (config.edge_levels, config.label_scale) == (2, 2)
+    config, given = parse(SampleConfig, "--edge_levels 2 --label_scale 4")
+    lines = adopt_training_config(config, given, trained("--edge_levels 2"), "config.json")
+    assert lines == ["--label_scale 4 is not what the checkpoint was trained with (1, config.json)"]
+    assert (config.edge_levels, config.label_scale) == (2, 4)
+
+
+def test_before_source_coding_checkpoints_saw_all_edges():
+    config, given = parse(SampleConfig)
+    adopt_training_config(config, given, {"num_channels": 64}, "config.json")
+    assert (config.edge_levels, config.label_scale) == (256, 1)
 
 
 def test_an_older_config_json_may_lack_flags():

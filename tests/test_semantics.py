@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from guided_diffusion.data.semantics import conditioning_channels, encode_semantics, instance_edges
+from guided_diffusion.data.semantics import (
+    SemanticCoding,
+    conditioning_channels,
+    describe,
+    edge_symbols,
+    encode_semantics,
+    inner_boundaries,
+    instance_edges,
+    received_semantics,
+    restore,
+)
 from guided_diffusion.errors import InputError
 
 K = 6
@@ -127,3 +137,76 @@ def test_channel_counts(arguments, channels):
     label = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
     num_classes, one_hot, no_instance = arguments
     assert encode_semantics(label, label, None, num_classes, one_hot, not no_instance).shape[1] == channels
+
+
+# -- source coding ----------------------------------------------------------------------------------------------------
+
+
+def grown(seed=3, height=13, width=18):
+    """Blocky labels and instances that never span classes, with image edges on the 8-bit grid."""
+    stream = torch.Generator().manual_seed(seed)
+    label = torch.randint(K, (2, 1, -(-height // 3), -(-width // 3)), generator=stream)
+    part = torch.randint(3, label.shape, generator=stream)
+    label, part = (p.repeat_interleave(3, 2).repeat_interleave(3, 3)[:, :, :height, :width] for p in (label, part))
+    edge = torch.randint(256, label.shape, generator=stream) / 255
+    return label, label * 1000 + part, edge
+
+
+def test_without_loss_the_receiver_has_the_data_sets_semantics():
+    scene = grown()
+    assert torch.equal(received_semantics(*scene, K), encode_semantics(*scene, K))
+    assert torch.equal(received_semantics(*scene, K, one_hot=False), encode_semantics(*scene, K, one_hot=False))
+    assert torch.equal(received_semantics(*scene, K, edge_plane=False), encode_semantics(*scene, K, edge_plane=False))
+
+
+def test_boundaries_within_classes_are_what_the_label_map_does_not_tell():
+    label, instance, _ = grown()
+    inner = inner_boundaries(label, instance)
+    naive = torch.zeros_like(inner)
+    for n, _, i, j in torch.cartesian_prod(*map(torch.arange, label.shape)).tolist():
+        for a, b in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+            if 0 <= a < label.shape[2] and 0 <= b < label.shape[3] and label[n, 0, a, b] == label[n, 0, i, j]:
+                naive[n, 0, i, j] |= bool(instance[n, 0, a, b] != instance[n, 0, i, j])
+    assert torch.equal(inner, naive) and inner.any()
+    assert torch.equal(torch.maximum(instance_edges(label), inner.float()), instance_edges(instance))
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_small_label_maps_come_from_pixels_of_their_blocks(scale):
+    label = grown()[0]
+    coding = SemanticCoding(label_scale=scale)
+    small, _, _ = describe(label, None, None, coding)
+    assert small.shape == (2, 1, -(-13 // scale), -(-18 // scale))
+    y = restore(small, None, None, coding, (13, 18), K)
+    assert y.shape[2:] == (13, 18) and torch.equal(y.sum(1)[:, 0], torch.ones_like(y.sum(1)[:, 0]))
+    restored = y[:, :K].argmax(1, keepdim=True)
+    middle = label[:, :, scale // 2 :: scale, scale // 2 :: scale]
+    assert torch.equal(restored[:, :, ::scale, ::scale][:, :, : middle.shape[2], : middle.shape[3]], middle)
+
+
+def test_edge_levels():
+    edge = grown()[2]
+    assert edge_symbols(edge, SemanticCoding(edge_levels=0)) is None
+    assert torch.equal(edge_symbols(edge, SemanticCoding(edge_levels=2, edge_threshold=0.4)), (edge >= 0.4).to(torch.uint8))
+    for levels in (3, 16, 256):
+        symbols = edge_symbols(edge, SemanticCoding(edge_levels=levels))
+        assert symbols.max() == levels - 1
+        assert (symbols / (levels - 1) - edge).abs().max() <= 0.5 / (levels - 1) + 1e-6
+    small = edge_symbols(edge, SemanticCoding(edge_scale=4))
+    assert small.shape == (2, 1, 4, 5) and int(small[0, 0, 0, 0]) == round(float(edge[0, 0, :4, :4].max()) * 255)
+
+
+def test_edges_that_are_not_sent_leave_boundaries_alone():
+    label, instance, edge = grown()
+    y = received_semantics(label, instance, edge, K, coding=SemanticCoding(edge_levels=0))
+    assert torch.equal(y, encode_semantics(label, instance, None, K))
+    y = received_semantics(label, None, edge, K, coding=SemanticCoding(edge_levels=0))
+    assert torch.equal(y, encode_semantics(label, None, None, K, edge_plane=True))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"label_scale": 3}, {"edge_levels": 1}, {"edge_levels": 257}, {"edge_threshold": 0}, {"edge_scale": 0}]
+)
+def test_bad_source_coding_names_the_flag(bad):
+    with pytest.raises(InputError, match=f"--{next(iter(bad))}"):
+        SemanticCoding(**bad)

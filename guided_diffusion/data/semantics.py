@@ -1,8 +1,116 @@
 """From labels, instances and edges to the conditioning tensor. Training and sampling both come here."""
 
+from dataclasses import dataclass
+
 import torch
+from torch.nn import functional as F
 
 from ..errors import InputError
+
+SCALES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class SemanticCoding:
+    """What source coding keeps of the semantics.
+
+    :param label_scale: 1, 2, 4 or 8: every so many pixels' label is sent (nearest), and repeated at the receiver.
+    :param edge_levels: values of an image-edge pixel: 0 (not sent), 2 (a threshold decides) ... 256 (as it is, GESCO's).
+    :param edge_threshold: with 2 levels: image edges from here on are 1.
+    :param edge_scale: 1, 2, 4 or 8: one pixel of the sent edges for so many, the strongest of them.
+    """
+
+    label_scale: int = 1
+    edge_levels: int = 256
+    edge_threshold: float = 0.3
+    edge_scale: int = 1
+
+    def __post_init__(self):
+        for name in ("label_scale", "edge_scale"):
+            if getattr(self, name) not in SCALES:
+                raise InputError(f"--{name} {getattr(self, name)}: expected one of {', '.join(map(str, SCALES))}")
+        if self.edge_levels == 1 or not 0 <= self.edge_levels <= 256:
+            raise InputError(f"--edge_levels {self.edge_levels}: expected 0 (no image edges), or 2 to 256 levels")
+        if not 0 < self.edge_threshold <= 1:
+            raise InputError(f"--edge_threshold {self.edge_threshold:g}: expected a value above 0, at most 1")
+
+
+def shrink_labels(label, scale):
+    """Nearest-downsample (N, 1, H, W) to (N, 1, ceil(H/scale), ceil(W/scale)): the pixel in the middle of each block."""
+    rows, columns = ((torch.arange(0, side, scale) + scale // 2).clamp(max=side - 1) for side in label.shape[2:])
+    return label[:, :, rows][:, :, :, columns]
+
+
+def enlarge(small, scale, height, width):
+    """Repeat pixels of (N, 1, h, w) to (N, 1, height, width)."""
+    return small.repeat_interleave(scale, 2).repeat_interleave(scale, 3)[:, :, :height, :width]
+
+
+def inner_boundaries(label, instance):
+    """Mark pixels with a 4-neighbour of the same class but of another instance: what a label map does not tell.
+
+    :param label, instance: (N, 1, H, W) integers.
+    :return: (N, 1, H, W) bool.
+    """
+    marked = torch.zeros(label.shape, dtype=torch.bool, device=label.device)
+    for axis in (2, 3):
+        last = label.shape[axis] - 1
+        same_class = label.narrow(axis, 0, last) == label.narrow(axis, 1, last)
+        between = same_class & (instance.narrow(axis, 0, last) != instance.narrow(axis, 1, last))
+        for place in (0, 1):
+            marked.narrow(axis, place, last).logical_or_(between)
+    return marked
+
+
+def edge_symbols(image_edge, coding):
+    """Quantise image edges (N, 1, H, W) in [0, 1] to (N, 1, h, w) uint8 symbols 0...levels-1; None with 0 levels."""
+    if coding.edge_levels == 0:
+        return None
+    if coding.edge_scale > 1:
+        image_edge = F.max_pool2d(image_edge, coding.edge_scale, ceil_mode=True)
+    if coding.edge_levels == 2:
+        return (image_edge >= coding.edge_threshold).to(torch.uint8)
+    return (image_edge * (coding.edge_levels - 1)).round().to(torch.uint8)
+
+
+def describe(label, instance, image_edge, coding):
+    """Reduce the semantics to what is sent.
+
+    :param instance, image_edge: (N, 1, H, W), or None.
+    :return: label ids (N, 1, h, w), boundaries within classes (N, 1, H, W) bool or None, edge symbols (N, 1, h', w') or None.
+    """
+    boundary = None if instance is None else inner_boundaries(label, instance)
+    symbols = None if image_edge is None else edge_symbols(image_edge.float(), coding)
+    return shrink_labels(label, coding.label_scale), boundary, symbols
+
+
+def restore(label, boundary, symbols, coding, size, num_classes, one_hot=True, edge_plane=True):
+    """Build the conditioning tensor from what was sent: the semantics as the receiver has them.
+
+    Boundaries between classes follow from the label map; they take part wherever boundaries within classes do.
+
+    :param label, boundary, symbols: as `describe` returns them.
+    :param size: (H, W) of the picture.
+    :return: (N, C, H, W) float32, as from `encode_semantics`.
+    """
+    label = enlarge(label, coding.label_scale, *size)
+    edges = None
+    if edge_plane and boundary is not None:
+        edges = torch.maximum(instance_edges(label), boundary.float())
+    if edge_plane and symbols is not None:
+        image_edge = enlarge(symbols, coding.edge_scale, *size).float() / max(coding.edge_levels - 1, 1)
+        edges = image_edge if edges is None else edges + image_edge
+    return encode_semantics(label, None, edges, num_classes, one_hot, edge_plane)
+
+
+def received_semantics(label, instance, image_edge, num_classes, one_hot=True, edge_plane=True, coding=None):
+    """Build the conditioning tensor as it is after source coding, for both ends: decode(encode(m)).
+
+    With the label map in full and 256 edge levels this is `encode_semantics`, where instances never span classes.
+    """
+    coding = coding or SemanticCoding()
+    sent = describe(label, instance, image_edge, coding)
+    return restore(*sent, coding, label.shape[2:], num_classes, one_hot, edge_plane)
 
 
 def conditioning_channels(num_classes, one_hot=True, no_instance=False):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.semantics import encode_semantics
+from ..data.semantics import SemanticCoding, encode_semantics, received_semantics
 from ..link.channel import TRAINING_SIGMAS, transmit
 from ..random_streams import generator, integer, uniform
 
@@ -24,6 +24,8 @@ class SampleRules:
     :param sigma: its standard deviation; None draws one of GESCO's training values per sample.
     :param noise_to: "semantics" or "label".
     :param seed: the run's seed.
+    :param coding: the `SemanticCoding` that the link will use, so that training sees what a receiver will have; None: as
+        the data set has the semantics.
     """
 
     num_classes: int
@@ -35,6 +37,7 @@ class SampleRules:
     sigma: float | None = None
     noise_to: str = "semantics"
     seed: int = 0
+    coding: SemanticCoding | None = None
 
     def __call__(self, batch):
         """Return (x_start, y, noise, u) of a loaded batch, in host memory; u are the draws for the timesteps."""
@@ -45,8 +48,10 @@ class SampleRules:
 
     def condition(self, batch):
         """Return the clean conditioning (N, C, H, W) of a loaded batch."""
-        return encode_semantics(batch["label"], batch.get("instance"), batch.get("image_edge"), self.num_classes,
-                                self.one_hot, self.edge_plane)  # fmt: skip
+        semantics = batch["label"], batch.get("instance"), batch.get("image_edge")
+        if self.coding is None:
+            return encode_semantics(*semantics, self.num_classes, self.one_hot, self.edge_plane)
+        return received_semantics(*semantics, self.num_classes, self.one_hot, self.edge_plane, self.coding)
 
     def noise(self, positions, shape):
         """Return the forward process's noise (N, *shape): a bank entry per sample (NR-FD), or fresh noise without a bank."""
