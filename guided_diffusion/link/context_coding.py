@@ -1,0 +1,146 @@
+"""Adaptive binary arithmetic coding of small maps, with the coded neighbours of a pixel as its context.
+
+Library formats spend much of a small label map on headers and on statistics that they learn too slowly. This coder asks,
+pixel by pixel in raster order, "the left neighbour's symbol? the upper one's? the upper right one's? the upper left one's?"
+and spells the symbol out where every answer is no. Each answer is one binary decision whose probability is counted per
+context; a context met for the first time starts from a coarser one's probability. JBIG2 and JPEG-LS work in this way; the
+arithmetic is that of carry-less range coders (as in lpaq): integers alone, so that both ends agree on any machine.
+"""
+
+import numpy as np
+
+from ..errors import InputError
+
+# Bounds of a decoder's work: well below a second
+MAX_PIXELS, MAX_SYMBOLS = 2**17, 64
+_TOP = 2**32 - 1
+_ONE = 2**16  # probabilities are in units of 1 / 65536
+_LEAST = 32
+_START, _MOST = 8, 500  # twice the count that a new probability stands for, and at which it stops settling
+
+
+def encode(symbols, count):
+    """Code a map losslessly.
+
+    :param symbols: (h, w) uint8 in 0...count-1, at most 2^17 of them.
+    :param count: 2...64.
+    :return: bytes, or None where the map is too irregular for this coder.
+    """
+    width = symbols.shape[1]
+    code, finish = _coder()
+    rows = [[0] * (width + 4), [0] * (width + 4), *([0, 0, *row, 0, 0] for row in symbols.tolist())]
+    return finish() if _walk(rows, count, code) else None
+
+
+def decode(data, height, width, count):
+    """Undo `encode`: return (height, width) uint8.
+
+    :raises InputError: the bytes are not exactly what `encode` makes of some map.
+    """
+    if height * width > MAX_PIXELS or not 2 <= count <= MAX_SYMBOLS:
+        raise InputError(f"context-coded map of {width}x{height} pixels and {count} symbols: beyond what this coder makes")
+    code, finish = _coder(data)
+    rows = [[0] * (width + 4) for _ in range(height + 2)]
+    if not _walk(rows, count, code) or finish() != data:
+        raise InputError("the context-coded map is damaged; send it again")
+    return np.array(rows, np.uint8)[2:, 2:-2]  # (height, width)
+
+
+def _coder(data=None):
+    """Return (code, finish) of an encoder, or of a decoder of `data`.
+
+    `code(node, bit)` codes one decision whose node is [probability, count, coarser node or None], and counts it; the decoder
+    ignores `bit` and returns the one coded. `finish()` returns all bytes coded; to the decoder these say whether `data` is
+    the one coding of its map.
+    """
+    low, high, out = 0, _TOP, bytearray()
+    value = int.from_bytes((data or b"")[:4].ljust(4, b"\0"), "big")
+
+    def code(node, bit):
+        nonlocal low, high, value
+        middle = low + ((high - low) * node[0] >> 16)
+        if data is not None:
+            bit = value <= middle
+        if bit:
+            high, target = middle, _ONE - _LEAST
+        else:
+            low, target = middle + 1, _LEAST
+        while low ^ high < 2**24:  # the first byte is settled
+            out.append(high >> 24)
+            low, high = low << 8 & _TOP, high << 8 & _TOP | 255
+            if data is not None:
+                at = len(out) + 3
+                value = value << 8 & _TOP | (data[at] if at < len(data) else 0)
+        while node is not None:
+            node[0] += (target - node[0]) * 2 // node[1]
+            node[1] += 2 * (node[1] < _MOST)
+            node = node[2]
+        return bit
+
+    return code, lambda: bytes(out) + _ending(low, high)
+
+
+def _ending(low, high):
+    """Return the shortest bytes that lie in low...high when zeros follow."""
+    for length in range(5):
+        unit = 1 << (32 - 8 * length)
+        value = -(-low // unit) * unit
+        if value <= high:
+            return value.to_bytes(5, "big")[1 : 1 + length]
+
+
+def _walk(rows, count, code):
+    """Code the map, or fill it in with a decoder's `code`.
+
+    Return False where new contexts and spelt-out symbols, which take most of the time, exceed one per eight
+    pixels and 4,096 more; or a decoder meets a symbol spelt out that an encoder would not spell.
+
+    :param rows: lists of symbols with a frame of zeros: two rows above, two columns at either side.
+    """
+    contexts, coarse, trees = {}, {}, {}
+    bits = (count - 1).bit_length()
+    budget = (len(rows) - 2) * (len(rows[0]) - 4) // 8 + 4096
+    for y in range(2, len(rows)):
+        row, up, up2 = rows[y], rows[y - 1], rows[y - 2]
+        for x in range(2, len(row) - 2):
+            west = row[x - 1]
+            key = west | (up[x] | (up[x + 1] | up[x - 1] << bits) << bits) << bits
+            if count == 2:  # few contexts: six more neighbours
+                key |= row[x - 2] << 4 | up[x - 2] << 5 | up[x + 2] << 6 | up2[x - 1] << 7 | up2[x] << 8 | up2[x + 1] << 9
+            context = contexts.get(key)
+            if context is None:
+                budget -= 1
+                context = contexts[key] = _context(key, count, bits, coarse)
+            symbol = row[x]
+            for guess, node in context:
+                if node is None or code(node, symbol == guess):
+                    row[x] = guess
+                    break
+            else:
+                budget -= 1
+                row[x] = symbol = _spell(symbol, bits, trees.setdefault(west, {}), code)
+                if budget < 0 or symbol >= count or any(symbol == guess for guess, _ in context):
+                    return False
+    return True
+
+
+def _context(key, count, bits, coarse):
+    """Return [(guess, node)] for a context: its distinct neighbours, the last one without a node where no other is left.
+
+    The coarser context is the four nearest neighbours of a two-valued map, and which of them are equal of any other.
+    """
+    near = [key >> bits * k & (1 << bits) - 1 for k in range(4)]  # left, upper, upper right, upper left
+    guesses = list(dict.fromkeys(near))
+    shape = tuple(near) if count == 2 else tuple(map(guesses.index, near))
+    nodes = [coarse.setdefault((shape, k), [_ONE // 2, _START, None]) for k in range(len(guesses))]
+    context = [(guess, [node[0], _START, node]) for guess, node in zip(guesses, nodes, strict=True)]
+    return context if len(guesses) < count else [*context[:-1], (guesses[-1], None)]
+
+
+def _spell(symbol, bits, tree, code):
+    """Code a symbol bit by bit, the highest first, each in the context of those before."""
+    prefix = 1
+    for k in reversed(range(bits)):
+        node = tree.setdefault(prefix, [_ONE // 2, _START // 2, None])
+        prefix = prefix * 2 + code(node, symbol >> k & 1)
+    return prefix - (1 << bits)

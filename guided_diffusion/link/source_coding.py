@@ -1,0 +1,342 @@
+"""Source coding of what crosses the air: small id maps without loss, and noise choices as one string of bits.
+
+A coded map is one container byte, the values that occur (`palette`), and the map in terms of them. The encoder tries every
+container and keeps the smallest; the decoder knows height, width and number of values from the message's header, and checks
+what the bytes claim before it takes memory.
+"""
+
+import io
+import lzma
+from itertools import pairwise
+from math import comb
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InputError
+from . import context_coding
+
+CONSTANT, CONTEXT, JXL, LZMA = range(4)  # containers
+MAX_CANDIDATES, MAX_ATOMS = 2**13, 2**8  # of per-step selection: bound the work of unranking
+MAX_SIDE, MAX_PIXELS = 2**13, 2**24
+
+
+class MissingPlugin(InputError):
+    """The bytes are good, but this machine lacks what reads them."""
+
+
+# -- id maps ----------------------------------------------------------------------------------------------------------
+
+
+def encode_map(ids, num_values):
+    """Code an id map without loss in the smallest container that this machine offers.
+
+    :param ids: (h, w) uint8 (or bool), every id below num_values.
+    :param num_values: how many ids there are, 1...256; the receiver knows it.
+    :return: bytes.
+    """
+    ids = np.ascontiguousarray(ids, np.uint8)
+    values = np.unique(ids)
+    if ids.ndim != 2 or not ids.size or values[-1] >= num_values:
+        raise InputError(f"id map of shape {ids.shape} with ids up to {max(values, default=0)}: needs ids below {num_values}")
+    if len(values) == 1:
+        return bytes([CONSTANT, values[0]])
+    table = np.zeros(256, np.uint8)
+    table[values] = np.arange(len(values))
+    return min(_coded(table[ids], values, num_values), key=len)
+
+
+def decode_map(data, height, width, num_values):
+    """Undo `encode_map`: return (height, width) uint8, every id below num_values.
+
+    :raises InputError: damaged bytes, bytes left over, or JPEG XL without the plugin that reads it.
+    """
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and height * width <= MAX_PIXELS):
+        raise InputError(f"id map of {width}x{height} pixels: sides must be 1...{MAX_SIDE}, and pixels at most {MAX_PIXELS}")
+    if len(data) < 2 or data[0] >= 32:
+        raise InputError(f"coded map of {len(data)} bytes: no container begins like this; send it again")
+    container, form, option = data[0] & 3, data[0] >> 2 & 1, data[0] >> 3
+    if container == CONSTANT:
+        if data[0] or len(data) != 2 or data[1] >= num_values:
+            raise InputError("coded map: damaged constant map; send it again")
+        return np.full((height, width), data[1], np.uint8)
+    values, body = _read_palette(data[1:], form, num_values)
+    if container == JXL:
+        symbols = _from_jxl(body, height, width, option)
+    elif container == LZMA:
+        symbols = _from_lzma(body, height, width, len(values), option)
+    elif option:
+        raise InputError("coded map: damaged container byte; send it again")
+    else:
+        symbols = context_coding.decode(body, height, width, len(values))
+    if symbols.max() >= len(values):
+        raise InputError(f"coded map: symbol {symbols.max()}, but it lists {len(values)} values; send it again")
+    return values[symbols]
+
+
+def jxl_available():
+    """Whether this machine reads and writes JPEG XL (pillow-jxl-plugin)."""
+    try:
+        import pillow_jxl  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _coded(symbols, values, num_values):
+    """Yield the map in every container.
+
+    A byte (bits 0-1 container, 2 form of the palette, 3-4 option: packed, or width of JPEG XL's groups), palette, body.
+    """
+    form, palette = _palette(values, num_values)
+
+    def contained(container, option, body):
+        return bytes([container | form << 2 | option << 3]) + palette + body
+
+    if symbols.size <= context_coding.MAX_PIXELS and len(values) <= context_coding.MAX_SYMBOLS:
+        body = context_coding.encode(symbols, len(values))
+        if body is not None:
+            yield contained(CONTEXT, 0, body)
+    for packed in (0, 1):
+        yield contained(LZMA, packed, _lzma(symbols, len(values), packed))
+    if jxl_available():
+        for effort in _efforts(symbols.size):
+            yield from (contained(JXL, option, body) for option, body in _to_jxl(symbols, effort))
+
+
+def _palette(values, num_values):
+    """Say which values occur: a bitmap of num_values bits (form 0), or a count and a list (form 1), if that is shorter."""
+    bitmap = np.zeros(num_values, bool)
+    bitmap[values] = True
+    listed = bytes([len(values) - 1, *values.tolist()])
+    packed = np.packbits(bitmap).tobytes()
+    return (1, listed) if len(listed) < len(packed) else (0, packed)
+
+
+def _read_palette(data, form, num_values):
+    """Undo `_palette`: return (values uint8 ascending, the bytes behind)."""
+    size = data[0] + 2 if form else -(-num_values // 8)
+    head = np.frombuffer(data[:size], np.uint8)
+    values = head[1:] if form else np.flatnonzero(np.unpackbits(head)).astype(np.uint8)
+    if len(head) < size or len(values) < 2 or values[-1] >= num_values or (np.diff(values.astype(int)) <= 0).any():
+        raise InputError("coded map: damaged list of values; send it again")
+    return values, data[size:]
+
+
+# -- LZMA: what is left where the map is large or irregular and there is no JPEG XL ------------------------------------
+
+
+def _lzma_filters(size):
+    # The decoder takes dict_size of memory.
+    return [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(4096, size), "lc": 0, "lp": 0, "pb": 0}]
+
+
+def _depth(count):
+    """Bits per symbol when packed: 1, 2, 4 or 8."""
+    return next(depth for depth in (1, 2, 4, 8) if count <= 1 << depth)
+
+
+def _lzma(symbols, count, packed):
+    raw = symbols.tobytes()
+    if packed:
+        bits = np.unpackbits(symbols.reshape(-1, 1), axis=1)[:, 8 - _depth(count) :]  # (h·w, depth)
+        raw = np.packbits(bits).tobytes()
+    return lzma.compress(raw, lzma.FORMAT_RAW, filters=_lzma_filters(len(raw)))
+
+
+def _from_lzma(data, height, width, count, packed):
+    depth = _depth(count) if packed else 8
+    size = -(-height * width * depth // 8)
+    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters(size))
+    try:
+        raw = reader.decompress(data, max_length=size + 1)
+    except (lzma.LZMAError, EOFError) as error:
+        raise InputError(f"coded map: damaged LZMA data ({error}); send it again") from None
+    if packed > 1 or len(raw) != size or not reader.eof or reader.unused_data:
+        raise InputError(f"coded map: LZMA data that is no map of {width}x{height} pixels; send it again")
+    flat = np.frombuffer(raw, np.uint8)
+    if depth < 8:
+        bits = np.unpackbits(flat)
+        if bits[height * width * depth :].any():
+            raise InputError("coded map: bits left over behind the LZMA data; send it again")
+        flat = np.packbits(bits[: height * width * depth].reshape(-1, depth), axis=1)[:, 0] >> (8 - depth)
+    return flat.reshape(height, width)
+
+
+# -- JPEG XL -----------------------------------------------------------------------------------------------------------
+#
+# The head of a codestream (ISO/IEC 18181-1: picture size, 8-bit grey, one modular frame over the whole picture) follows from
+# the map's size. It is not sent, and so cannot claim anything. Its fields are texts of bits here, the lowest bit first.
+
+_METADATA = "000001000001010001110110001"  # as the plugin writes it for mode "L", lossless
+_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # width : height
+
+
+def _bits(value, count):
+    return f"{value:0{count}b}"[::-1]
+
+
+def _bytes(bits):
+    return np.packbits([int(bit) for bit in bits], bitorder="little").tobytes()
+
+
+def _jxl_head(height, width, shift):
+    """Return the codestream's bytes before its table of contents; groups are 128 << shift pixels wide."""
+    ratio = next((k for k, (a, b) in enumerate(_RATIOS, 1) if height * a // b == width), 0)
+    sides = [height] if ratio else [height, width]
+    if small := all(side % 8 == 0 and side <= 256 for side in sides):
+        sides = [_bits(side // 8 - 1, 5) for side in sides]
+    else:
+        sides = [_bits(side - 1 > 511, 2) + _bits(side - 1, 13 if side > 512 else 9) for side in sides]
+    size = str(int(small)) + sides[0] + _bits(ratio, 3) + "".join(sides[1:])
+    frame = "000100000" + _bits(shift, 2) + "000001" + "0" * 11  # no crop, the last frame, groups in their usual order
+    return b"\xff\x0a" + _bytes(size + _METADATA) + _bytes(frame)
+
+
+def _contents_end(data, height, width, shift):
+    """Return where the codestream must end by its table of contents, counted from the table's first byte."""
+    group = 128 << shift
+    groups, coarse = (-(-height // side) * -(-width // side) for side in (group, 8 * group))
+    entries = 1 if groups == 1 else 2 + coarse + groups
+    bits, at, total = int.from_bytes(data[: 4 * entries], "little"), 0, 0
+    for _ in range(entries):
+        size, base = ((10, 0), (14, 1024), (22, 17408), (30, 4211712))[bits >> at & 3]
+        total += base + (bits >> at + 2 & (1 << size) - 1)
+        at += 2 + size
+    return -(-at // 8) + total
+
+
+def _to_jxl(symbols, effort):
+    """Return [(shift, codestream without its head)], or [] where this plugin writes another head."""
+    height, width = symbols.shape
+    file = io.BytesIO()
+    # One thread: the bytes are the same, and starting many takes longer than a small map.
+    Image.fromarray(symbols).save(file, "JXL", lossless=True, effort=effort, num_threads=0)
+    for shift in range(4):
+        head = _jxl_head(height, width, shift)
+        if file.getvalue().startswith(head):
+            return [(shift, file.getvalue()[len(head) :])]
+    return []
+
+
+def _from_jxl(data, height, width, shift):
+    if not jxl_available():
+        raise MissingPlugin("the message has a JPEG XL map, which needs a plugin: pip install pillow-jxl-plugin")
+    if _contents_end(data, height, width, shift) != len(data):
+        raise InputError(f"coded map: {len(data)} bytes of JPEG XL data do not fit its contents; send it again")
+    try:
+        with Image.open(io.BytesIO(_jxl_head(height, width, shift) + data), formats=["JXL"]) as image:
+            if (image.mode, image.size) == ("L", (width, height)):
+                return np.array(image)
+            reason = f"{image.size[0]}x{image.size[1]} pixels of mode {image.mode}"
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the plugin's panics are not even Exceptions
+        reason = " ".join(str(error).split())[:80] or type(error).__name__
+    raise InputError(f"coded map: damaged JPEG XL data ({reason}); send it again")
+
+
+def _efforts(pixels):
+    """Efforts worth trying: none is best for all maps, and the highest takes 4 µs per pixel."""
+    return (7, 10) if pixels <= 2**17 else (7, 9) if pixels <= 2**20 else (7,)
+
+
+# -- noise choices -----------------------------------------------------------------------------------------------------
+
+
+def choice_bits(bank_size, steps, candidates, atoms):
+    """Bits of `pack_choices`: ceil(log2 bank_size) + steps (ceil(log2 C(candidates, atoms)) + atoms).
+
+    :param bank_size: 0 where x_T is not chosen.
+    """
+    start = (bank_size - 1).bit_length() if bank_size else 0
+    return start + (steps * _pick_bits(candidates, atoms) if steps else 0)
+
+
+def _pick_bits(candidates, atoms):
+    if not 1 <= atoms <= candidates:
+        raise InputError(f"{atoms} atoms of {candidates} candidates per step: needs 1 or more, and no more than candidates")
+    return (comb(candidates, atoms) - 1).bit_length() + atoms
+
+
+def pack_choices(start_index, bank_size, picks, candidates, atoms):
+    """Write noise choices as bits, the highest first, without gaps, zeros at the end up to a whole byte.
+
+    :param start_index: bank entry of x_T (ceil(log2 bank_size) bits), or None where entry 0 is agreed on.
+    :param picks: per selected step (indices, signs): `atoms` ascending entries below `candidates`, and as many +1 or -1. The
+        index set is sent as its rank in the combinatorial number system, then a bit per sign (1 is -1).
+    :return: bytes.
+    """
+    bits = value = 0
+    if start_index is not None:
+        if not 0 <= start_index < bank_size:
+            raise InputError(f"noise index {start_index}: the bank has {bank_size} entries")
+        bits, value = choice_bits(bank_size, 0, candidates, atoms), int(start_index)
+    pick_bits = _pick_bits(candidates, atoms) if picks else 0
+    for indices, signs in picks:
+        indices, signs = [int(index) for index in indices], [int(sign) for sign in signs]
+        ascending = all(a < b for a, b in pairwise(indices))
+        if len(indices) != atoms or not ascending or indices[0] < 0 or indices[-1] >= candidates:
+            raise InputError(f"a step picks entries {indices}: needs {atoms} ascending ones below {candidates}")
+        if len(signs) != atoms or not {-1, 1} >= set(signs):
+            raise InputError(f"a step has signs {signs}: needs {atoms} of +1 or -1")
+        rank = sum(comb(index, k) for k, index in enumerate(indices, 1))
+        for sign in signs:
+            rank = rank << 1 | (sign < 0)
+        value, bits = value << pick_bits | rank, bits + pick_bits
+    size = -(-bits // 8)
+    return (value << 8 * size - bits).to_bytes(size, "big")
+
+
+def unpack_choices(data, has_start, bank_size, steps, candidates, atoms, prefix=False):
+    """Undo `pack_choices`: return (start_index or None, picks), picks a tuple of (indices, signs) tuples.
+
+    :param prefix: `data` may be a beginning: return what it holds whole and valid, start_index None and no picks where that
+        is not even the start.
+    :raises InputError: any other number of bytes than choices have, or what `pack_choices` never writes.
+    """
+    length = choice_bits(bank_size if has_start else 0, steps, candidates, atoms)
+    if not prefix and len(data) != -(-length // 8):
+        raise InputError(f"noise choices of {len(data)} bytes, but the header's take {length} bits")
+    value, left = int.from_bytes(data, "big"), 8 * len(data)
+
+    def take(bits):
+        nonlocal left
+        left -= bits
+        return value >> left & (1 << bits) - 1
+
+    start, picks = None, []
+    start_bits = choice_bits(bank_size, 0, 0, 0)
+    if has_start:
+        start = take(start_bits) if left >= start_bits else bank_size
+        if start >= bank_size:
+            if prefix:
+                return None, ()
+            raise InputError(f"noise index {start}: the bank has {bank_size} entries")
+    pick_bits, sets = (_pick_bits(candidates, atoms), comb(candidates, atoms)) if steps else (0, 0)
+    while len(picks) < steps and left >= pick_bits:
+        rank, signs = take(pick_bits - atoms), take(atoms)
+        if rank >= sets:
+            if prefix:
+                break
+            raise InputError(f"step {len(picks) + 1} of the noise choices is no set of {atoms} of {candidates} entries")
+        picks.append((_unrank(rank, candidates, atoms), tuple(1 - 2 * (signs >> k & 1) for k in reversed(range(atoms)))))
+    if not prefix and take(left):
+        raise InputError("noise choices: bits are left over")
+    return start, tuple(picks)
+
+
+def _unrank(rank, candidates, atoms):
+    """Return the ascending index set of a rank: sum of C(index_k, k), k = 1...atoms (combinatorial number system)."""
+    indices, index, k = [], candidates - 1, atoms
+    below = comb(index, k)  # sets whose largest index is below `index`
+    while k:
+        if rank >= below:
+            rank -= below
+            indices.append(index)
+            below = below * k // index if index else 0  # C(index - 1, k - 1)
+            k -= 1
+        else:
+            below = below * (index - k) // index  # C(index - 1, k)
+        index -= 1
+    return tuple(reversed(indices))
