@@ -9,8 +9,10 @@ from torch import nn
 from ..errors import InputError
 from ..random_streams import generator
 from .gaussian_diffusion import guided_denoiser
+from .unet import LabelMaps
 
 METHODS = ("ddpm", "ddim")
+VARIANCES = ("model", "posterior")
 REUSE_BYTES = 2**31  # memory that a chain may take for what it computes once from the label map
 
 
@@ -77,12 +79,14 @@ def ddim_step(diffusion, out, x, t, z, eta=0.0):
 
 @torch.no_grad()
 def sample(model, diffusion, y, noise, method="ddpm", s=1.0, eta=0.0, seeds=None, step_noise=None, early_stop=None,
-           clip_denoised=True, on_step=None, reuse_bytes=REUSE_BYTES):  # fmt: skip
+           clip_denoised=True, on_step=None, reuse_bytes=REUSE_BYTES, variance="model", tail_steps=0,
+           network_steps=None):  # fmt: skip
     """Run the reverse chain from x_T = noise.
 
     :param model: callable (x, timesteps, y) -> (N, 3 or 6, H, W); a module is put in evaluation mode for the run.
     :param diffusion: the (respaced) `GaussianDiffusion`.
-    :param y: (N, C, H, W) conditioning, as received.
+    :param y: (N, C, H, W) conditioning, as received; (1, C, H, W) serves all samples, with the label-map work done once;
+        or a `Conditioning`, to share that work between calls.
     :param noise: (N, 3, H, W) standard normal, such as bank entries.
     :param method: "ddpm" (ancestral) or "ddim".
     :param s: guidance scale, at least 1.
@@ -96,18 +100,27 @@ def sample(model, diffusion, y, noise, method="ddpm", s=1.0, eta=0.0, seeds=None
     :param on_step: function (t, x, out), called at every step with the step number, x_t and the prediction.
     :param reuse_bytes: compute what depends on the conditioning alone once for the whole chain if it takes no more memory
         than this; 0 computes it at every step.
+    :param variance: of ancestral steps: "model" (fixed or learned), or "posterior" (beta-tilde of the respaced chain).
+    :param tail_steps: the last so many steps are DDIM's with eta = 0, whatever the method.
+    :param network_steps: run the network at so many of the steps only, evenly spread, and hold the predicted x_0 between
+        them. The noises stay those of the whole chain, so it gives a cheap look at the same picture.
     :return: `SampleResult`.
     """
     _check_arguments(method, eta, noise, y, seeds)
+    evaluated = _network_steps(diffusion.num_timesteps, network_steps, early_stop)
+    update = _Update(diffusion, method, eta, variance, tail_steps)
     x, rows = noise, torch.arange(len(noise), device=noise.device)
     images, steps = torch.zeros_like(noise), torch.zeros_like(rows)
     settled = _Settled(early_stop, len(x), x.device) if early_stop else None
     with _evaluating(model):
-        condition = _Conditioned(model, diffusion, y, s, reuse_bytes)
-        denoiser = condition.denoiser()
+        condition = y if isinstance(y, Conditioning) else Conditioning(model, y, s, reuse_bytes)
+        denoiser = condition.denoiser(diffusion, s, len(x))
         for taken, step in enumerate(reversed(range(diffusion.num_timesteps)), 1):
             t = torch.full((len(x),), step, dtype=torch.int64, device=x.device)
-            out = diffusion.posterior(denoiser(x, t), x, t, clip_denoised)
+            if step in evaluated:
+                output, held = denoiser(x, t), None
+            out = update.posterior(output, x, t, clip_denoised, held)
+            held = out["pred_xstart"]
             out["rows"] = rows
             if on_step is not None:
                 on_step(step, x, out)
@@ -119,45 +132,87 @@ def sample(model, diffusion, y, noise, method="ddpm", s=1.0, eta=0.0, seeds=None
                     settled.keep(~done)
                     if not len(x):
                         break
-                    denoiser = condition.denoiser(rows)
+                    denoiser = condition.denoiser(diffusion, s, len(x), rows)
             z = None
-            if step and (method == "ddpm" or eta > 0):
+            if update.is_noisy(step):
                 z = step_noise(step, x, out) if step_noise is not None else None
-                z = _fresh_noise(x, rows, seeds, diffusion.kept[step]) if z is None else z
-            elif method == "ddpm":
-                z = torch.zeros_like(x)
-            x = ancestral_step(diffusion, out, x, t, z) if method == "ddpm" else ddim_step(diffusion, out, x, t, z, eta)
+                z = fresh_noise(x, rows, seeds, diffusion.kept[step]) if z is None else z
+            x = update(step, out, x, t, z)
     images[rows], steps[rows] = x, taken
     return SampleResult(images, steps)
 
 
-class _Conditioned:
-    """Makes denoisers for all samples or some, with the label-map work done once where the memory suffices."""
+class _Update:
+    """One step of the chosen sampler: which posterior, whether there is noise, and x_{t-1}."""
 
-    def __init__(self, model, diffusion, y, s, reuse_bytes):
-        self.model, self.diffusion, self.s = model, diffusion, s
-        self.y, self.empty = y, torch.zeros_like(y[:1]) if s > 1 else None
-        self.stored = hasattr(model, "modulations")
-        if self.stored:
-            n = len(y) + (s > 1)  # the empty conditioning is the same for all samples
-            self.stored = model.modulation_bytes(n, *y.shape[2:]) <= reuse_bytes
+    def __init__(self, diffusion, method, eta, variance, tail_steps):
+        if variance not in VARIANCES:
+            raise InputError(f"variance {variance!r}: unknown; choose one of {', '.join(VARIANCES)}")
+        if variance == "posterior" and method != "ddpm":
+            raise InputError(f"variance 'posterior' belongs to ancestral sampling; {method} has eta")
+        if not 0 <= tail_steps <= diffusion.num_timesteps:
+            raise InputError(f"--tail_steps {tail_steps}: expected 0 to {diffusion.num_timesteps}, the chain's steps")
+        self.diffusion, self.method, self.eta = diffusion, method, eta
+        self.variance, self.tail_steps = variance, tail_steps
+
+    def posterior(self, output, x, t, clip_denoised, held=None):
+        """Turn a denoiser's output into p(x_{t-1} | x_t); with the x_0 `held` from an earlier step in place of its own."""
+        out = self.diffusion.posterior(output, x, t, clip_denoised)
+        if held is not None:
+            out["pred_xstart"], out["mean"] = held, self.diffusion.q_posterior(held, x, t)[0]
+        if self.variance == "posterior":
+            out["variance"] = self.diffusion.at("posterior_variance", t).expand_as(x)
+            out["log_variance"] = self.diffusion.at("posterior_log_variance", t).expand_as(x)
+        return out
+
+    def is_noisy(self, step):
+        """Whether step number `step` takes a noise; the last one never does."""
+        return step >= max(1, self.tail_steps) and (self.method == "ddpm" or self.eta > 0)
+
+    def __call__(self, step, out, x, t, z):
+        if self.method == "ddim" or step < self.tail_steps:
+            return ddim_step(self.diffusion, out, x, t, z, self.eta if z is not None else 0.0)
+        return ancestral_step(self.diffusion, out, x, t, torch.zeros_like(x) if z is None else z)
+
+
+class Conditioning:
+    """A label map made ready for a model: what follows from it alone is computed once, where the memory suffices.
+
+    :param model: callable (x, timesteps, y).
+    :param y: (N, C, H, W) conditioning; (1, C, H, W) serves any number of samples.
+    :param s: guidance scale that it will be used with.
+    :param reuse_bytes: bound on the memory; 0 computes everything at every step.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, y, s=1.0, reuse_bytes=REUSE_BYTES):
+        self.model, self.s, self.shape = model, s, y.shape
+        self.y, self.empty = y, torch.zeros_like(y[:1]) if s > 1 else None  # the empty one is the same for all samples
+        networked = hasattr(model, "modulations")
+        self.stored = networked and model.modulation_bytes(len(y) + (s > 1), *y.shape[2:]) <= reuse_bytes
         if self.stored:
             self.y = model.modulations(y)
             self.empty = model.modulations(self.empty) if s > 1 else None
+        elif networked and len(y) == 1:
+            self.y = LabelMaps(y)
+            self.empty = LabelMaps(self.empty) if s > 1 else None
+        self.broadcasts = networked and (self.stored or len(y) == 1)
 
-    def denoiser(self, rows=None):
-        """Return the denoiser of the samples at `rows`."""
-        if self.stored:
-            y, empty = self.y, self.empty
-            if rows is not None:
-                y = {spade: (gamma[rows], beta[rows]) for spade, (gamma, beta) in y.items()}
-        else:
-            y = self.y if rows is None else self.y[rows]
-            empty = None  # as large as y
-        return guided_denoiser(self.model, self.diffusion, y, self.s, empty)
+    def denoiser(self, diffusion, s, n, rows=None):
+        """Return the denoiser of n samples, those at `rows` (n,) where not all are left."""
+        if s != self.s:
+            raise InputError(f"--s {s:g}: this conditioning was made ready for {self.s:g}")
+        if not self.broadcasts:
+            y = self.y.expand(n, -1, -1, -1) if len(self.y) == 1 else self.y if rows is None else self.y[rows]
+            return guided_denoiser(self.model, diffusion, y, s)  # the empty one is as large as y
+        y = self.y
+        if rows is not None and self.shape[0] > 1:
+            y = {spade: (gamma[rows], beta[rows]) for spade, (gamma, beta) in y.items()}
+        return guided_denoiser(self.model, diffusion, y, s, self.empty)
 
 
-def _fresh_noise(x, rows, seeds, timestep):
+def fresh_noise(x, rows, seeds, timestep):
+    """Return the usual noise (n, 3, H, W) of one step for the samples at `rows` (n,) of a chain (see `sample`)."""
     # Addressed by the original timestep, not drawn in sequence: other steps' choices cannot shift it.
     if seeds is None:
         return torch.randn_like(x)
@@ -172,10 +227,21 @@ def _check_arguments(method, eta, noise, y, seeds):
         raise InputError(f"eta {eta}: it belongs to DDIM; ancestral sampling has its own noise")
     if not 0 <= eta <= 1:
         raise InputError(f"--eta {eta}: expected 0 (deterministic) to 1 (as much fresh noise as ancestral sampling)")
-    if len(noise) != len(y) or noise.shape[2:] != y.shape[2:]:
+    if y.shape[0] not in (1, len(noise)) or noise.shape[2:] != y.shape[2:]:
         raise InputError(f"noise {tuple(noise.shape)} and conditioning {tuple(y.shape)} differ in N, H or W")
     if seeds is not None and len(seeds) != len(noise):
         raise InputError(f"seeds: {len(seeds)} for {len(noise)} samples; one per sample is needed")
+
+
+def _network_steps(steps, count, early_stop):
+    """Return the step numbers t at which the network runs: all, or `count` of them, the first among them."""
+    if count is None:
+        return set(range(steps))
+    if not 1 <= count <= steps:
+        raise InputError(f"network_steps {count}: expected 1 to {steps}, the chain's steps")
+    if early_stop and count < steps:
+        raise InputError("early stopping needs the network at every step: drop it or network_steps")
+    return {steps - 1 - k * steps // count for k in range(count)}
 
 
 @contextmanager
