@@ -1,4 +1,4 @@
-"""Regenerate a split's pictures from their semantics as a noisy channel delivers them (Diff-GOn).
+"""Send a split's pictures as semantics and a noise index, and regenerate them at the other end (Diff-GOn).
 
 Start small: python image_sample.py --preset toy
 """
@@ -28,14 +28,16 @@ def main():
     beside = os.path.join(os.path.dirname(weights), "config.json")
     if os.path.exists(beside):
         trained = load_config(beside)
-        adopt_training_config(config, given, trained, beside)
+        for line in adopt_training_config(config, given, trained, beside):
+            say(f"warning: {line}")
     for line in ineffective_flags(config, given):
         say(f"warning: {line}")
     if config.s > 1 and trained.get("drop_rate") == 0:
         say(f"warning: --s {config.s:g} guides a model trained without --drop_rate: it has never seen empty semantics")
     if not trained and os.path.exists(weights):
         say(f"warning: no config.json beside {weights}: prediction, schedule and noise bank are taken from the flags")
-    build.draw_toy_scenes(config, given, say)
+    if config.role != "receive":
+        build.draw_toy_scenes(config, given, say)
     if not config.results_path and not config.dry_run:
         raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
     check_folder(config.results_path, "results_path")
@@ -43,12 +45,19 @@ def main():
         print_config(config)
         build.dry_run(config, say=print, weights=weights)
         return
-    from guided_diffusion.regenerate import Regeneration
+    from guided_diffusion import build_link
 
-    run = Regeneration(config, weights, build.sampling_parts(config, weights, say))
-    say(f"regenerating {run.count} pictures with {weights} into {config.results_path}")
-    for line in run.summary(run.run()):
-        say(line)
+    if config.role == "receive":
+        from guided_diffusion.receive import Receiving
+
+        run = Receiving(config, weights, build_link.receiving_parts(config, weights, say))
+        say(f"receiving {run.count} messages with {weights} into {config.results_path}")
+        for line in run.summary(run.run()):
+            say(line)
+        return
+    from guided_diffusion.regenerate import run_points
+
+    run_points(config, weights, build_link.sampling_parts(config, weights, say), say)
 
 
 if __name__ == "__main__":

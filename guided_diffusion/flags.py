@@ -180,7 +180,8 @@ class SelectionFlags:
     distance: str = flag(
         "mse", "best: what the transmitter compares its local pictures by", ("mse", "ssim", "lpips", "segmenter")
     )
-    feedback_steps: int = flag(0, "best: score after so many steps and halve the field from there; 0: full chains for all")
+    feedback_steps: int = flag(0, "best: look at all candidates with so many network evaluations each, more closely at the best"
+                               " quarter, and so on (5 does for 50 steps); 0: whole chains for all")  # fmt: skip
     selection: str = flag("initial", "what is chosen: the start (--noise_index), the noise of each step, or both",
                           ("initial", "per_step", "both"))  # fmt: skip
     step_candidates: int = flag(256, "per step: bank entries to choose from")

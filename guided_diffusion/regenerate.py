@@ -1,149 +1,229 @@
-"""A sampling run: pictures in, regenerated pictures, a table and a panel out. Run again, it goes on where it stopped."""
+"""A sampling run: pictures in, messages over the channel, regenerated pictures, a table and a panel out.
 
-import csv
+Run again, it goes on where it stopped.
+"""
+
 import dataclasses
-import hashlib
-import json
 import os
 import sys
 import time
-from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from .data.semantics import encode_semantics
+from .config import points
+from .data.semantics import received_semantics
 from .diffusion.sampling import EarlyStop, sample
-from .errors import InputError
 from .files import whole_file
 from .link.channel import snr_to_sigma, transmit
-from .metrics import colour_error, psnr
+from .link.crossing import analog_facts
+from .link.transceiver import Arrival
+from .measures import write_curves
+from .metrics import psnr
 from .panels import palette, picture_grid, save_picture, show_semantics, to_uint8
 from .random_streams import generator, integer, stream_seed, text_number
+from .results import ResultsFolder, digest, picture_digest, read_picture_file, settings_of, unique_names
 from .training.distributed import autocast
 
-COLUMNS = ("path", "name", "bank_index", "steps", "snr_db", "seconds", "psnr_db", "colour_error")
+PARTS = ("header", "labels", "edges", "indices", "total")
+COLUMNS = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool", "seconds", "transmit_seconds", "evaluations",
+           "distance", *(f"bits_{part}" for part in PARTS), "bpp", "channel_uses", "bandwidth_ratio", "realised_snr_db",
+           "eb_n0_db", "blocks", "block_errors", "problems", "psnr_db", "colour_error", "ssim", "ms_ssim", "lpips",
+           "mismatch_db", "picture_sha256")  # fmt: skip
 
 # Flags that may change between two runs into the same folder.
-_FREE = {"results_path", "num_samples", "batch_size", "num_workers", "device", "dry_run", "preset", "panel_items",
-         "use_fp16", "noise_bank_cache", "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "add_noise",
-         "noise_to"}  # fmt: skip
-
-
-def unique_names(paths):
-    """Return a file stem for each path: its own stem, or with as many of its folders as tell equal stems apart."""
-    parts = [PurePosixPath(str(path).replace("\\", "/")).with_suffix("").parts for path in paths]
-    names = [part[-1] for part in parts]
-    for depth in range(2, max(map(len, parts), default=1) + 1):
-        counts = Counter(names)
-        if max(counts.values(), default=1) == 1:
-            break
-        names = ["__".join(part[-depth:]).replace("/", "") if counts[name] > 1 else name
-                 for name, part in zip(names, parts, strict=True)]  # fmt: skip
-    counts = Counter(names)
-    return [f"{name}__{k}" if counts[name] > 1 else name for k, name in enumerate(names)]
+FREE = {"results_path", "num_samples", "batch_size", "num_workers", "device", "dry_run", "preset", "panel_items",
+        "use_fp16", "noise_bank_cache", "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "add_noise",
+        "noise_to", "messages", "metrics", "lpips_weights", "fid_weights", "features", "baseline"}  # fmt: skip
 
 
 class Regeneration:
-    """Sends the pictures of a split over the channel and regenerates them.
+    """Sends the pictures of a split over the channel and regenerates them, or only writes their messages.
 
-    :param config: a `SampleConfig`.
+    :param config: a `SampleConfig` of one point (see `config.points`).
     :param weights: path of the weights file.
     :param parts: what `build.sampling_parts` returns.
     """
 
     def __init__(self, config, weights, parts):
         self.config, self.weights, self.parts = config, weights, parts
-        self.folder = Path(config.results_path)
-        self.dataset, self.bank = parts["dataset"], parts["bank"]
+        self.results = ResultsFolder(config.results_path, COLUMNS)
+        self.dataset, self.bank, self.measures = parts["dataset"], parts["bank"], parts["measures"]
         self.count = min(config.num_samples, len(self.dataset))
-        paths = [str(pair.image or pair.label) for pair in self.dataset.pairs]
-        self.paths, self.names = paths, unique_names(paths)
-        self.sigma = snr_to_sigma(config.snr)
+        self.paths = [str(pair.image or pair.label) for pair in self.dataset.pairs]
+        self.names = unique_names(self.paths)
         # What is drawn for a picture follows from its name, so that further files in the split change nothing.
         self.numbers = [text_number(pair.stem) for pair in self.dataset.pairs]
-        self.stop = EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
+        self.transmitting = config.role == "transmit"
+        self.kind = "local" if self.transmitting else "samples"  # what a finished picture leaves behind
+        if self.bank is not None:
+            self.transmitter, self.receiver = parts["transmitter"](config), parts["receiver"]()
+            self.crossing = None if self.transmitting else parts["crossing"](config)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self):
         """Regenerate what is not done yet; return the rows of the whole table."""
-        self._claim_folder()
-        rows = self._finished_rows()
+        settings = settings_of(dataclasses.asdict(self.config), FREE,
+                               {"model_path": self.weights, "data_dir": self.config.data_dir})  # fmt: skip
+        settings["weights_sha256"] = digest(self.weights).hex()
+        self.results.claim(settings, free={"model_path"})
+        numbers = {path: k for k, path in enumerate(self.paths)}
+        rows = self.results.finished_rows(numbers, self.names, self.kind)
         todo = [k for k in range(self.count) if k not in rows]
         if len(todo) < self.count:
             print(f"{self.count - len(todo)} of {self.count} pictures are done already", file=sys.stderr)
+        if todo:
+            self._recall(rows, todo[0])
+            self._work_off(todo, rows)
+        return [rows[k] for k in sorted(rows)]
+
+    def _work_off(self, todo, rows):
         size = self.config.batch_size
         steps = self.parts["diffusion"].num_timesteps
         batches = [todo[i : i + size] for i in range(0, len(todo), size)]
         with tqdm(total=len(batches) * steps, unit="step", file=sys.stderr, dynamic_ncols=True) as bar:
             for number, batch in enumerate(batches, 1):
                 bar.set_description(f"pictures {batch[0] + 1}-{batch[-1] + 1} of {self.count}")
-                for k, row in zip(batch, self._regenerate(batch, bar), strict=True):
-                    rows[k] = row
+                found = self._without_bank(batch, bar) if self.bank is None else self._cross(batch, bar)
+                rows.update(zip(batch, found, strict=True))
                 bar.update(number * steps - bar.n)  # early stops leave steps out
-                self._write_table(rows)
-        self._write_panel(sorted(rows)[: self.config.panel_items])
-        return [rows[k] for k in sorted(rows)]
+                self.results.write_table([rows[k] for k in sorted(rows)])
 
-    def _regenerate(self, numbers, bar):
-        """Regenerate one batch of pictures, write their files, and return their rows."""
-        started = time.monotonic()
-        config = self.config
-        batch = self.dataset.batch(numbers)
-        sent = self._encode(batch)
-        streams = [generator(config.seed, "channel", self.numbers[k]) for k in numbers]
-        received = transmit(sent, self.sigma, generators=streams, num_classes=config.num_classes,
-                            one_hot=config.one_hot_label, pool=config.pool)  # fmt: skip
-        indices = [self._index(k) for k in numbers]
-        result = self._sample(received, *self._start(numbers, indices, sent.shape[2:]), bar)
-        images = result.images.float().cpu()
-        seconds = (time.monotonic() - started) / len(numbers)
-        self._write_pictures(numbers, batch, received, images)
-        rows = [
-            {"path": self.paths[k], "name": self.names[k], "bank_index": index, "steps": int(steps),
-             "snr_db": f"{config.snr:g}", "seconds": f"{seconds:.3f}"}
-            for k, index, steps in zip(numbers, indices, result.steps, strict=True)
-        ]  # fmt: skip
-        if "image" in batch:
-            measures = zip(rows, psnr(images, batch["image"]), colour_error(images, batch["image"]), strict=True)
-            for row, psnr_db, error in measures:
-                row |= {"psnr_db": f"{float(psnr_db):.3f}", "colour_error": f"{float(error.mean()):.4f}"}
+    def _recall(self, rows, first):
+        """Bring the receiver to where an interrupted run left it: it may need the last good label map."""
+        if self.bank is None or self.transmitting or self.config.link != "digital":
+            return
+        for k in range(first - 1, -1, -1):
+            if k in rows and not rows[k]["problems"]:
+                message = self.transmitter.describe(self.dataset.batch([k]))[0]
+                self.receiver.recall(message)
+                return
+
+    # -- one batch ----------------------------------------------------------------------------------------------------
+
+    def _cross(self, numbers, bar):
+        """Send one batch of pictures, write their files, and return their rows."""
+        rows, arrivals, sents, scenes = [], [], [], []
+        for k in numbers:
+            started = time.monotonic()
+            scene = self.dataset.batch([k])
+            sent = self.transmitter.send(scene, self._index(k))
+            row = self._sent_row(k, sent, time.monotonic() - started)
+            if not self.transmitting:
+                stream = generator(self.config.seed, "channel", self.numbers[k])
+                arrival, facts = self.crossing.cross(sent, self.receiver, stream)
+                row |= facts | {"problems": " ".join(arrival.problems) if arrival else "header"}
+                arrivals.append(arrival)
+            rows.append(row)
+            sents.append(sent)
+            scenes.append(scene)
+        if self.transmitting:
+            images = torch.stack([sent.choice.picture for sent in sents])
+            for row, sent in zip(rows, sents, strict=True):
+                row["steps"] = sent.choice.steps
+        else:
+            images = self._pictures(rows, arrivals, sents, bar)
+        self._write_pictures(numbers, scenes, sents, arrivals, images)
+        self._measure(rows, scenes, images, sents)
         return rows
 
-    def _sample(self, received, noise, seeds, bar):
-        config, device = self.config, self.parts["device"]
-        with autocast(device, self.parts["precision"]):
-            return sample(
-                self.parts["model"], self.parts["diffusion"], received.to(device), noise.to(device),
-                method="ddim" if config.use_ddim else "ddpm", s=config.s, eta=config.eta if config.use_ddim else 0.0,
-                seeds=seeds, early_stop=self.stop, clip_denoised=config.clip_denoised, on_step=lambda *_: bar.update(),
-            )  # fmt: skip
+    def _pictures(self, rows, arrivals, sents, bar):
+        """Let the receiver make the pictures (N, 3, H, W) of a batch; grey where no header has ever arrived."""
+        started = time.monotonic()
+        images = torch.zeros(len(sents), 3, *sents[0].y.shape[2:])
+        there = [j for j, arrival in enumerate(arrivals) if arrival is not None]
+        if there:
+            result = self.receiver.pictures([arrivals[j] for j in there], on_step=lambda *_: bar.update())
+            images[there] = result.images.float().cpu()
+            for j, steps in zip(there, result.steps.tolist(), strict=True):
+                rows[j] |= {"steps": steps, "bank_index": arrivals[j].start}
+        for row in rows:
+            row["seconds"] = f"{(time.monotonic() - started) / len(rows):.3f}"
+        return images
 
-    def _encode(self, batch):
-        return encode_semantics(batch["label"], batch.get("instance"), batch.get("image_edge"), self.config.num_classes,
-                                self.config.one_hot_label, not self.config.no_instance)  # fmt: skip
+    def _sent_row(self, k, sent, seconds):
+        config, bits = self.config, sent.message.bits()
+        height, width = sent.y.shape[2:]
+        row = {"path": self.paths[k], "name": self.names[k], "bank_index": sent.message.start_index or 0, "link": config.link,
+               "transmit_seconds": f"{seconds:.3f}", "bpp": f"{bits['total'] / (height * width):.4f}"}  # fmt: skip
+        row |= {f"bits_{part}": bits[part] for part in PARTS}
+        if not self.transmitting:
+            row |= {"snr_db": f"{config.snr:g}", "pool": config.pool}
+        if sent.choice is not None:
+            row["evaluations"] = sent.choice.evaluations
+            row["distance"] = "" if sent.choice.score is None else f"{float(sent.choice.score):.6g}"
+        with self._open("messages", k, ".dgo") as f:
+            f.write(sent.message.to_bytes())
+        return row
+
+    def _measure(self, rows, scenes, images, sents):
+        for j, (row, scene) in enumerate(zip(rows, scenes, strict=True)):
+            row["picture_sha256"] = picture_digest(images[j])
+            if "image" in scene:
+                row |= self.measures.per_picture(images[j : j + 1], scene["image"])
+            if not self.transmitting and sents and sents[j].choice is not None:
+                row["mismatch_db"] = f"{float(psnr(images[j : j + 1], sents[j].choice.picture[None].float().cpu())):.3f}"
+
+    def _without_bank(self, numbers, bar):
+        """Regenerate one batch by ordinary diffusion: fresh noise per picture, over the analog channel."""
+        started, config = time.monotonic(), self.config
+        batch = self.dataset.batch(numbers)
+        y = received_semantics(batch["label"], batch.get("instance"), batch.get("image_edge"), config.num_classes,
+                               config.one_hot_label, not config.no_instance, self.parts["coding"])  # fmt: skip
+        sigma, named = snr_to_sigma(config.snr), [self.numbers[k] for k in numbers]
+        received = transmit(y, sigma, generators=[generator(config.seed, "channel", number) for number in named],
+                            num_classes=config.num_classes, one_hot=config.one_hot_label, pool=config.pool)  # fmt: skip
+        noise = [torch.randn(3, *y.shape[2:], generator=generator(config.seed, "picture noise", number)) for number in named]
+        stop = EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
+        device = self.parts["device"]
+        with autocast(device, self.parts["precision"]):
+            result = sample(
+                self.parts["model"], self.parts["diffusion"], received.to(device), torch.stack(noise).to(device),
+                method="ddim" if config.use_ddim else "ddpm", s=config.s, eta=config.eta if config.use_ddim else 0.0,
+                seeds=[stream_seed(config.seed, "picture chain", number) for number in named], early_stop=stop,
+                clip_denoised=config.clip_denoised, on_step=lambda *_: bar.update(), tail_steps=config.tail_steps,
+            )  # fmt: skip
+        images = result.images.float().cpu()
+        seconds = (time.monotonic() - started) / len(numbers)
+        rows = [{"path": self.paths[k], "name": self.names[k], "steps": steps, "link": config.link,
+                 "snr_db": f"{config.snr:g}", "pool": config.pool, "seconds": f"{seconds:.3f}",
+                 **analog_facts(y[j : j + 1], sigma, config.num_classes, config.one_hot_label)}
+                for j, (k, steps) in enumerate(zip(numbers, result.steps.tolist(), strict=True))]  # fmt: skip
+        scenes = [{key: value[j : j + 1] for key, value in batch.items()} for j in range(len(numbers))]
+        arrivals = [Arrival(None, received[j : j + 1], 0, ()) for j in range(len(numbers))]
+        self._write_pictures(numbers, scenes, [None] * len(numbers), arrivals, images)
+        self._measure(rows, scenes, images, [])
+        return rows
 
     def _index(self, k):
-        if self.bank is None:
-            return ""
         asked = self.config.noise_index
-        return integer(self.config.seed, "picture index", len(self.bank), self.numbers[k]) if asked == "random" else int(asked)
+        if asked.isdigit():
+            return int(asked)
+        if self.config.selection == "per_step":
+            return 0
+        return integer(self.config.seed, "picture index", len(self.bank), self.numbers[k])
 
-    def _start(self, numbers, indices, size):
-        """Return x_T (N, 3, H, W) and the seeds of all later noise: from the bank, or fresh per picture without one."""
+    def sum_up(self, rows):
+        """Compare with classical codecs, measure the set, write summary.json and panel.png; return the summary."""
+        baseline_rows, codecs = [], self.measures.codecs
+        if codecs and self.bank is not None and self.config.link != "analog":
+            baseline_rows = self.measures.compare(self.results, rows, self.crossing, self.config.seed)
+        facts = {"link": self.config.link, "pool": self.config.pool, "snr_db": f"{self.config.snr:g}"}
         if self.bank is not None:
-            return self.bank.sized(3, *size).entries(indices), [self.bank.chain_seed(i) for i in indices]
-        seed, named = self.config.seed, [self.numbers[k] for k in numbers]
-        fresh = [torch.randn(3, *size, generator=generator(seed, "picture noise", number)) for number in named]
-        return torch.stack(fresh), [stream_seed(seed, "picture chain", number) for number in named]
+            # What both ends own before the first message; stated once, in bytes.
+            facts["shared_once_bytes"] = {"weights": os.path.getsize(self.weights), "bank_seed": 8}
+        facts["picture"] = "x".join(map(str, self.dataset.sample_size(0)))
+        summary = self.measures.summarise(self.results, rows, baseline_rows, facts)
+        self._write_panel([row["name"] for row in rows][: self.config.panel_items], codecs if baseline_rows else ())
+        return summary
 
     def summary(self, rows):
         """Return lines that say what a run's rows amount to, and where its output is."""
-        lines = [f"{len(rows)} pictures; results.csv, panel.png and pictures are in {self.folder}"]
+        what = "messages/, local/ and results.csv" if self.transmitting else "results.csv, panel.png and pictures"
+        lines = [f"{len(rows)} pictures; {what} are in {self.results.path}"]
         measured = [row for row in rows if row.get("psnr_db")]
         if measured:
             means = {c: float(np.mean([float(row[c]) for row in measured])) for c in ("psnr_db", "colour_error")}
@@ -152,84 +232,70 @@ class Regeneration:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def _claim_folder(self):
-        """Note the settings in the results folder, or check that those noted there are the same."""
-        settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in _FREE}
-        for name, where in (("model_path", self.weights), ("data_dir", self.config.data_dir)):
-            settings[name] = where if "://" in where else os.path.abspath(where)
-        settings["weights_sha256"] = _digest(self.weights)
-        path = self.folder / "settings.json"
-        if path.exists():
-            try:
-                earlier = json.loads(path.read_text())
-            except ValueError as error:
-                raise InputError(f"{path}: no valid JSON ({error}); choose another --results_path") from None
-            if not isinstance(earlier, dict):
-                raise InputError(f"{path}: expected a JSON object; choose another --results_path")
-            changed = [k for k in settings if earlier.get(k) != settings[k] and k != "model_path"]
-            if changed:
-                k = changed[0]
-                raise InputError(f"--results_path {self.folder} holds results with {k} {earlier.get(k)!r}, now {settings[k]!r};"
-                                 " choose another folder for other settings")  # fmt: skip
-            return
-        for name in ("results.csv", "config.json"):
-            if (self.folder / name).exists():
-                raise InputError(f"--results_path {self.folder} holds a {name} that is not of sampling; choose another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as f:
-            f.write(json.dumps(settings, indent=1) + "\n")
+    def _open(self, kind, k, ending=".png"):
+        path = self.results.file(kind, self.names[k], ending)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return whole_file(path, "wb")
 
-    def _file(self, kind, k):
-        return self.folder / kind / f"{self.names[k]}.png"
-
-    def _finished_rows(self):
-        """Return the rows, by picture number, of pictures that an earlier run completed."""
-        path = self.folder / "results.csv"
-        if not path.exists():
-            return {}
-        numbers = {p: k for k, p in enumerate(self.paths)}
-        with open(path, newline="") as f:
-            rows = {numbers[row["path"]]: row for row in csv.DictReader(f) if row.get("path") in numbers}
-        return {k: row for k, row in rows.items() if self._file("samples", k).exists()}
-
-    def _write_table(self, rows):
-        path = self.folder / "results.csv"
-        with whole_file(path) as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows[k] for k in sorted(rows))
-
-    def _write_pictures(self, numbers, batch, received, images):
+    def _write_pictures(self, numbers, scenes, sents, arrivals, images):
         config = self.config
-        kinds = {"received": show_semantics(received, config.num_classes, config.one_hot_label), "samples": to_uint8(images)}
-        if "image" in batch:
-            kinds["images"] = to_uint8(batch["image"])
         for j, k in enumerate(numbers):
-            ids = batch["label"][j, 0].numpy().astype(np.uint8)
-            save_picture(ids, self._file("labels", k), palette(config.num_classes))
-            for kind, pictures in kinds.items():
-                save_picture(pictures[j], self._file(kind, k))
+            ids = scenes[j]["label"][0, 0].numpy().astype(np.uint8)
+            save_picture(ids, self.results.file("labels", self.names[k]), palette(config.num_classes))
+            kinds = {}
+            if "image" in scenes[j]:
+                kinds["images"] = to_uint8(scenes[j]["image"])[0]
+            if sents[j] is not None and sents[j].choice is not None:
+                kinds["local"] = to_uint8(sents[j].choice.picture[None])[0]
+            if not self.transmitting:
+                received = arrivals[j].y if arrivals[j] is not None else torch.zeros_like(sents[j].y)
+                kinds["received"] = show_semantics(received, config.num_classes, config.one_hot_label)[0]
+                kinds["samples"] = to_uint8(images[j : j + 1])[0]
+            for kind, picture in kinds.items():
+                save_picture(picture, self.results.file(kind, self.names[k]))
 
-    def _write_panel(self, numbers):
-        if not numbers:
+    def _write_panel(self, names, codecs):
+        if not names:
             return
-        rows = []
-        for k in numbers:
-            files = [self._file(kind, k) for kind in ("images", "received", "samples")]
-            original, received, regenerated = (_read(file) for file in files)
-            sent = show_semantics(self._encode(self.dataset.batch([k])), self.config.num_classes, self.config.one_hot_label)[0]
-            rows.append([original, sent, received, regenerated])
-        captions = ["original", "sent semantics", f"received, {self.config.snr:g} dB, pool {self.config.pool}", "regenerated"]
-        save_picture(picture_grid(rows, captions), self.folder / "panel.png")
+        config, rows = self.config, []
+        kinds = ["images", "local"] if self.transmitting else ["images", "received", "samples"]
+        kinds += [f"baseline_{codec}" for codec in codecs]
+        for name in names:
+            pictures = [read_picture_file(self.results.file(kind, name)) for kind in kinds]
+            y = self._sent_semantics(self.dataset.batch([self.names.index(name)]))
+            pictures.insert(1, show_semantics(y, config.num_classes, config.one_hot_label)[0])
+            rows.append(pictures)
+        captions = ["original", "sent semantics", "local picture"]
+        if not self.transmitting:
+            channel = "" if config.link == "ideal" else f", {config.snr:g} dB"
+            channel += f", pool {config.pool}" if config.link == "analog" else ""
+            captions[2:] = [f"received, {config.link}{channel}", "regenerated"]
+        captions += [f"{codec}, same bits" for codec in codecs]
+        save_picture(picture_grid(rows, captions), self.results.path / "panel.png")
+
+    def _sent_semantics(self, scene):
+        if self.bank is not None:
+            return self.transmitter.describe(scene)[1]
+        return received_semantics(scene["label"], scene.get("instance"), scene.get("image_edge"), self.config.num_classes,
+                                  self.config.one_hot_label, not self.config.no_instance, self.parts["coding"])  # fmt: skip
 
 
-def _read(path):
-    return np.asarray(Image.open(path).convert("RGB")) if path.exists() else None
+def run_points(config, weights, parts, say):
+    """Run every point of a sampling config (see `config.points`), sum each up, and draw curves where there are several.
 
-
-def _digest(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    :param say: function that prints one line.
+    """
+    found, summaries = points(config), []
+    for number, point in enumerate(found, 1):
+        run = Regeneration(point, weights, parts)
+        verb = "writing the messages of" if run.transmitting else "regenerating"
+        place = f" ({number} of {len(found)})" if len(found) > 1 else ""
+        say(f"{verb} {run.count} pictures with {weights} into {point.results_path}{place}")
+        rows = run.run()
+        summaries.append((point.link, point.pool, point.snr, run.sum_up(rows)))
+        for line in run.summary(rows):
+            say(line)
+    for note in parts["measures"].metrics.notes:
+        say(f"note: {note}")
+    if len(found) > 1:
+        say(write_curves(Path(config.results_path), summaries))

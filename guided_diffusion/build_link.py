@@ -1,0 +1,226 @@
+"""From a sampling configuration to both ends of the link, the channel between them, and what measures the result."""
+
+import dataclasses
+import functools
+
+from . import segmenters
+from .build import (
+    data_set,
+    diffusion_from,
+    model_from,
+    noise_bank,
+    picture_size,
+    placed,
+    precision_of,
+    semantic_coding,
+)
+from .config import parts_of
+from .data.picture_folder import PictureFolder
+from .diffusion.sampling import EarlyStop
+from .diffusion.unet import check_size
+from .errors import InputError
+from .link.channel import snr_to_sigma
+from .link.channel_coding import DigitalLink
+from .link.crossing import AnalogCrossing, DigitalCrossing, IdealCrossing
+from .link.message import Header
+from .link.noise_bank import NoiseBank
+from .link.selection import Chain, StepCodebook, select_both, select_initial, select_per_step
+from .link.transceiver import Receiver, Transmitter
+from .measures import Measures
+from .metrics import Metrics, distance
+from .results import digest
+from .training.checkpoint import load_weights
+from .training.distributed import autocast, select_device
+
+SEARCH_BATCH = 8  # candidates that run together
+
+
+def sampling_parts(config, weights, say):
+    """Build what a sampling run needs, for all its points.
+
+    :param weights: path of the weights.
+    :return: dict of model (on its device), diffusion, bank, dataset, coding, device, precision, measures, and the functions
+        transmitter(point), receiver() and crossing(point).
+    """
+    device = select_device(config.device)
+    precision = precision_of(config, device, say)
+    coding = semantic_coding(config)  # checks its flags before the long work
+    measures = _measures(config, device)
+    distances = _distances(config, device)
+    model = model_from(config)
+    dataset = scenes(config, say, device)
+    height, width = picture_size(dataset, model)
+    load_weights(model, weights)
+    model = placed(model, device).eval().requires_grad_(False)
+    parts = {"model": model, "diffusion": diffusion_from(config).to(device), "bank": noise_bank(config, height, width),
+             "dataset": dataset, "coding": coding, "device": device, "precision": precision, "measures": measures}  # fmt: skip
+    if parts["bank"] is None:
+        return parts
+    make_chain = ChainMaker(config, model, device, weights)
+    rule = EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
+    template = _header(config, precision, height, width, make_chain.fingerprint)
+    template = dataclasses.replace(template, selected_steps=_selected(config, parts["diffusion"]))
+
+    def transmitter(point):
+        local = point.role == "transmit" or point.local_picture
+        return Transmitter(template, coding, make_chain(template, rule), _chooser(point, distances), local)
+
+    return parts | {"transmitter": transmitter, "receiver": lambda: Receiver(functools.partial(make_chain, rule=rule)),
+                    "crossing": crossing}  # fmt: skip
+
+
+def receiving_parts(config, weights, say):
+    """Build what the receiver alone needs: dict of make_chain (Header -> `Chain`) and receiver()."""
+    device = select_device(config.device)
+    precision_of(config, device, say)
+    model = model_from(config)
+    load_weights(model, weights)
+    make_chain = ChainMaker(config, placed(model, device).eval().requires_grad_(False), device, weights)
+    return {"make_chain": make_chain, "receiver": lambda: Receiver(make_chain)}
+
+
+def scenes(config, say, device="cpu"):
+    """Open the split: with the data set's label maps, or with those that an extractor reads off the pictures."""
+    if config.extractor == "gt":
+        return data_set(config, config.is_train, say)
+    network = segmenters.load_network(config.extractor, "extractor", device)
+
+    def extract(image):
+        return segmenters.segment(network, image.to(device), config.num_classes).cpu()
+
+    return PictureFolder(config.dataset_mode, config.data_dir, config.image_size, config.is_train, extract, config.no_instance)
+
+
+def crossing(point):
+    """Return the channel of one point."""
+    if point.link == "analog":
+        return AnalogCrossing(snr_to_sigma(point.snr), point.pool)
+    if point.link == "digital":
+        return DigitalCrossing(DigitalLink(point.snr, point.modulation, point.code_rate, point.fading))
+    return IdealCrossing()
+
+
+class ChainMaker:
+    """Makes the `Chain` that a message's header asks for, with this receiver's model; one is kept per kind.
+
+    :param weights: path of the weights file: the first 8 bytes of its SHA-256 are the model's fingerprint.
+    """
+
+    def __init__(self, config, model, device, weights):
+        self.config, self.model, self.device = config, model, device
+        self.fingerprint = digest(weights)[:8]
+        self._chains, self._banks = {}, {}
+
+    def __call__(self, header, rule=None):
+        """Return the chain. A header without a stop step leaves stopping to `rule`, an `EarlyStop` or None."""
+        self._check(header)
+        plain = dataclasses.replace(header, height=1, width=1, boundaries=False, label_scale=1, edge_levels=0, edge_scale=1)
+        key = plain, rule
+        if key not in self._chains:
+            self._chains[key] = self._build(header, rule)
+        return self._chains[key]
+
+    def _check(self, header):
+        config = self.config
+        if header.fingerprint != self.fingerprint:
+            raise InputError(f"the message was made for other weights (fingerprint {header.fingerprint.hex()}, these have"
+                             f" {self.fingerprint.hex()}); give --model_path the transmitter's file")  # fmt: skip
+        theirs = header.num_classes, header.one_hot, header.edge_plane
+        ours = config.num_classes, config.one_hot_label, not config.no_instance
+        if theirs != ours:
+            raise InputError(f"the message's label space (classes, one-hot, edge plane) is {theirs}, the model's {ours};"
+                             " give --model_path the transmitter's file")  # fmt: skip
+        check_size(header.height, header.width, self.model.downsampling)
+
+    def _build(self, header, rule):
+        diffusion = diffusion_from(self.config, timestep_respacing=header.steps).to(self.device)
+        if header.stop_step:
+            # The answer is x_0's prediction at that step: every step counts as settled, and none before counts.
+            rule = EarlyStop(float("inf"), 1, header.stop_step)
+        bank = header.bank_seed, header.bank_size
+        if bank not in self._banks:
+            self._banks[bank] = NoiseBank((3, header.height, header.width), header.bank_size, header.bank_seed,
+                                          self.config.noise_bank_cache)  # fmt: skip
+        return Chain(
+            self.model, diffusion, self._banks[bank], method=header.method, s=header.s, eta=header.eta,
+            clip_denoised=header.clip_denoised, early_stop=rule, tail_steps=header.tail_steps,
+            selected_steps=header.selected_steps or None, device=self.device,
+            precision=functools.partial(autocast, self.device, header.precision),
+        )  # fmt: skip
+
+
+def _header(config, precision, height, width, fingerprint):
+    selecting = config.selection != "initial"
+    return Header(
+        height=height, width=width, num_classes=config.num_classes, one_hot=config.one_hot_label,
+        edge_plane=not config.no_instance, boundaries=False, label_scale=config.label_scale,
+        edge_levels=0 if config.no_instance else config.edge_levels, edge_scale=config.edge_scale,
+        bank_seed=config.noise_bank_seed, bank_size=config.noise_bank_size, method="ddim" if config.use_ddim else "ddpm",
+        steps=config.timestep_respacing, eta=config.eta if config.use_ddim else 0.0, s=config.s,
+        clip_denoised=config.clip_denoised, stop_step=0, start_sent=config.selection != "per_step",
+        selected_steps=0, step_candidates=config.step_candidates if selecting else 0,
+        step_atoms=config.step_atoms if selecting else 0, tail_steps=config.tail_steps,
+        step_variance="posterior" if selecting else "model", precision=precision, fingerprint=fingerprint,
+    )  # fmt: skip
+
+
+def _selected(config, diffusion):
+    """How many steps' noise is selected: 0 asks for all that have any."""
+    if config.selection == "initial":
+        return 0
+    available = diffusion.num_timesteps - max(1, config.tail_steps)
+    if not max(1, config.selected_steps) <= available:
+        raise InputError(f"--selected_steps {config.selected_steps}: the chain has {max(0, available)} steps with noise"
+                         f" (--timestep_respacing, --tail_steps {config.tail_steps})")  # fmt: skip
+    return config.selected_steps or available
+
+
+# -- noise selection --------------------------------------------------------------------------------------------------
+
+
+def _distances(config, device):
+    """Return a function from a scene to its distance (candidates, image) -> (N,); None where nothing is searched."""
+    if config.noise_index != "best" and config.selection == "initial":
+        return None
+    if config.distance == "segmenter":
+        if not config.segmenter:
+            raise InputError("--distance segmenter needs --segmenter FILE")
+        network = segmenters.load_network(config.segmenter, "segmenter", device)
+        return lambda scene: lambda pictures, _: segmenters.disagreement(network, pictures, scene["label"], config.num_classes)
+    measure = distance(config.distance, config.lpips_weights, device)
+    return lambda scene: measure
+
+
+def _chooser(config, distances):
+    """Return the transmitter's function (chain, y, scene, start) -> `Choice`, or None where nothing is chosen."""
+    if distances is None:
+        return None
+    codebook = StepCodebook(config.step_candidates, config.step_atoms) if config.selection != "initial" else None
+    search = {"batch_size": max(SEARCH_BATCH, config.batch_size), "feedback_steps": config.feedback_steps}
+
+    def choose(chain, y, scene, start):
+        image, measure, candidates = scene["image"], distances(scene), range(config.candidates)
+        if config.noise_index != "best":
+            return select_per_step(chain, y, image, start, codebook, measure)
+        if codebook is None:
+            return select_initial(chain, y, image, candidates, measure, **search)
+        return select_both(chain, y, image, candidates, codebook, measure, **search)
+
+    return choose
+
+
+# -- measures ---------------------------------------------------------------------------------------------------------
+
+
+def _measures(config, device):
+    names = parts_of(config.metrics)
+    features = segmenter = None
+    if config.features and {"fid", "kid"} & {*names}:
+        features = segmenters.features_of(segmenters.load_network(config.features, "features", device))
+    if "miou" in names:
+        if not config.segmenter:
+            raise InputError("--metrics miou needs --segmenter FILE")
+        network = segmenters.load_network(config.segmenter, "segmenter", device)
+        segmenter = segmenters.segmenter_of(network, config.num_classes)
+    metrics = Metrics(names, config.num_classes, config.lpips_weights, config.fid_weights, features, segmenter, device)
+    return Measures(metrics, parts_of(config.baseline), metrics.fresh)

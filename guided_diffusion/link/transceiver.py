@@ -1,0 +1,169 @@
+"""Both ends of the link: from a scene to a message, and from what arrived to a picture (Diff-GOn, arXiv 2412.06980, fig. 1).
+
+Both ends condition on the semantics *after* source coding, and draw everything random from (bank seed, index, timestep).
+So after a channel without errors the receiver's picture is the transmitter's local one: bit for bit on one machine, library
+version and thread count when both are made alone (batch 1).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from ..data.semantics import SemanticCoding, conditioning_channels, describe, restore
+from ..errors import InputError
+from .message import Header, Message, Reception, receive_parts
+from .selection import Choice
+
+__all__ = ["Arrival", "Header", "Message", "Receiver", "Reception", "Sent", "Transmitter", "condition", "receive_parts"]
+
+
+def condition(header, label, boundary=None, edges=None):
+    """Build the conditioning that a message stands for; both ends call this.
+
+    :param label: (h, w) uint8 class ids at the header's label scale.
+    :param boundary: (H, W) bool, boundaries within classes, or None where they are lost or there are none.
+    :param edges: (h', w') uint8 symbols of the image edges, or None.
+    :return: (1, C, H, W) float32.
+    """
+    size = header.height, header.width
+    coding = SemanticCoding(header.label_scale, header.edge_levels, edge_scale=header.edge_scale)
+    label, boundary, edges = (
+        None if plane is None else torch.from_numpy(plane.copy())[None, None] for plane in (label, boundary, edges)
+    )
+    if header.boundaries and boundary is None:
+        boundary = torch.zeros(1, 1, *size, dtype=torch.bool)  # boundaries between classes follow from the labels
+    return restore(label.long(), boundary, edges, coding, size, header.num_classes, header.one_hot, header.edge_plane)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What the transmitter has for one scene: the message, its conditioning (1, C, H, W), and the choice, if one was made."""
+
+    message: Message
+    y: torch.Tensor
+    choice: Choice | None
+
+
+class Transmitter:
+    """Turns scenes into messages.
+
+    :param template: a `Header` that says everything but the picture's size and what is found out on the way.
+    :param coding: the `SemanticCoding`.
+    :param chain: the `Chain` that both ends run, for local generative feedback.
+    :param choose: function (chain, y, scene, start) -> `Choice`, or None to take the start that is asked for.
+    :param local: make the local picture even where nothing is chosen.
+    """
+
+    def __init__(self, template, coding, chain, choose=None, local=False):
+        self.template, self.coding, self.chain, self.choose, self.local = template, coding, chain, choose, local
+
+    def describe(self, scene):
+        """Write the message of one scene without an index: what the label map, boundaries and edges come to.
+
+        :param scene: dict of label (1, 1, H, W) and, where there are, instance and image_edge (see `load_data`).
+        :return: (`Message`, y): the message, and the conditioning (1, C, H, W) that it stands for.
+        """
+        planes = describe(scene["label"], scene.get("instance"), scene.get("image_edge"), self.coding)
+        label, boundary, edges = (None if plane is None else plane[0, 0].numpy() for plane in planes)
+        if not self.template.edge_plane:
+            boundary = edges = None
+        height, width = scene["label"].shape[2:]
+        header = dataclasses.replace(self.template, height=height, width=width, boundaries=boundary is not None,
+                                     edge_levels=0 if edges is None else self.coding.edge_levels)  # fmt: skip
+        start = 0 if header.start_sent else None
+        label = label.astype("uint8")
+        return Message(header, label, boundary, edges, start, ()), condition(header, label, boundary, edges)
+
+    def send(self, scene, start):
+        """Describe one scene, choose its noise, and write the message.
+
+        :param scene: as for `describe`, with image (1, 3, H, W) where noise is to be chosen.
+        :param start: bank index of x_T, where none is chosen.
+        :return: `Sent`; its choice has the picture where one was chosen or `local` is set.
+        :raises InputError: a choice has to be made, and the scene has no picture.
+        """
+        if self.choose is not None and "image" not in scene:
+            raise InputError("noise selection compares with the picture, and this split has labels alone")
+        message, y = self.describe(scene)
+        choice = None
+        if self.choose is not None:
+            choice = self.choose(self.chain, y, scene, start)
+            start = choice.index
+        elif self.local:
+            choice = local_choice(self.chain, y, start)
+        changes = {"start_index": start if message.header.start_sent else None}
+        if choice is not None:
+            changes["picks"] = choice.picks
+            if choice.steps < self.chain.diffusion.num_timesteps:
+                changes["header"] = dataclasses.replace(message.header, stop_step=choice.steps)
+        return Sent(dataclasses.replace(message, **changes), y, choice)
+
+
+def local_choice(chain, y, start):
+    """Make the local picture of a start that was not chosen."""
+    result = chain.run(y, [start])
+    return Choice(start, (), None, chain.evaluations(result), result.images[0].cpu(), int(result.steps))
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What a receiver knows of one picture before it makes it.
+
+    :param header: the message's, or the last good one.
+    :param y: (1, C, H, W) conditioning.
+    :param start: bank index of x_T.
+    :param picks: the noise of selected steps, or a beginning of it.
+    :param label: (H, W) uint8 ids as decoded, for people to look at.
+    :param problems: what was lost.
+    """
+
+    header: Header
+    y: torch.Tensor
+    start: int
+    picks: tuple
+    problems: tuple = ()
+
+
+class Receiver:
+    """Turns what arrived into pictures.
+
+    What is lost is replaced: label map and header by the last good ones (an empty label map at first), edges by none,
+    indices by entry 0 and seeded noise. It never fails on what the channel did.
+
+    :param make_chain: function Header -> `Chain`; raises InputError where the message was not made for this receiver.
+    """
+
+    def __init__(self, make_chain):
+        self.make_chain = make_chain
+        self.header = self.label = None  # the last good ones
+
+    def accept(self, reception):
+        """Make an `Arrival` of a `Reception`; None while no header has ever arrived."""
+        header = reception.header or self.header
+        if header is None:
+            return None
+        self.header = header
+        if reception.label is not None:
+            self.label = reception.label
+            y = condition(header, reception.label, reception.boundary, reception.edges)
+        elif self.label is not None and self.label.shape == header.label_shape:
+            y = condition(header, self.label)
+        else:
+            channels = conditioning_channels(header.num_classes, header.one_hot, not header.edge_plane)
+            y = torch.zeros(1, channels, header.height, header.width)
+        return Arrival(header, y, reception.start_index or 0, tuple(reception.picks), tuple(reception.problems))
+
+    def recall(self, message):
+        """Take a message's label map as the last good one."""
+        self.header, self.label = message.header, message.label
+
+    def pictures(self, arrivals, on_step=None):
+        """Run the reverse chains of arrivals that share a header's chain, in one batch.
+
+        :return: `SampleResult`.
+        """
+        chain = self.make_chain(arrivals[0].header)
+        y = torch.cat([arrival.y for arrival in arrivals])
+        picks = [arrival.picks for arrival in arrivals]
+        return chain.run(y, [arrival.start for arrival in arrivals], picks if any(picks) else None, on_step=on_step)

@@ -1,0 +1,229 @@
+"""What a sampling run amounts to: measures per picture and over the set, classical codecs at the same bits, curves."""
+
+import csv
+import json
+import math
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from . import baselines
+from .errors import InputError
+from .link.crossing import digital_facts
+from .metrics import bootstrap_interval, colour_error
+from .panels import save_picture
+from .random_streams import generator, text_number
+from .results import read_picture_file
+
+BATCH = 16
+PER_PICTURE = {"psnr": "psnr_db"}  # metric -> column, where they differ
+BASELINE_COLUMNS = ("path", "name", "codec", "budget_bits", "bits", "bpp", "scale", "quality", "channel_uses", "problems",
+                    "psnr_db", "colour_error", "ssim", "ms_ssim", "lpips")  # fmt: skip
+SUMMED_UP = ("bpp", "bits_header", "bits_labels", "bits_edges", "bits_indices", "bits_total", "bits", "channel_uses",
+             "bandwidth_ratio", "realised_snr_db", "eb_n0_db", "blocks", "block_errors", "steps", "evaluations", "seconds",
+             "transmit_seconds", "distance", "psnr_db", "colour_error", "ssim", "ms_ssim", "lpips", "mismatch_db")  # fmt: skip
+
+
+def eight_bit(images):
+    """Round pictures (N, 3, H, W) in [-1, 1] as their files do."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+
+
+def from_uint8(picture):
+    """Turn an (H, W, 3) uint8 array into (1, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+class Measures:
+    """Measures the pictures of a results folder.
+
+    :param metrics: a `Metrics`. :param codecs: names of `baselines.CODECS` to compare with.
+    :param new_metrics: function -> another `Metrics` of the same kind, for each codec's set.
+    """
+
+    def __init__(self, metrics, codecs, new_metrics):
+        self.metrics, self.codecs, self.new_metrics = metrics, codecs, new_metrics
+
+    def per_picture(self, images, original):
+        """Return the table columns of one picture (1, 3, H, W)."""
+        images = eight_bit(images)
+        found = self.metrics.per_picture(images, original)
+        columns = {PER_PICTURE.get(name, name): f"{float(value[0]):.4f}" for name, value in found.items()}
+        return columns | {"colour_error": f"{float(colour_error(images, original).mean()):.4f}"}
+
+    def whole_set(self, results, rows, kind="samples"):
+        """Return the measures over all pictures of a results folder (FID, KID, mIoU, as asked for)."""
+        metrics = self.new_metrics()
+        if not metrics.over_the_set:
+            return {}
+        for i in tqdm(range(0, len(rows), BATCH), desc=f"measuring {kind}", unit="batch", file=sys.stderr, leave=False):
+            names = [row["name"] for row in rows[i : i + BATCH]]
+            made, original = (torch.cat([_read(results.file(k, name)) for name in names]) for k in (kind, "images"))
+            ids = [np.asarray(Image.open(results.file("labels", name))) for name in names]
+            metrics.update(made, original, torch.from_numpy(np.stack(ids)).long()[:, None])
+        return metrics.compute()
+
+    # -- classical codecs -----------------------------------------------------------------------------------------------
+
+    def compare(self, results, rows, crossing, seed):
+        """Code every picture with each classical codec within its message's bits; write baselines.csv and the pictures.
+
+        :param crossing: the message's own, whose channel the codec's bytes take too if it is digital.
+        :return: the rows.
+        """
+        link = getattr(crossing, "link", None)
+        done = _earlier(results.path / "baselines.csv")
+        found = []
+        for row in tqdm(rows, desc="classical codecs", unit="picture", file=sys.stderr, leave=False):
+            picture = read_picture_file(results.file("images", row["name"]))
+            for codec in self.codecs if picture is not None else ():
+                key = row["path"], codec
+                if key not in done or not results.file(f"baseline_{codec}", row["name"]).exists():
+                    stream = generator(seed, "baseline", text_number(row["path"]), text_number(codec))
+                    done[key] = self._code(results, row, codec, picture, link, stream)
+                found.append(done[key])
+        if found:
+            results.write_table(found, "baselines.csv", BASELINE_COLUMNS)
+        return found
+
+    def _code(self, results, row, codec, picture, link, stream):
+        height, width = picture.shape[:2]
+        budget = int(row["bits_total"])
+        coded = baselines.best_within(codec, picture, budget // 8)
+        out = {"path": row["path"], "name": row["name"], "codec": codec, "budget_bits": budget}
+        if coded is None:  # nothing fits: the receiver has no picture
+            shown, out["problems"] = np.full_like(picture, 128), "no picture within the bits"
+        else:
+            shown, bits = coded.picture, 8 * len(coded.data)
+            out |= {"bits": bits, "bpp": f"{bits / (height * width):.4f}", "scale": coded.scale, "quality": coded.quality}
+            if link is not None:
+                delivery = link.send({"picture": coded.data}, stream)
+                out |= {k: v for k, v in digital_facts(delivery, height, width).items() if k == "channel_uses"}
+                if delivery.part("picture") is None:
+                    shown, out["problems"] = np.full_like(picture, 128), "picture"
+        save_picture(shown, results.file(f"baseline_{codec}", row["name"]))
+        return out | self.per_picture(from_uint8(shown), from_uint8(picture))
+
+    # -- the summary ----------------------------------------------------------------------------------------------------
+
+    def summarise(self, results, rows, baseline_rows, facts):
+        """Write summary.json: means, 95 % intervals over pictures, measures over the set; return it.
+
+        :param facts: what else it should say.
+        """
+        measured = [row for row in rows if results.file("images", row["name"]).exists()]
+        kind = "samples" if (results.path / "samples").exists() else "local"
+        summary = {**facts, "pictures": len(rows), "with_problems": sum(bool(row.get("problems")) for row in rows)}
+        summary |= {"mean": means(rows), "interval_95": intervals(rows), "set": self.whole_set(results, measured, kind)}
+        for codec in self.codecs:
+            own = [row for row in baseline_rows if row["codec"] == codec]
+            if own:
+                summary.setdefault("baselines", {})[codec] = {
+                    "container_bytes": baselines.container_bytes(codec),
+                    "without_picture": sum(bool(row.get("problems")) for row in own),
+                    "mean": means(own),
+                    "interval_95": intervals(own),
+                    "set": self.whole_set(results, own, f"baseline_{codec}"),
+                }
+        results.write_json("summary.json", summary)
+        return summary
+
+
+def _read(path):
+    return from_uint8(read_picture_file(path))
+
+
+def _earlier(path):
+    if not path.exists():
+        return {}
+    with open(path, newline="") as f:
+        return {(row["path"], row["codec"]): row for row in csv.DictReader(f)}
+
+
+def _columns(rows):
+    for name in SUMMED_UP:
+        values = [float(row[name]) for row in rows if row.get(name) not in (None, "")]
+        if values:
+            yield name, values
+
+
+def means(rows):
+    """Mean of every numeric column over the rows that have it."""
+    return {name: _plain(np.mean(values)) for name, values in _columns(rows)}
+
+
+def intervals(rows):
+    """95 % bootstrap intervals over pictures of the measures among the columns."""
+    measures = ("psnr_db", "colour_error", "ssim", "ms_ssim", "lpips", "mismatch_db", "distance", "bpp")
+    return {name: [_plain(v) for v in bootstrap_interval(values)] for name, values in _columns(rows)
+            if name in measures and np.isfinite(values).all()}  # fmt: skip
+
+
+def _plain(value):
+    value = float(value)
+    return value if math.isfinite(value) else str(value)  # JSON has no infinity
+
+
+# -- several points -----------------------------------------------------------------------------------------------------
+
+
+def write_curves(folder, summaries):
+    """Write curves.csv and curves.png: each measure against the SNR, one line per link and pool.
+
+    :param summaries: list of (link, pool, snr_db, summary).
+    :return: a line that says what was written.
+    """
+    lines = {}
+    for link, pool, snr, summary in summaries:
+        name = link if pool == "None" else f"{link}, pool {pool}"
+        own = {**summary["mean"], **{k: v for k, v in summary["set"].items() if isinstance(v, float)}}
+        own["bad_pictures"] = summary["with_problems"] / max(1, summary["pictures"])
+        lines.setdefault(name, []).append((snr, own))
+        for codec, baseline in summary.get("baselines", {}).items():
+            both = {**baseline["mean"], **{k: v for k, v in baseline["set"].items() if isinstance(v, float)}}
+            both["bad_pictures"] = baseline["without_picture"] / max(1, summary["pictures"])
+            lines.setdefault(f"{link}, {codec}", []).append((snr, both))
+    measures = [name for name in ("psnr_db", "ssim", "ms_ssim", "lpips", "kid", "kid_features", "fid", "miou", "bad_pictures")
+                if any(name in own for line in lines.values() for _, own in line)]  # fmt: skip
+    with open(folder / "curves.csv", "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["line", "snr_db", *measures])
+        for name, line in lines.items():
+            writer.writerows([name, snr, *(own.get(m, "") for m in measures)] for snr, own in line)
+    try:
+        import matplotlib
+    except ImportError:
+        return f"curves.csv is in {folder}; for curves.png, pip install matplotlib"
+    matplotlib.use("Agg")
+    _draw(lines, measures, folder / "curves.png")
+    return f"curves.csv and curves.png are in {folder}"
+
+
+def _draw(lines, measures, path):
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(measures), figsize=(4 * len(measures), 3.4), squeeze=False, layout="constrained")
+    for axis, measure in zip(axes[0], measures, strict=True):
+        for name, line in lines.items():
+            points = sorted((snr, own[measure]) for snr, own in line if isinstance(own.get(measure), float | int))
+            finite = [(snr, value) for snr, value in points if math.isfinite(snr)]
+            if finite:
+                axis.plot(*zip(*finite, strict=True), marker="o", markersize=3, label=name)
+            elif points:  # no SNR to speak of: a level
+                axis.axhline(points[0][1], linestyle="--", linewidth=1, label=name)
+        axis.set(xlabel="SNR in dB (analog: nominal; digital: Es/N0)", ylabel=measure)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def read_summary(path):
+    """Read a summary.json; InputError where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a summary ({error}); run the point again") from None
