@@ -60,6 +60,7 @@ def sampling_parts(config, weights, say):
     rule = EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
     template = _header(config, precision, height, width, make_chain.fingerprint)
     template = dataclasses.replace(template, selected_steps=_selected(config, parts["diffusion"]))
+    template.check()  # what no message can carry is refused before the long work
 
     def transmitter(point):
         local = point.role == "transmit" or point.local_picture

@@ -265,7 +265,7 @@ def _idle_link_flags(config):
     """Return (flag, whether it is idle, why) for the flags of the link."""
     links = parts_of(config.link) if config.role == "link" else []
     searching, per_step = config.noise_index == "best", config.selection != "initial"
-    segmenting = (searching and config.distance == "segmenter") or "miou" in parts_of(config.metrics)
+    segmenting = ((searching or per_step) and config.distance == "segmenter") or "miou" in parts_of(config.metrics)
     decided_by_message = ("s", "use_ddim", "eta", "timestep_respacing", "clip_denoised", "stop_tol", "noise_index", "selection",
                           "candidates", "distance", "feedback_steps", "step_candidates", "step_atoms", "selected_steps",
                           "tail_steps", "extractor", "label_scale", "edge_levels", "edge_scale", "edge_threshold",
@@ -286,6 +286,7 @@ def _idle_link_flags(config):
         *((name, not per_step, "it belongs to --selection per_step or both")
           for name in ("step_candidates", "step_atoms", "selected_steps")),
         ("segmenter", not segmenting, "it belongs to --distance segmenter and --metrics miou"),
+        ("baseline", links and {"analog"} >= {*links}, "planes of --link analog have no bits to compare with"),
         ("lpips_weights", "lpips" not in config.metrics and config.distance != "lpips", "it belongs to lpips"),
         *((name, not {"fid", "kid"} & {*parts_of(config.metrics)}, "it belongs to fid and kid")
           for name in ("fid_weights", "features")),

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from . import baselines
 from .errors import InputError
+from .files import whole_file
 from .link.crossing import digital_facts
 from .metrics import bootstrap_interval, colour_error
 from .panels import save_picture
@@ -186,9 +187,10 @@ def write_curves(folder, summaries):
             both = {**baseline["mean"], **{k: v for k, v in baseline["set"].items() if isinstance(v, float)}}
             both["bad_pictures"] = baseline["without_picture"] / max(1, summary["pictures"])
             lines.setdefault(f"{link}, {codec}", []).append((snr, both))
-    measures = [name for name in ("psnr_db", "ssim", "ms_ssim", "lpips", "kid", "kid_features", "fid", "miou", "bad_pictures")
+    measures = [name for name in ("psnr_db", "ssim", "ms_ssim", "lpips", "kid", "kid_features", "fid", "fid_features", "miou",
+                                  "bad_pictures")
                 if any(name in own for line in lines.values() for _, own in line)]  # fmt: skip
-    with open(folder / "curves.csv", "w", newline="") as f:
+    with whole_file(folder / "curves.csv") as f:
         writer = csv.writer(f)
         writer.writerow(["line", "snr_db", *measures])
         for name, line in lines.items():

@@ -19,7 +19,7 @@ from .diffusion.sampling import EarlyStop, sample
 from .files import whole_file
 from .link.channel import snr_to_sigma, transmit
 from .link.crossing import analog_facts
-from .link.transceiver import Arrival
+from .link.transceiver import Arrival, Message
 from .measures import write_curves
 from .metrics import psnr
 from .panels import palette, picture_grid, save_picture, show_semantics, to_uint8
@@ -58,6 +58,7 @@ class Regeneration:
         self.numbers = [text_number(pair.stem) for pair in self.dataset.pairs]
         self.transmitting = config.role == "transmit"
         self.kind = "local" if self.transmitting else "samples"  # what a finished picture leaves behind
+        self.lost, self.crossed = {}, -1  # parts lost, by picture number; the picture that the receiver has seen last
         if self.bank is not None:
             self.transmitter, self.receiver = parts["transmitter"](config), parts["receiver"]()
             self.crossing = None if self.transmitting else parts["crossing"](config)
@@ -75,8 +76,8 @@ class Regeneration:
         todo = [k for k in range(self.count) if k not in rows]
         if len(todo) < self.count:
             print(f"{self.count - len(todo)} of {self.count} pictures are done already", file=sys.stderr)
+        self.lost = {k: row["problems"].split() for k, row in rows.items() if row.get("problems") is not None}
         if todo:
-            self._recall(rows, todo[0])
             self._work_off(todo, rows)
         return [rows[k] for k in sorted(rows)]
 
@@ -92,15 +93,15 @@ class Regeneration:
                 bar.update(number * steps - bar.n)  # early stops leave steps out
                 self.results.write_table([rows[k] for k in sorted(rows)])
 
-    def _recall(self, rows, first):
-        """Bring the receiver to where an interrupted run left it: it may need the last good label map."""
-        if self.bank is None or self.transmitting or self.config.link != "digital":
+    def _recall(self, k):
+        """Bring the receiver to where an earlier run was before picture k: it may need the last good header or label map."""
+        if k == 0 or self.transmitting or self.config.link != "digital" or k - 1 == self.crossed:
             return
-        for k in range(first - 1, -1, -1):
-            if k in rows and not rows[k]["problems"]:
-                message = self.transmitter.describe(self.dataset.batch([k]))[0]
-                self.receiver.recall(message)
-                return
+        arrived = [j for j in range(k - 1, -1, -1) if "header" not in self.lost.get(j, ("header",))]
+        whole = [j for j in arrived if "labels" not in self.lost[j]]
+        for j in (*whole[:1], *arrived[:1]):  # the newest header comes last
+            message = Message.from_bytes(self.results.file("messages", self.names[j], ".dgo").read_bytes())
+            self.receiver.recall(message, label="labels" not in self.lost[j])
 
     # -- one batch ----------------------------------------------------------------------------------------------------
 
@@ -113,9 +114,11 @@ class Regeneration:
             sent = self.transmitter.send(scene, self._index(k))
             row = self._sent_row(k, sent, time.monotonic() - started)
             if not self.transmitting:
+                self._recall(k)
                 stream = generator(self.config.seed, "channel", self.numbers[k])
                 arrival, facts = self.crossing.cross(sent, self.receiver, stream)
                 row |= facts | {"problems": " ".join(arrival.problems) if arrival else "header"}
+                self.crossed, self.lost[k] = k, row["problems"].split()
                 arrivals.append(arrival)
             rows.append(row)
             sents.append(sent)
@@ -131,10 +134,10 @@ class Regeneration:
         return rows
 
     def _pictures(self, rows, arrivals, sents, bar):
-        """Let the receiver make the pictures (N, 3, H, W) of a batch; grey where no header has ever arrived."""
+        """Let the receiver make the pictures (N, 3, H, W) of a batch; grey where it has no header, or one of another size."""
         started = time.monotonic()
         images = torch.zeros(len(sents), 3, *sents[0].y.shape[2:])
-        there = [j for j, arrival in enumerate(arrivals) if arrival is not None]
+        there = [j for j, arrival in enumerate(arrivals) if arrival is not None and arrival.y.shape == sents[0].y.shape]
         if there:
             result = self.receiver.pictures([arrivals[j] for j in there], on_step=lambda *_: bar.update())
             images[there] = result.images.float().cpu()
@@ -145,8 +148,11 @@ class Regeneration:
         return images
 
     def _sent_row(self, k, sent, seconds):
-        config, bits = self.config, sent.message.bits()
+        config, bits, analog = self.config, sent.message.bits(), not self.transmitting and self.config.link == "analog"
         height, width = sent.y.shape[2:]
+        if analog:  # the planes cross as they are; bits say which classes those are of
+            bits |= {"labels": config.num_classes if config.one_hot_label else 0, "edges": 0}
+            bits["total"] = sum(bits[part] for part in PARTS[:-1])
         row = {"path": self.paths[k], "name": self.names[k], "bank_index": sent.message.start_index or 0, "link": config.link,
                "transmit_seconds": f"{seconds:.3f}", "bpp": f"{bits['total'] / (height * width):.4f}"}  # fmt: skip
         row |= {f"bits_{part}": bits[part] for part in PARTS}
@@ -155,8 +161,9 @@ class Regeneration:
         if sent.choice is not None:
             row["evaluations"] = sent.choice.evaluations
             row["distance"] = "" if sent.choice.score is None else f"{float(sent.choice.score):.6g}"
-        with self._open("messages", k, ".dgo") as f:
-            f.write(sent.message.to_bytes())
+        if not analog:
+            with self._open("messages", k, ".dgo") as f:
+                f.write(sent.message.to_bytes())
         return row
 
     def _measure(self, rows, scenes, images, sents):
@@ -209,7 +216,7 @@ class Regeneration:
     def sum_up(self, rows):
         """Compare with classical codecs, measure the set, write summary.json and panel.png; return the summary."""
         baseline_rows, codecs = [], self.measures.codecs
-        if codecs and self.bank is not None and self.config.link != "analog":
+        if codecs and self.bank is not None and (self.transmitting or self.config.link != "analog"):
             baseline_rows = self.measures.compare(self.results, rows, self.crossing, self.config.seed)
         facts = {"link": self.config.link, "pool": self.config.pool, "snr_db": f"{self.config.snr:g}"}
         if self.bank is not None:
@@ -228,7 +235,7 @@ class Regeneration:
         if measured:
             means = {c: float(np.mean([float(row[c]) for row in measured])) for c in ("psnr_db", "colour_error")}
             lines.insert(0, f"mean PSNR {means['psnr_db']:.2f} dB, mean colour error {means['colour_error']:.3f} of the range")
-        return lines
+        return [*_costs(rows), *lines]
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -278,6 +285,28 @@ class Regeneration:
             return self.transmitter.describe(scene)[1]
         return received_semantics(scene["label"], scene.get("instance"), scene.get("image_edge"), self.config.num_classes,
                                   self.config.one_hot_label, not self.config.no_instance, self.parts["coding"])  # fmt: skip
+
+
+def _costs(rows):
+    """Lines that say what the messages and the channel cost, in means over the rows."""
+    mean = {name: float(np.mean([float(row[name]) for row in rows if row.get(name) not in (None, "")] or [np.nan]))
+            for name in (*(f"bits_{part}" for part in PARTS), "bpp", "channel_uses", "bandwidth_ratio", "realised_snr_db",
+                         "eb_n0_db", "blocks", "block_errors")}  # fmt: skip
+    lines = []
+    if not np.isnan(mean["bits_total"]):
+        sizes = ", ".join(f"{part} {mean[f'bits_{part}'] / 8:.0f}" for part in PARTS[:-1] if mean[f"bits_{part}"])
+        lines.append(f"message: {mean['bits_total'] / 8:.0f} bytes ({sizes}), {mean['bpp']:.3f} bits per pixel")
+    if not np.isnan(mean["channel_uses"]):
+        uses = f"{mean['channel_uses']:.0f} complex uses per picture, bandwidth ratio {mean['bandwidth_ratio']:.3f}"
+        if np.isnan(mean["eb_n0_db"]):
+            lines.append(f"channel: {uses}; plane power over noise power {mean['realised_snr_db']:.2f} dB")
+        else:
+            lost = sum(bool(row.get("problems")) for row in rows)
+            lines.append(f"channel: {uses}; realised Es/N0 {mean['realised_snr_db']:.2f} dB, Eb/N0 {mean['eb_n0_db']:.2f} dB")
+            lines.append(
+                f"{mean['block_errors']:.1f} of {mean['blocks']:.1f} blocks lost per picture; parts in {lost} of {len(rows)}"
+            )
+    return lines
 
 
 def run_points(config, weights, parts, say):

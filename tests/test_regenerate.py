@@ -1,6 +1,7 @@
 """A sampling run: files, resuming, independence from batches, labels alone."""
 
 import csv
+import json
 import shutil
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 from guided_diffusion import build, build_link
 from guided_diffusion.config import SampleConfig, parse_config, points
 from guided_diffusion.errors import InputError
-from guided_diffusion.regenerate import Regeneration
+from guided_diffusion.link.message import receive_parts
+from guided_diffusion.regenerate import Regeneration, run_points
 
 KINDS = ("images", "labels", "received", "samples")
 
@@ -49,7 +51,7 @@ def test_every_picture_gets_its_files_and_its_row(make_run, tmp_path):
                 assert picture.size == (32, 16)
     with Image.open(folder / "panel.png") as panel:
         assert panel.width > 4 * 32 and panel.height > 3 * 16
-    assert "3 pictures" in run.summary(rows)[-1] and "PSNR" in run.summary(rows)[0]
+    assert "3 pictures" in run.summary(rows)[-1] and any("PSNR" in line for line in run.summary(rows))
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -153,3 +155,116 @@ def test_labels_alone_are_enough(make_run, scenes, tmp_path):
     assert len(rows) == 3 and not any(row.get("psnr_db") for row in rows)
     assert not (tmp_path / "results" / "images").exists()
     assert len(samples(tmp_path / "results")) == 3
+
+
+# -- the link ---------------------------------------------------------------------------------------------------------
+
+
+def table(folder):
+    with open(folder / "results.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.mark.parametrize("flags", [{}, {"edge_levels": 2}, {"use_ddim": False, "selection": "both", "candidates": 2}])
+def test_transmitting_writes_messages_of_the_size_that_is_counted(make_run, tmp_path, flags):
+    run = make_run(role="transmit", **flags)
+    rows = run.run()
+    summary = run.sum_up(rows)
+    for row in table(tmp_path / "results"):
+        bits = {part: int(row[f"bits_{part}"]) for part in ("header", "labels", "edges", "indices", "total")}
+        assert (tmp_path / "results" / "messages" / f"{row['name']}.dgo").stat().st_size * 8 == bits["total"]
+        assert sum(bits.values()) == 2 * bits["total"] and float(row["bpp"]) == pytest.approx(bits["total"] / 512, abs=1e-4)
+        assert (tmp_path / "results" / "local" / f"{row['name']}.png").exists() and row["psnr_db"] and not row["snr_db"]
+    assert not (tmp_path / "results" / "samples").exists()
+    assert summary == json.loads((tmp_path / "results" / "summary.json").read_text())
+    assert summary["pictures"] == 3 and summary["mean"]["bits_total"] == np.mean([float(r["bits_total"]) for r in rows])
+
+
+def test_the_mismatch_of_both_ends(make_run):
+    ideal = make_run("ideal", link="ideal", local_picture=True).run()
+    assert [row["mismatch_db"] for row in ideal] == ["inf"] * 3
+    noisy = make_run("noisy", snr=5, local_picture=True).run()
+    assert all(0 < float(row["mismatch_db"]) < 100 for row in noisy)
+    assert not any(row.get("mismatch_db") for row in make_run("none").run())
+
+
+@pytest.mark.parametrize("flags", [{"selection": "per_step"}, {"selection": "both", "candidates": 2}])
+def test_selected_steps_do_not_depend_on_the_batch(make_run, tmp_path, flags):
+    flags = {"use_ddim": False, "link": "ideal", "step_candidates": 8, "step_atoms": 2, **flags}
+    one = make_run("one", batch_size=1, **flags).run()
+    two = make_run("two", batch_size=2, **flags).run()
+    assert [row["mismatch_db"] for row in one] == ["inf"] * 3
+    assert all(float(row["mismatch_db"]) > 60 for row in two)
+    for row in one:
+        name = f"messages/{row['name']}.dgo"
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_several_points_make_curves(make_run, tmp_path):
+    run = make_run()
+    config, _ = parse_config(SampleConfig, "", as_arguments({
+        **TINY, "data_dir": run.config.data_dir, "model_path": run.weights, "results_path": tmp_path / "points",
+        "timestep_respacing": "2", "link": "analog,ideal", "pool": "None,med", "snr": "30,5", "num_samples": 2,
+    }))  # fmt: skip
+    said = []
+    parts = build_link.sampling_parts(config, run.weights, said.append)
+    run_points(config, run.weights, parts, said.append)
+    folders = {"analog_30dB", "analog_5dB", "analog_med_30dB", "analog_med_5dB", "ideal"}
+    assert {path.name for path in (tmp_path / "points").iterdir() if path.is_dir()} == folders
+    for folder in folders:
+        assert len(table(tmp_path / "points" / folder)) == 2 and (tmp_path / "points" / folder / "summary.json").exists()
+    lines = (tmp_path / "points" / "curves.csv").read_text().splitlines()
+    assert len(lines) == 6 and lines[0].startswith("line,snr_db,psnr_db") and "curves.csv" in said[-1]
+
+
+@pytest.mark.parametrize("snr", [2, 5.8])
+def test_a_lossy_digital_run_goes_on_as_if_never_interrupted(make_run, tmp_path, snr):
+    pytest.importorskip("sionna")
+    flags = {"link": "digital", "snr": snr, "seed": 3, "edge_levels": 2, "fading": "rayleigh"}
+    straight = make_run("straight", **flags).run()
+    assert any(row["problems"] for row in straight)
+    for count in (1, 2):
+        make_run(f"broken{count}", num_samples=count, **flags).run()
+        rows = make_run(f"broken{count}", **flags).run()
+        assert [row["picture_sha256"] for row in rows] == [row["picture_sha256"] for row in straight]
+        assert [row["problems"] for row in rows] == [row["problems"] for row in straight]
+
+
+def without(*lost):
+    """A crossing that loses the parts `lost[number of the call]`."""
+    calls = iter(lost)
+
+    class Losing:
+        def cross(self, sent, receiver, stream):
+            gone = next(calls)
+            parts = {name: None if name in gone else part for name, part in sent.message.parts().items()}
+            return receiver.accept(receive_parts(parts)), {}
+
+    return Losing()
+
+
+@pytest.mark.parametrize(
+    "lost", [((), ("labels",), ("header",)), (("edges",), ("labels",), ("labels",)), (("header",), (), ("header",))]
+)
+@pytest.mark.parametrize("hole", [1, 2])
+def test_a_receiver_that_goes_on_has_the_last_good_label_map(make_run, monkeypatch, lost, hole):
+    monkeypatch.setattr(build_link, "crossing", lambda point: without(*pending))
+    flags = {"link": "digital", "edge_levels": 2}
+    pending = lost
+    run = make_run(**flags)
+    straight = run.run()
+    assert [row["problems"] for row in straight] == [" ".join(parts) for parts in lost]
+    run.results.file("samples", run.names[hole]).unlink()
+    pending = lost[hole:]
+    again = make_run(**flags).run()
+    assert [row["picture_sha256"] for row in again] == [row["picture_sha256"] for row in straight]
+
+
+def test_a_lost_header_of_another_size_leaves_no_picture(make_run, scenes, monkeypatch, tmp_path):
+    folder = tmp_path / "sizes"
+    shutil.copytree(scenes, folder)
+    for path in sorted(folder.rglob("val/*/toytown_00000[12]*.png")):
+        Image.open(path).crop((0, 0, 32, 32)).save(path)
+    monkeypatch.setattr(build_link, "crossing", lambda point: without((), ("header",), ()))
+    rows = make_run(data_dir=folder, link="digital").run()
+    assert [row["problems"] for row in rows] == ["", "header", ""] and not rows[1].get("steps")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..data.semantics import SemanticCoding, conditioning_channels, describe, restore
+from ..diffusion.sampling import SampleResult
 from ..errors import InputError
 from .message import Header, Message, Reception, receive_parts
 from .selection import Choice
@@ -114,7 +115,6 @@ class Arrival:
     :param y: (1, C, H, W) conditioning.
     :param start: bank index of x_T.
     :param picks: the noise of selected steps, or a beginning of it.
-    :param label: (H, W) uint8 ids as decoded, for people to look at.
     :param problems: what was lost.
     """
 
@@ -154,16 +154,27 @@ class Receiver:
             y = torch.zeros(1, channels, header.height, header.width)
         return Arrival(header, y, reception.start_index or 0, tuple(reception.picks), tuple(reception.problems))
 
-    def recall(self, message):
-        """Take a message's label map as the last good one."""
-        self.header, self.label = message.header, message.label
+    def recall(self, message, label=True):
+        """Take a message's header, and its label map unless that was lost, as the last good ones."""
+        self.header = message.header
+        if label:
+            self.label = message.label
 
     def pictures(self, arrivals, on_step=None):
-        """Run the reverse chains of arrivals that share a header's chain, in one batch.
+        """Run the reverse chains of arrivals of one picture size; those whose headers ask for the same chain run together.
 
         :return: `SampleResult`.
         """
-        chain = self.make_chain(arrivals[0].header)
-        y = torch.cat([arrival.y for arrival in arrivals])
-        picks = [arrival.picks for arrival in arrivals]
-        return chain.run(y, [arrival.start for arrival in arrivals], picks if any(picks) else None, on_step=on_step)
+        groups = {}
+        for k, arrival in enumerate(arrivals):
+            chain = self.make_chain(arrival.header)
+            groups.setdefault(id(chain), (chain, []))[1].append(k)
+        images, steps = [None] * len(arrivals), [None] * len(arrivals)
+        for chain, numbers in groups.values():
+            own = [arrivals[k] for k in numbers]
+            picks = [arrival.picks for arrival in own]
+            result = chain.run(torch.cat([arrival.y for arrival in own]), [arrival.start for arrival in own],
+                               picks if any(picks) else None, on_step=on_step)  # fmt: skip
+            for k, image, taken in zip(numbers, result.images, result.steps, strict=True):
+                images[k], steps[k] = image, taken
+        return SampleResult(torch.stack(images), torch.stack(steps))

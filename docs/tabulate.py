@@ -1,0 +1,36 @@
+"""Print a Markdown table of several results folders: python docs/tabulate.py FOLDER[=CAPTION]..."""
+
+import json
+import sys
+from pathlib import Path
+
+PARTS = ("header", "labels", "edges", "indices", "total")
+
+
+def line(caption, summary, extra=""):
+    """One row: bytes per part, bpp, and every measure that there is."""
+    mean, whole = summary["mean"], summary["set"]
+    parts = [f"{mean[f'bits_{p}'] / 8:.0f}" if f"bits_{p}" in mean else extra for p in PARTS]
+    if "bits" in mean:
+        parts[-1] = f"{mean['bits'] / 8:.0f}"
+    low, high = summary["interval_95"]["psnr_db"]
+    shown = [f"{mean['bpp']:.3f}", f"{mean['psnr_db']:.2f} ({float(low):.1f}…{float(high):.1f})", f"{mean['ssim']:.3f}"]
+    for name, form in (("kid_features", ".4f"), ("miou", ".3f"), ("pixel_accuracy", ".3f")):
+        shown.append(format(whole[name], form) if name in whole else "")
+    return "| " + " | ".join([caption, *parts, *shown]) + " |"
+
+
+def main(*folders):
+    """Print the table; a folder's classical codecs follow it."""
+    print("| |", " | ".join([*PARTS, "bpp", "PSNR dB (95 %)", "SSIM", "KID", "mIoU", "accuracy"]), "|")
+    print("|" + " --- |" * 12)
+    for folder in folders:
+        path, _, caption = folder.partition("=")
+        summary = json.loads((Path(path) / "summary.json").read_text())
+        print(line(caption or Path(path).name, summary))
+        for codec, baseline in summary.get("baselines", {}).items():
+            print(line(f"{codec}, {baseline['without_picture']} without picture", baseline))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

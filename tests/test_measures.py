@@ -1,0 +1,220 @@
+"""What a run amounts to: means, intervals, the summary, codecs at the same bits, curves."""
+
+import csv
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guided_diffusion.errors import InputError
+from guided_diffusion.link.crossing import DigitalCrossing, IdealCrossing
+from guided_diffusion.measures import (
+    BASELINE_COLUMNS,
+    Measures,
+    eight_bit,
+    from_uint8,
+    intervals,
+    means,
+    read_summary,
+    write_curves,
+)
+from guided_diffusion.metrics import Metrics, bootstrap_interval
+from guided_diffusion.panels import save_picture, to_uint8
+from guided_diffusion.results import ResultsFolder
+
+CLASSES, SIZE = 3, (32, 48)
+
+
+def measures(names="psnr,ssim", codecs=(), **options):
+    metrics = Metrics(names, CLASSES, **options)
+    return Measures(metrics, codecs, metrics.fresh)
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder with three pictures, their labels, and worse samples; its rows with bits."""
+    folder = ResultsFolder(tmp_path / "run", ())
+    draw, rows = np.random.default_rng(0), []
+    for k in range(3):
+        small = draw.integers(256, size=(4, 6, 3)).astype(np.uint8)
+        picture = np.asarray(Image.fromarray(small).resize(SIZE[::-1], Image.Resampling.BICUBIC))
+        noisy = (picture + draw.normal(0, 10, picture.shape)).round().clip(0, 255).astype(np.uint8)
+        for kind, pixels in (("images", picture), ("samples", noisy)):
+            save_picture(pixels, folder.file(kind, f"n{k}"))
+        label = (from_uint8(picture)[0, 0] > 0).numpy().astype(np.uint8)
+        save_picture(label, folder.file("labels", f"n{k}"), np.zeros((CLASSES, 3), np.uint8))
+        rows.append({"path": f"p{k}", "name": f"n{k}", "bits_total": str(8 * (400 + 200 * k)), "problems": ""})
+    return folder, rows
+
+
+def table(folder, name="baselines.csv"):
+    with open(folder.path / name, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+# -- pictures and numbers ---------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_measured_as_their_files_hold_them():
+    images = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+    files = to_uint8(images)
+    assert torch.equal(eight_bit(images), torch.cat([from_uint8(picture) for picture in files]))
+    np.testing.assert_array_equal(to_uint8(from_uint8(files[0]))[0], files[0])
+
+
+def test_means_and_intervals_are_numpys():
+    values = [20.5, 21.0, 19.0, 30.25]
+    rows = [{"psnr_db": str(v), "steps": k, "path": "x"} for k, v in enumerate(values)] + [{"psnr_db": "", "seconds": None}]
+    assert means(rows) == {"psnr_db": np.mean(values), "steps": 1.5}
+    assert intervals(rows) == {"psnr_db": list(bootstrap_interval(values))}
+    low, high = intervals(rows)["psnr_db"]
+    assert min(values) < low < np.mean(values) < high < max(values)
+
+
+def test_values_that_are_not_finite_stay_json():
+    rows = [{"mismatch_db": "inf", "psnr_db": "1"}, {"mismatch_db": "3", "psnr_db": "nan"}]
+    found = means(rows)
+    assert found == {"mismatch_db": "inf", "psnr_db": "nan"} and intervals(rows) == {}
+    json.loads(json.dumps(found, allow_nan=False))
+
+
+def test_columns_of_one_picture(results):
+    folder, _ = results
+    original, made = (from_uint8(np.asarray(Image.open(folder.file(kind, "n0")))) for kind in ("images", "samples"))
+    columns = measures("psnr").per_picture(made, original)
+    error = (original - made).square().mean().item()
+    assert columns["psnr_db"] == f"{10 * math.log10(4 / error):.4f}" and set(columns) == {"psnr_db", "colour_error"}
+    assert measures("psnr").per_picture(original, original)["psnr_db"] == "inf"
+
+
+# -- over the set -----------------------------------------------------------------------------------------------------
+
+
+def brightness(images):
+    return (images[:, :1] > 0).long()
+
+
+def test_measures_over_the_set(results):
+    folder, rows = results
+    assert measures().whole_set(folder, rows) == {}
+    found = measures("fid,kid,miou", features=lambda images: images.mean((2, 3)), segmenter=brightness).whole_set(folder, rows)
+    assert found["miou_real"] == 1.0 and 0.5 < found["miou"] < 1
+    assert 0 < found["fid_features"] < 0.01 and "kid_features" in found
+    same = measures("fid", features=lambda images: images.mean((2, 3))).whole_set(folder, rows, "images")
+    assert same["fid_features"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_summary(results):
+    folder, rows = results
+    rows = [row | {"psnr_db": str(20 + k)} for k, row in enumerate(rows)]
+    rows[1]["problems"] = "labels"
+    summary = measures("miou", segmenter=brightness).summarise(folder, rows, [], {"link": "ideal"})
+    assert json.loads((folder.path / "summary.json").read_text()) == summary
+    assert (summary["link"], summary["pictures"], summary["with_problems"]) == ("ideal", 3, 1)
+    assert summary["mean"] == {"bits_total": 8 * 600, "psnr_db": 21} and summary["set"]["miou_real"] == 1
+    assert "baselines" not in summary and read_summary(folder.path / "summary.json") == summary
+    (folder.path / "summary.json").write_text("{")
+    with pytest.raises(InputError, match=r"summary\.json: cannot be read"):
+        read_summary(folder.path / "summary.json")
+
+
+# -- codecs -----------------------------------------------------------------------------------------------------------
+
+
+def test_codecs_keep_within_the_messages_bits(results):
+    folder, rows = results
+    ours = measures(codecs=["jpeg", "webp"])
+    found = ours.compare(folder, rows, IdealCrossing(), seed=0)
+    assert [(row["path"], row["codec"]) for row in found] == [(f"p{k}", c) for k in range(3) for c in ("jpeg", "webp")]
+    for row, written in zip(found, table(folder), strict=True):
+        assert tuple(written) == BASELINE_COLUMNS
+        picture = Image.open(folder.file(f"baseline_{row['codec']}", row["name"]))
+        assert picture.size == SIZE[::-1]
+        if not row.get("problems"):
+            assert 0 < int(row["bits"]) <= row["budget_bits"] and float(written["psnr_db"]) > 10
+    summary = ours.summarise(folder, rows, found, {})
+    assert set(summary["baselines"]) == {"jpeg", "webp"} and summary["baselines"]["jpeg"]["container_bytes"] > 100
+
+
+def test_codecs_are_not_run_again(results, monkeypatch):
+    folder, rows = results
+    ours = measures("psnr", codecs=["jpeg"])
+    first = ours.compare(folder, rows, IdealCrossing(), seed=0)
+    calls, code = [], ours._code
+    monkeypatch.setattr(ours, "_code", lambda *args: calls.append(args[1]["name"]) or code(*args))
+    assert [row["psnr_db"] for row in ours.compare(folder, rows, IdealCrossing(), seed=0)] == [r["psnr_db"] for r in first]
+    assert calls == []
+    folder.file("baseline_jpeg", "n1").unlink()
+    ours.compare(folder, rows, IdealCrossing(), seed=0)
+    assert calls == ["n1"] and folder.file("baseline_jpeg", "n1").exists()
+
+
+def test_where_no_file_fits_there_is_no_picture(results):
+    folder, rows = results
+    row = measures("psnr", codecs=["jpeg"]).compare(folder, [rows[0] | {"bits_total": "80"}], None, seed=0)[0]
+    assert row["problems"] == "no picture within the bits" and "bits" not in row
+    assert np.unique(np.asarray(Image.open(folder.file("baseline_jpeg", "n0")))).tolist() == [128]
+    assert measures(codecs=["jpeg"]).compare(folder, [{"path": "q", "name": "labels alone"}], None, seed=0) == []
+
+
+@pytest.mark.parametrize("snr, problem", [(30, None), (-20, "picture")])
+def test_codecs_take_the_messages_channel(results, snr, problem):
+    pytest.importorskip("sionna")
+    from guided_diffusion.link.channel_coding import DigitalLink
+
+    folder, rows = results
+    link = DigitalLink(snr)
+    row = measures("psnr", codecs=["jpeg"]).compare(folder, rows[2:], DigitalCrossing(link), seed=0)[0]
+    assert row.get("problems") == problem
+    assert row["channel_uses"] == link.segments("picture", row["bits"] // 8).uses > 0
+    grey = np.unique(np.asarray(Image.open(folder.file("baseline_jpeg", "n2")))).tolist() == [128]
+    assert grey == (problem is not None)
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+
+def point(psnr, problems=0, **more):
+    return {"mean": {"psnr_db": psnr}, "set": {"miou": 0.5}, "pictures": 4, "with_problems": problems, **more}
+
+
+SUMMARIES = [
+    ("analog", "None", 10.0, point(20.0)),
+    ("analog", "med", 10.0, point(19.0)),
+    ("analog", "None", 5.0, point(18.0)),
+    ("digital", "None", 5.0, point("inf", 1, baselines={"jpeg": {"mean": {"psnr_db": 15.0}, "set": {}, "without_picture": 2}})),
+    ("ideal", "None", math.inf, point(21.0)),
+]
+
+
+def test_curves_as_a_table(tmp_path):
+    line = write_curves(tmp_path, SUMMARIES)
+    assert str(tmp_path) in line
+    assert (tmp_path / "curves.csv").read_text().splitlines() == [
+        "line,snr_db,psnr_db,miou,bad_pictures",
+        "analog,10.0,20.0,0.5,0.0",
+        "analog,5.0,18.0,0.5,0.0",
+        '"analog, pool med",10.0,19.0,0.5,0.0',
+        "digital,5.0,inf,0.5,0.25",
+        '"digital, jpeg",5.0,15.0,,0.5',
+        "ideal,inf,21.0,0.5,0.0",
+    ]
+
+
+def test_curves_as_a_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "curves.png" in write_curves(tmp_path, SUMMARIES)
+    with Image.open(tmp_path / "curves.png") as figure:
+        assert figure.width > 2 * figure.height  # three panels side by side
+        assert len(np.unique(np.asarray(figure.convert("L")))) > 10
+
+
+def test_without_matplotlib_there_is_the_table_and_a_hint(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = write_curves(tmp_path, SUMMARIES)
+    assert "pip install matplotlib" in line and "\n" not in line
+    assert (tmp_path / "curves.csv").exists() and not (tmp_path / "curves.png").exists()
