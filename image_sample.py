@@ -8,6 +8,7 @@ import os
 from guided_diffusion.config import (
     SampleConfig,
     adopt_training_config,
+    check_bank,
     ineffective_flags,
     load_config,
     parse_config,
@@ -30,6 +31,7 @@ def main():
         trained = load_config(beside)
         for line in adopt_training_config(config, given, trained, beside):
             say(f"warning: {line}")
+    check_bank(config, given)
     for line in ineffective_flags(config, given):
         say(f"warning: {line}")
     if config.s > 1 and trained.get("drop_rate") == 0:

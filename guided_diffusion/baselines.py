@@ -64,7 +64,7 @@ def _encode(codec, picture, quality, variant):
 @functools.lru_cache
 def container_bytes(codec):
     """Return the size in bytes of a flat grey 8x8 picture at the lowest quality: what a file costs before it says anything."""
-    _check_installed(codec)
+    check_installed(codec)
     return len(_encode(codec, Image.new("RGB", (8, 8), (128, 128, 128)), _lowest(codec), _SEARCHED[codec][0]))
 
 
@@ -72,7 +72,8 @@ def _lowest(codec):
     return 1 if codec == "jpeg" else 0
 
 
-def _check_installed(codec):
+def check_installed(codec):
+    """Raise InputError unless a codec of `CODECS` is installed."""
     if not available(codec):
         package = "pip install pillow-jxl-plugin" if codec == "jxl" else "install a Pillow that has it"
         raise InputError(f"--baseline {codec}: not installed; {package}, or leave it out")
@@ -83,7 +84,7 @@ def decode(codec, data, height, width):
 
     :raises InputError: damaged data, another format, or a picture larger than height x width.
     """
-    _check_installed(codec)
+    check_installed(codec)
     try:
         with Image.open(io.BytesIO(data), formats=[codec.upper()]) as image:
             if image.width > width or image.height > height:
@@ -143,7 +144,7 @@ def best_within(codec, picture, budget_bytes, score=None):
     :param score: function of (decoded, original), both (H, W, 3) uint8; larger is better. None: PSNR.
     :raises InputError: an unknown codec, or one that is not installed.
     """
-    _check_installed(codec)
+    check_installed(codec)
     score = score or _psnr
     height, width = picture.shape[:2]
     whole = Image.fromarray(picture)

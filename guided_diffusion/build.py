@@ -308,7 +308,12 @@ def dry_run(config, say, weights=None):
         model = model_from(config)
     _say_idle_attention(config, model, say)
     diffusion_from(config)
+    semantic_coding(config)
     training = weights is None
+    if not training and (config.role == "receive" or config.extractor != "gt"):
+        _check_weights(config, weights, say)
+        say("dry run: flags and weights were accepted; messages and extracted label maps are not looked at")
+        return
     dataset = _training_data(config, say)[0] if training else data_set(config, config.is_train, say)
     height, width = picture_size(dataset, model)
     if training:

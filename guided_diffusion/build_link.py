@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from . import segmenters
+from . import baselines, segmenters
 from .build import (
     data_set,
     diffusion_from,
@@ -14,7 +14,7 @@ from .build import (
     precision_of,
     semantic_coding,
 )
-from .config import parts_of
+from .config import parts_of, points
 from .data.picture_folder import PictureFolder
 from .diffusion.sampling import EarlyStop
 from .diffusion.unet import check_size
@@ -25,14 +25,16 @@ from .link.crossing import AnalogCrossing, DigitalCrossing, IdealCrossing
 from .link.message import Header
 from .link.noise_bank import NoiseBank
 from .link.selection import Chain, StepCodebook, select_both, select_initial, select_per_step
+from .link.source_coding import jxl_available
 from .link.transceiver import Receiver, Transmitter
 from .measures import Measures
 from .metrics import Metrics, distance
 from .results import digest
 from .training.checkpoint import load_weights
-from .training.distributed import autocast, select_device
+from .training.distributed import autocast, select_device, usable_precision
 
-SEARCH_BATCH = 8  # candidates that run together
+MAX_AREA = 16  # of pictures that a message may ask for, in squares of image_size
+SEARCH_BATCH = 8  # candidates that run together; not --batch_size, which must not decide near ties
 
 
 def sampling_parts(config, weights, say):
@@ -44,7 +46,14 @@ def sampling_parts(config, weights, say):
     """
     device = select_device(config.device)
     precision = precision_of(config, device, say)
-    coding = semantic_coding(config)  # checks its flags before the long work
+    coding = semantic_coding(config)  # checks its flags before the long work, as what follows does
+    for codec in parts_of(config.baseline):
+        baselines.check_installed(codec)
+    if not jxl_available():
+        say("JPEG XL is not installed (pip install pillow-jxl-plugin): edges with many levels take more bytes without it")
+    if config.role == "link":
+        for point in points(config):
+            crossing(point)
     measures = _measures(config, device)
     distances = _distances(config, device)
     model = model_from(config)
@@ -52,7 +61,10 @@ def sampling_parts(config, weights, say):
     height, width = picture_size(dataset, model)
     load_weights(model, weights)
     model = placed(model, device).eval().requires_grad_(False)
-    parts = {"model": model, "diffusion": diffusion_from(config).to(device), "bank": noise_bank(config, height, width),
+    diffusion = diffusion_from(config).to(device)
+    if config.tail_steps > diffusion.num_timesteps:
+        raise InputError(f"--tail_steps {config.tail_steps}: the chain has {diffusion.num_timesteps} steps")
+    parts = {"model": model, "diffusion": diffusion, "bank": noise_bank(config, height, width),
              "dataset": dataset, "coding": coding, "device": device, "precision": precision, "measures": measures}  # fmt: skip
     if parts["bank"] is None:
         return parts
@@ -60,14 +72,18 @@ def sampling_parts(config, weights, say):
     rule = EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
     template = _header(config, precision, height, width, make_chain.fingerprint)
     template = dataclasses.replace(template, selected_steps=_selected(config, parts["diffusion"]))
-    template.check()  # what no message can carry is refused before the long work
+    if config.role != "link" or parts_of(config.link) != ["analog"]:
+        template.check()  # what no message can carry is refused before the long work
 
     def transmitter(point):
-        local = point.role == "transmit" or point.local_picture
+        # A chain that stops early does so where the transmitter's did, which the message tells.
+        local = point.role == "transmit" or point.local_picture or (rule is not None and point.link != "analog")
         return Transmitter(template, coding, make_chain(template, rule), _chooser(point, distances), local)
 
-    return parts | {"transmitter": transmitter, "receiver": lambda: Receiver(functools.partial(make_chain, rule=rule)),
-                    "crossing": crossing}  # fmt: skip
+    def receiver(point):
+        return Receiver(functools.partial(make_chain, rule=rule if point.link == "analog" else None))
+
+    return parts | {"transmitter": transmitter, "receiver": receiver, "crossing": crossing}
 
 
 def receiving_parts(config, weights, say):
@@ -87,7 +103,7 @@ def scenes(config, say, device="cpu"):
     network = segmenters.load_network(config.extractor, "extractor", device)
 
     def extract(image):
-        return segmenters.segment(network, image.to(device), config.num_classes).cpu()
+        return segmenters.segment(network, image.to(device), config.num_classes, "extractor").cpu()
 
     return PictureFolder(config.dataset_mode, config.data_dir, config.image_size, config.is_train, extract, config.no_instance)
 
@@ -131,7 +147,18 @@ class ChainMaker:
         if theirs != ours:
             raise InputError(f"the message's label space (classes, one-hot, edge plane) is {theirs}, the model's {ours};"
                              " give --model_path the transmitter's file")  # fmt: skip
+        # A message must not make the receiver build another bank or a huge picture.
+        if (header.bank_seed, header.bank_size) != (config.noise_bank_seed, config.noise_bank_size):
+            raise InputError(f"the message names noise bank {header.bank_seed} of {header.bank_size} entries, the model's is"
+                             f" {config.noise_bank_seed} of {config.noise_bank_size}")  # fmt: skip
+        if header.height * header.width > MAX_AREA * config.image_size**2:
+            raise InputError(f"the message is of a {header.height}x{header.width} picture, more than {MAX_AREA} times the"
+                             f" model's {config.image_size}x{config.image_size}")  # fmt: skip
         check_size(header.height, header.width, self.model.downsampling)
+        if usable_precision(self.device, header.precision)[0] != header.precision:
+            raise InputError(
+                f"the message was made in {header.precision}, which this device lacks; receive it on one that has it"
+            )
 
     def _build(self, header, rule):
         diffusion = diffusion_from(self.config, timestep_respacing=header.steps).to(self.device)
@@ -161,7 +188,8 @@ def _header(config, precision, height, width, fingerprint):
         clip_denoised=config.clip_denoised, stop_step=0, start_sent=config.selection != "per_step",
         selected_steps=0, step_candidates=config.step_candidates if selecting else 0,
         step_atoms=config.step_atoms if selecting else 0, tail_steps=config.tail_steps,
-        step_variance="posterior" if selecting else "model", precision=precision, fingerprint=fingerprint,
+        step_variance="posterior" if selecting and not config.use_ddim else "model", precision=precision,
+        fingerprint=fingerprint,
     )  # fmt: skip
 
 
@@ -197,15 +225,15 @@ def _chooser(config, distances):
     if distances is None:
         return None
     codebook = StepCodebook(config.step_candidates, config.step_atoms) if config.selection != "initial" else None
-    search = {"batch_size": max(SEARCH_BATCH, config.batch_size), "feedback_steps": config.feedback_steps}
+    search = {"batch_size": SEARCH_BATCH, "feedback_steps": config.feedback_steps}
 
-    def choose(chain, y, scene, start):
+    def choose(chain, y, scene, start, on_step=None):
         image, measure, candidates = scene["image"], distances(scene), range(config.candidates)
         if config.noise_index != "best":
-            return select_per_step(chain, y, image, start, codebook, measure)
+            return select_per_step(chain, y, image, start, codebook, measure, on_step)
         if codebook is None:
-            return select_initial(chain, y, image, candidates, measure, **search)
-        return select_both(chain, y, image, candidates, codebook, measure, **search)
+            return select_initial(chain, y, image, candidates, measure, on_step=on_step, **search)
+        return select_both(chain, y, image, candidates, codebook, measure, on_step, **search)
 
     return choose
 
@@ -224,4 +252,6 @@ def _measures(config, device):
         network = segmenters.load_network(config.segmenter, "segmenter", device)
         segmenter = segmenters.segmenter_of(network, config.num_classes)
     metrics = Metrics(names, config.num_classes, config.lpips_weights, config.fid_weights, features, segmenter, device)
+    if segmenter is not None and config.extractor != "gt":
+        metrics.notes.append("miou is measured against the extractor's label maps: the pictures' own are not known")
     return Measures(metrics, parts_of(config.baseline), metrics.fresh)

@@ -161,16 +161,33 @@ def _settle_link(config, given):
         raise InputError("--role receive needs --messages: the folder with the .dgo files of --role transmit")
     if config.role != "link" and len(points(config)) > 1:
         raise InputError(f"--role {config.role}: one run makes one set of messages; drop the lists of --link, --pool and --snr")
-    _settle_selection(config, given)
+    _settle_selection(config)
+    if "noise_bank_size" in given:
+        check_bank(config, given)
 
 
-def _settle_selection(config, given):
-    index, size = config.noise_index, config.noise_bank_size
+def _settle_selection(config):
+    index = config.noise_index
     if config.selection == "both" and index == "random":
         config.noise_index = index = "best"
     if config.selection == "per_step" and index != "random":
         raise InputError(f"--selection per_step starts from entry 0; for --noise_index {index} set --selection both")
-    if index not in ("random", "best") and size and not (index.isdigit() and int(index) < size):
+    if index not in ("random", "best") and not (index.isascii() and index.isdecimal()):
+        raise InputError(f"--noise_index {index}: expected random, best or a number")
+    if config.selection == "initial":
+        return
+    if config.step_atoms > config.step_candidates:
+        raise InputError(f"--step_atoms {config.step_atoms}: more than --step_candidates {config.step_candidates}")
+    if config.use_ddim and config.eta != 1:
+        raise InputError(f"--selection {config.selection} needs ancestral sampling, or DDIM with --eta 1 (not {config.eta:g})")
+    if config.stop_tol:
+        raise InputError(f"--selection {config.selection}: the steps to choose noise for are fixed; drop --stop_tol")
+
+
+def check_bank(config, given):
+    """Refuse flags that ask for more than the noise bank has; to be called once the bank's size is known."""
+    index, size = config.noise_index, config.noise_bank_size
+    if index not in ("random", "best") and size and int(index) >= size:
         raise InputError(f"--noise_index {index}: expected random, best or a number from 0 to {size - 1}")
     if size == 0:
         if index == "best" or config.selection != "initial":
@@ -182,14 +199,8 @@ def _settle_selection(config, given):
         if name in given and getattr(config, name) > size:
             raise InputError(f"--{name} {getattr(config, name)}: the noise bank has {size} entries")
         setattr(config, name, min(getattr(config, name), size))
-    if config.selection == "initial":
-        return
-    if config.step_atoms > config.step_candidates:
-        raise InputError(f"--step_atoms {config.step_atoms}: more than --step_candidates {config.step_candidates}")
-    if config.use_ddim and config.eta != 1:
-        raise InputError(f"--selection {config.selection} needs ancestral sampling, or DDIM with --eta 1 (not {config.eta:g})")
-    if config.stop_tol:
-        raise InputError(f"--selection {config.selection}: the steps to choose noise for are fixed; drop --stop_tol")
+    if config.selection != "initial" and config.step_atoms > config.step_candidates:
+        raise InputError(f"--step_atoms {config.step_atoms}: the noise bank has {size} entries")
 
 
 def points(config):
@@ -197,10 +208,10 @@ def points(config):
 
     A single point keeps the folder; in the copies `snr` is a float.
     """
-    snrs = [float(part) for part in parts_of(config.snr)]
+    snrs = dict.fromkeys(float(part) for part in parts_of(config.snr))  # each once
     found = []
-    for link in parts_of(config.link):
-        pools = parts_of(config.pool) if link == "analog" else ["None"]
+    for link in dict.fromkeys(parts_of(config.link)):
+        pools = dict.fromkeys(parts_of(config.pool)) if link == "analog" else ["None"]
         found += itertools.product([link], pools, snrs if link != "ideal" else [math.inf])
     return [dataclasses.replace(config, link=link, pool=pool, snr=snr,
                                 results_path=_point_folder(config.results_path, link, pool, snr, len(found) == 1))
@@ -210,7 +221,7 @@ def points(config):
 def _point_folder(root, link, pool, snr, single):
     if single:
         return root
-    words = [link, *([pool] if pool != "None" else []), *([f"{snr:g}dB"] if math.isfinite(snr) else [])]
+    words = [link, *([pool] if pool != "None" else []), *([f"{snr!r}dB".replace(".0dB", "dB")] if math.isfinite(snr) else [])]
     return os.path.join(root, "_".join(words))
 
 
@@ -223,9 +234,12 @@ def ineffective_flags(config, given):
         ("num_heads_upsample", config.num_head_channels != -1, "num_head_channels decides the number of heads"),
         ("noise_bank_seed", config.noise_bank_size == 0, "there is no bank with --noise_bank_size 0"),
         ("noise_bank_cache", config.noise_bank_size == 0, "there is no bank with --noise_bank_size 0"),
-        ("edge_threshold", config.edge_levels != 2, "it belongs to --edge_levels 2"),
-        ("edge_scale", config.edge_levels == 0, "there are no image edges with --edge_levels 0"),
-        ("edge_levels", config.no_instance, "there is no edge plane with --no_instance True"),
+        ("edge_threshold", config.edge_levels != 2 and not config.no_instance, "it belongs to --edge_levels 2"),
+        ("edge_scale", config.edge_levels == 0 and not config.no_instance, "there are no image edges with --edge_levels 0"),
+        *(
+            (name, config.no_instance, "there is no edge plane with --no_instance True")
+            for name in ("edge_levels", "edge_threshold", "edge_scale")
+        ),
     ]
     if training:
         rules += [
@@ -274,7 +288,17 @@ def _idle_link_flags(config):
     rules = [(name, receiving, "with --role receive the message decides") for name in decided_by_message]
     rules += [
         (name, receiving, "--role receive sees messages alone")
-        for name in ("data_dir", "baseline", "segmenter", "local_picture")
+        for name in (
+            "data_dir",
+            "baseline",
+            "segmenter",
+            "local_picture",
+            "metrics",
+            "features",
+            "fid_weights",
+            "seed",
+            "batch_size",
+        )
     ]
     rules += [
         ("messages", not receiving, "it belongs to --role receive"),
@@ -282,13 +306,18 @@ def _idle_link_flags(config):
         ("snr", not {"analog", "digital"} & {*links}, "this run has no noisy channel"),
         ("pool", "analog" not in links, "it belongs to --link analog"),
         *((name, "digital" not in links, "it belongs to --link digital") for name in ("modulation", "code_rate", "fading")),
-        *((name, not searching, "it belongs to --noise_index best") for name in ("candidates", "distance", "feedback_steps")),
+        *((name, not searching, "it belongs to --noise_index best") for name in ("candidates", "feedback_steps")),
+        ("distance", not searching and not per_step, "nothing is selected"),
+        ("feedback_steps", searching and config.candidates <= 4, "so few candidates all run whole chains"),
+        ("local_picture", config.role == "transmit" or searching or per_step, "the local picture is made anyway"),
+        ("local_picture", config.role == "link" and config.noise_bank_size == 0, "there is no bank with --noise_bank_size 0"),
+        ("tail_steps", config.use_ddim and not config.eta, "DDIM with --eta 0 has no noise in any step"),
         *((name, not per_step, "it belongs to --selection per_step or both")
           for name in ("step_candidates", "step_atoms", "selected_steps")),
-        ("segmenter", not segmenting, "it belongs to --distance segmenter and --metrics miou"),
+        ("segmenter", not segmenting and not receiving, "it belongs to --distance segmenter and --metrics miou"),
         ("baseline", links and {"analog"} >= {*links}, "planes of --link analog have no bits to compare with"),
-        ("lpips_weights", "lpips" not in config.metrics and config.distance != "lpips", "it belongs to lpips"),
-        *((name, not {"fid", "kid"} & {*parts_of(config.metrics)}, "it belongs to fid and kid")
+        ("lpips_weights", "lpips" not in parts_of(config.metrics) and config.distance != "lpips", "it belongs to lpips"),
+        *((name, not receiving and not {"fid", "kid"} & {*parts_of(config.metrics)}, "it belongs to fid and kid")
           for name in ("fid_weights", "features")),
     ]  # fmt: skip
     return rules

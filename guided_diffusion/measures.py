@@ -1,7 +1,6 @@
 """What a sampling run amounts to: measures per picture and over the set, classical codecs at the same bits, curves."""
 
 import csv
-import json
 import math
 import sys
 
@@ -11,18 +10,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import baselines
-from .errors import InputError
 from .files import whole_file
 from .link.crossing import digital_facts
 from .metrics import bootstrap_interval, colour_error
 from .panels import save_picture
-from .random_streams import generator, text_number
+from .random_streams import generator
 from .results import read_picture_file
 
 BATCH = 16
 PER_PICTURE = {"psnr": "psnr_db"}  # metric -> column, where they differ
-BASELINE_COLUMNS = ("path", "name", "codec", "budget_bits", "bits", "bpp", "scale", "quality", "channel_uses", "problems",
-                    "psnr_db", "colour_error", "ssim", "ms_ssim", "lpips")  # fmt: skip
+PICTURE_METRICS = ("psnr", "ssim", "ms_ssim", "lpips")
+BASELINE_COLUMNS = ("path", "name", "codec", "budget_bits", "bits", "bpp", "scale", "quality", "channel_uses",
+                    "bandwidth_ratio", "realised_snr_db", "eb_n0_db", "blocks", "block_errors", "problems", "psnr_db",
+                    "colour_error", "ssim", "ms_ssim", "lpips")  # fmt: skip
 SUMMED_UP = ("bpp", "bits_header", "bits_labels", "bits_edges", "bits_indices", "bits_total", "bits", "channel_uses",
              "bandwidth_ratio", "realised_snr_db", "eb_n0_db", "blocks", "block_errors", "steps", "evaluations", "seconds",
              "transmit_seconds", "distance", "psnr_db", "colour_error", "ssim", "ms_ssim", "lpips", "mismatch_db")  # fmt: skip
@@ -55,39 +55,54 @@ class Measures:
         columns = {PER_PICTURE.get(name, name): f"{float(value[0]):.4f}" for name, value in found.items()}
         return columns | {"colour_error": f"{float(colour_error(images, original).mean()):.4f}"}
 
+    def complete(self, results, rows, kind="samples"):
+        """Measure from the files what rows of an earlier run, made with other --metrics, lack. Changes `rows` in place."""
+        for row in rows:
+            missing = [
+                name for name in self.metrics.names if name in PICTURE_METRICS and not row.get(PER_PICTURE.get(name, name))
+            ]
+            made, original = (read_picture_file(results.file(k, row["name"])) for k in (kind, "images"))
+            if missing and made is not None and original is not None:
+                row |= self.per_picture(from_uint8(made), from_uint8(original))
+
     def whole_set(self, results, rows, kind="samples"):
         """Return the measures over all pictures of a results folder (FID, KID, mIoU, as asked for)."""
         metrics = self.new_metrics()
         if not metrics.over_the_set:
             return {}
-        for i in tqdm(range(0, len(rows), BATCH), desc=f"measuring {kind}", unit="batch", file=sys.stderr, leave=False):
-            names = [row["name"] for row in rows[i : i + BATCH]]
+        for names in tqdm(_batches(results, rows), desc=f"measuring {kind}", unit="batch", file=sys.stderr, leave=False):
             made, original = (torch.cat([_read(results.file(k, name)) for name in names]) for k in (kind, "images"))
-            ids = [np.asarray(Image.open(results.file("labels", name))) for name in names]
-            metrics.update(made, original, torch.from_numpy(np.stack(ids)).long()[:, None])
+            ids = np.stack([_read_ids(results.file("labels", name)) for name in names])
+            metrics.update(made, original, torch.from_numpy(ids).long()[:, None])
         return metrics.compute()
 
     # -- classical codecs -----------------------------------------------------------------------------------------------
 
-    def compare(self, results, rows, crossing, seed):
+    def compare(self, results, rows, crossing, seed, numbers):
         """Code every picture with each classical codec within its message's bits; write baselines.csv and the pictures.
 
+        :param numbers: path -> the number that a picture's channel noise follows from.
         :param crossing: the message's own, whose channel the codec's bytes take too if it is digital.
         :return: the rows.
         """
         link = getattr(crossing, "link", None)
-        done = _earlier(results.path / "baselines.csv")
+        path = results.path / "baselines.csv"
+        done = _earlier(path)
         found = []
         for row in tqdm(rows, desc="classical codecs", unit="picture", file=sys.stderr, leave=False):
             picture = read_picture_file(results.file("images", row["name"]))
             for codec in self.codecs if picture is not None else ():
                 key = row["path"], codec
                 if key not in done or not results.file(f"baseline_{codec}", row["name"]).exists():
-                    stream = generator(seed, "baseline", text_number(row["path"]), text_number(codec))
+                    # The message's own noise and fading, so that the two are compared on one channel.
+                    stream = generator(seed, "channel", numbers[row["path"]])
                     done[key] = self._code(results, row, codec, picture, link, stream)
+                    results.write_table(done.values(), "baselines.csv", BASELINE_COLUMNS)
                 found.append(done[key])
+        for codec in self.codecs:
+            self.complete(results, [row for row in found if row["codec"] == codec], f"baseline_{codec}")
         if found:
-            results.write_table(found, "baselines.csv", BASELINE_COLUMNS)
+            results.write_table(done.values(), "baselines.csv", BASELINE_COLUMNS)
         return found
 
     def _code(self, results, row, codec, picture, link, stream):
@@ -101,9 +116,9 @@ class Measures:
             shown, bits = coded.picture, 8 * len(coded.data)
             out |= {"bits": bits, "bpp": f"{bits / (height * width):.4f}", "scale": coded.scale, "quality": coded.quality}
             if link is not None:
-                delivery = link.send({"picture": coded.data}, stream)
-                out |= {k: v for k, v in digital_facts(delivery, height, width).items() if k == "channel_uses"}
-                if delivery.part("picture") is None:
+                delivery = link.send({"labels": coded.data}, stream)
+                out |= digital_facts(delivery, height, width)
+                if delivery.part("labels") is None:
                     shown, out["problems"] = np.full_like(picture, 128), "picture"
         save_picture(shown, results.file(f"baseline_{codec}", row["name"]))
         return out | self.per_picture(from_uint8(shown), from_uint8(picture))
@@ -118,6 +133,8 @@ class Measures:
         measured = [row for row in rows if results.file("images", row["name"]).exists()]
         kind = "samples" if (results.path / "samples").exists() else "local"
         summary = {**facts, "pictures": len(rows), "with_problems": sum(bool(row.get("problems")) for row in rows)}
+        if any(row.get("mismatch_db") for row in rows):
+            summary["equal_pictures"] = sum(row.get("mismatch_db") == "inf" for row in rows)
         summary |= {"mean": means(rows), "interval_95": intervals(rows), "set": self.whole_set(results, measured, kind)}
         for codec in self.codecs:
             own = [row for row in baseline_rows if row["codec"] == codec]
@@ -131,6 +148,23 @@ class Measures:
                 }
         results.write_json("summary.json", summary)
         return summary
+
+
+def _batches(results, rows):
+    """Names in batches of pictures of one size."""
+    batches = []
+    for row in rows:
+        with Image.open(results.file("labels", row["name"])) as label:
+            size = label.size
+        if not batches or batches[-1][0] != size or len(batches[-1][1]) == BATCH:
+            batches.append((size, []))
+        batches[-1][1].append(row["name"])
+    return [names for _, names in batches]
+
+
+def _read_ids(path):
+    with Image.open(path) as ids:
+        return np.array(ids)
 
 
 def _read(path):
@@ -147,12 +181,14 @@ def _earlier(path):
 def _columns(rows):
     for name in SUMMED_UP:
         values = [float(row[name]) for row in rows if row.get(name) not in (None, "")]
+        if name == "mismatch_db":  # infinite where the pictures are equal, which summary.json counts
+            values = [value for value in values if math.isfinite(value)]
         if values:
             yield name, values
 
 
 def means(rows):
-    """Mean of every numeric column over the rows that have it."""
+    """Mean of every numeric column over the rows that have it; of the mismatch over the pictures that are not equal."""
     return {name: _plain(np.mean(values)) for name, values in _columns(rows)}
 
 
@@ -221,11 +257,3 @@ def _draw(lines, measures, path):
     axes[0][0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def read_summary(path):
-    """Read a summary.json; InputError where it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a summary ({error}); run the point again") from None

@@ -34,13 +34,15 @@ class Receiving:
 
     def __init__(self, config, weights, parts):
         self.config, self.weights, self.parts = config, weights, parts
-        self.results = ResultsFolder(config.results_path, COLUMNS)
-        files = sorted(Path(config.messages).rglob(f"*{ENDING}")) if Path(config.messages).is_dir() else []
+        self.results = ResultsFolder(config.results_path, (*COLUMNS, "message_sha256"))
+        files = sorted(path for path in Path(config.messages).rglob(f"*{ENDING}") if path.is_file())
         if not files:
             raise InputError(f"--messages {config.messages}: no {ENDING} files there; write them with --role transmit")
         self.files = files[: config.num_samples]
         folder = Path(config.messages)
         self.names = [str(path.relative_to(folder).with_suffix("")).replace("/", "__") for path in self.files]
+        if len({*self.names}) < len(self.names):
+            raise InputError(f"--messages {folder}: two files would give pictures of one name; rename one of them")
         self.count = len(self.files)
 
     def run(self):
@@ -55,6 +57,7 @@ class Receiving:
         settings["weights_sha256"] = digest(self.weights).hex()
         self.results.claim(settings, free={"model_path"})
         rows = self.results.finished_rows({str(path): k for k, path in enumerate(self.files)}, self.names)
+        rows = {k: row for k, row in rows.items() if row.get("message_sha256") == digest(self.files[k]).hex()}
         todo = [k for k in range(self.count) if k not in rows]
         if len(todo) < self.count:
             print(f"{self.count - len(todo)} of {self.count} pictures are done already", file=sys.stderr)
@@ -85,7 +88,7 @@ class Receiving:
         row = {"path": str(self.files[k]), "name": self.names[k], "bank_index": arrival.start, "steps": int(result.steps[0]),
                "link": "messages", "seconds": f"{time.monotonic() - started:.3f}",
                "bpp": f"{bits['total'] / (header.height * header.width):.4f}",
-               "picture_sha256": picture_digest(image[0])}  # fmt: skip
+               "picture_sha256": picture_digest(image[0]), "message_sha256": digest(self.files[k]).hex()}  # fmt: skip
         return row | {f"bits_{part}": bits[part] for part in PARTS}
 
     def _write_panel(self, numbers):

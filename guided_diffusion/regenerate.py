@@ -16,9 +16,11 @@ from tqdm import tqdm
 from .config import points
 from .data.semantics import received_semantics
 from .diffusion.sampling import EarlyStop, sample
+from .errors import InputError
 from .files import whole_file
 from .link.channel import snr_to_sigma, transmit
 from .link.crossing import analog_facts
+from .link.source_coding import pack_choices
 from .link.transceiver import Arrival, Message
 from .measures import write_curves
 from .metrics import psnr
@@ -36,7 +38,7 @@ COLUMNS = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool", "sec
 # Flags that may change between two runs into the same folder.
 FREE = {"results_path", "num_samples", "batch_size", "num_workers", "device", "dry_run", "preset", "panel_items",
         "use_fp16", "noise_bank_cache", "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "add_noise",
-        "noise_to", "messages", "metrics", "lpips_weights", "fid_weights", "features", "baseline"}  # fmt: skip
+        "noise_to", "messages", "metrics", "fid_weights", "features", "baseline", "segmenter"}  # fmt: skip
 
 
 class Regeneration:
@@ -60,17 +62,14 @@ class Regeneration:
         self.kind = "local" if self.transmitting else "samples"  # what a finished picture leaves behind
         self.lost, self.crossed = {}, -1  # parts lost, by picture number; the picture that the receiver has seen last
         if self.bank is not None:
-            self.transmitter, self.receiver = parts["transmitter"](config), parts["receiver"]()
+            self.transmitter, self.receiver = parts["transmitter"](config), parts["receiver"](config)
             self.crossing = None if self.transmitting else parts["crossing"](config)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self):
         """Regenerate what is not done yet; return the rows of the whole table."""
-        settings = settings_of(dataclasses.asdict(self.config), FREE,
-                               {"model_path": self.weights, "data_dir": self.config.data_dir})  # fmt: skip
-        settings["weights_sha256"] = digest(self.weights).hex()
-        self.results.claim(settings, free={"model_path"})
+        self._claim()
         numbers = {path: k for k, path in enumerate(self.paths)}
         rows = self.results.finished_rows(numbers, self.names, self.kind)
         todo = [k for k in range(self.count) if k not in rows]
@@ -81,16 +80,25 @@ class Regeneration:
             self._work_off(todo, rows)
         return [rows[k] for k in sorted(rows)]
 
+    def _claim(self):
+        config, files = self.config, {"model_path": self.weights, "data_dir": self.config.data_dir}
+        deciding = {"weights": self.weights}  # files whose contents decide what the pictures are
+        if config.extractor != "gt":
+            deciding["extractor"] = files["extractor"] = config.extractor
+        if config.segmenter and config.distance == "segmenter":
+            deciding["segmenter"] = config.segmenter
+        settings = settings_of(dataclasses.asdict(config), FREE, files)
+        settings |= {f"{name}_sha256": digest(path).hex() for name, path in deciding.items()}
+        self.results.claim(settings, free={"model_path"})
+
     def _work_off(self, todo, rows):
         size = self.config.batch_size
-        steps = self.parts["diffusion"].num_timesteps
-        batches = [todo[i : i + size] for i in range(0, len(todo), size)]
-        with tqdm(total=len(batches) * steps, unit="step", file=sys.stderr, dynamic_ncols=True) as bar:
-            for number, batch in enumerate(batches, 1):
-                bar.set_description(f"pictures {batch[0] + 1}-{batch[-1] + 1} of {self.count}")
-                found = self._without_bank(batch, bar) if self.bank is None else self._cross(batch, bar)
+        with tqdm(total=len(todo), unit="picture", file=sys.stderr, dynamic_ncols=True) as bar:
+            self.on_step = _StepCounter(bar)
+            for batch in (todo[i : i + size] for i in range(0, len(todo), size)):
+                found = self._without_bank(batch) if self.bank is None else self._cross(batch)
                 rows.update(zip(batch, found, strict=True))
-                bar.update(number * steps - bar.n)  # early stops leave steps out
+                bar.update(len(batch))
                 self.results.write_table([rows[k] for k in sorted(rows)])
 
     def _recall(self, k):
@@ -100,18 +108,24 @@ class Regeneration:
         arrived = [j for j in range(k - 1, -1, -1) if "header" not in self.lost.get(j, ("header",))]
         whole = [j for j in arrived if "labels" not in self.lost[j]]
         for j in (*whole[:1], *arrived[:1]):  # the newest header comes last
-            message = Message.from_bytes(self.results.file("messages", self.names[j], ".dgo").read_bytes())
+            path = self.results.file("messages", self.names[j], ".dgo")
+            if not path.exists():
+                raise InputError(f"{path}: gone, and picture {k + 1} may need its label map; choose another --results_path")
+            message = Message.from_bytes(path.read_bytes())
             self.receiver.recall(message, label="labels" not in self.lost[j])
 
     # -- one batch ----------------------------------------------------------------------------------------------------
 
-    def _cross(self, numbers, bar):
+    def _cross(self, numbers):
         """Send one batch of pictures, write their files, and return their rows."""
         rows, arrivals, sents, scenes = [], [], [], []
+        if len({self.dataset.sample_size(k) for k in numbers}) > 1:
+            raise InputError(f"pictures {numbers[0] + 1} to {numbers[-1] + 1} differ in size and cannot share a batch;"
+                             " use --batch_size 1")  # fmt: skip
         for k in numbers:
             started = time.monotonic()
             scene = self.dataset.batch([k])
-            sent = self.transmitter.send(scene, self._index(k))
+            sent = self.transmitter.send(scene, self._index(k), self.on_step)
             row = self._sent_row(k, sent, time.monotonic() - started)
             if not self.transmitting:
                 self._recall(k)
@@ -128,36 +142,47 @@ class Regeneration:
             for row, sent in zip(rows, sents, strict=True):
                 row["steps"] = sent.choice.steps
         else:
-            images = self._pictures(rows, arrivals, sents, bar)
+            images = self._pictures(rows, arrivals, sents)
         self._write_pictures(numbers, scenes, sents, arrivals, images)
         self._measure(rows, scenes, images, sents)
         return rows
 
-    def _pictures(self, rows, arrivals, sents, bar):
+    def _pictures(self, rows, arrivals, sents):
         """Let the receiver make the pictures (N, 3, H, W) of a batch; grey where it has no header, or one of another size."""
         started = time.monotonic()
         images = torch.zeros(len(sents), 3, *sents[0].y.shape[2:])
         there = [j for j, arrival in enumerate(arrivals) if arrival is not None and arrival.y.shape == sents[0].y.shape]
         if there:
-            result = self.receiver.pictures([arrivals[j] for j in there], on_step=lambda *_: bar.update())
+            result = self.receiver.pictures([arrivals[j] for j in there], on_step=self.on_step)
             images[there] = result.images.float().cpu()
             for j, steps in zip(there, result.steps.tolist(), strict=True):
                 rows[j] |= {"steps": steps, "bank_index": arrivals[j].start}
-        for row in rows:
+        for j, row in enumerate(rows):
+            if j not in there:
+                row["bank_index"] = ""
             row["seconds"] = f"{(time.monotonic() - started) / len(rows):.3f}"
         return images
 
     def _sent_row(self, k, sent, seconds):
-        config, bits, analog = self.config, sent.message.bits(), not self.transmitting and self.config.link == "analog"
+        config, analog = self.config, not self.transmitting and self.config.link == "analog"
         height, width = sent.y.shape[2:]
-        if analog:  # the planes cross as they are; bits say which classes those are of
-            bits |= {"labels": config.num_classes if config.one_hot_label else 0, "edges": 0}
-            bits["total"] = sum(bits[part] for part in PARTS[:-1])
-        row = {"path": self.paths[k], "name": self.names[k], "bank_index": sent.message.start_index or 0, "link": config.link,
+        if analog:  # the planes cross as they are; besides the indices, bits say which classes those are of
+            indices = pack_choices(sent.message.start_index, len(self.bank), sent.message.picks, config.step_candidates,
+                                   config.step_atoms)  # fmt: skip
+            bits = {
+                "header": 0,
+                "labels": config.num_classes if config.one_hot_label else 0,
+                "edges": 0,
+                "indices": 8 * len(indices),
+            }
+            bits["total"] = sum(bits.values())
+        else:
+            bits = sent.message.bits()
+        row = {"path": self.paths[k], "name": self.names[k], "bank_index": sent.message.start_index or 0,
                "transmit_seconds": f"{seconds:.3f}", "bpp": f"{bits['total'] / (height * width):.4f}"}  # fmt: skip
         row |= {f"bits_{part}": bits[part] for part in PARTS}
         if not self.transmitting:
-            row |= {"snr_db": f"{config.snr:g}", "pool": config.pool}
+            row |= {"link": config.link, "snr_db": f"{config.snr:g}", "pool": config.pool}
         if sent.choice is not None:
             row["evaluations"] = sent.choice.evaluations
             row["distance"] = "" if sent.choice.score is None else f"{float(sent.choice.score):.6g}"
@@ -174,7 +199,7 @@ class Regeneration:
             if not self.transmitting and sents and sents[j].choice is not None:
                 row["mismatch_db"] = f"{float(psnr(images[j : j + 1], sents[j].choice.picture[None].float().cpu())):.3f}"
 
-    def _without_bank(self, numbers, bar):
+    def _without_bank(self, numbers):
         """Regenerate one batch by ordinary diffusion: fresh noise per picture, over the analog channel."""
         started, config = time.monotonic(), self.config
         batch = self.dataset.batch(numbers)
@@ -191,7 +216,7 @@ class Regeneration:
                 self.parts["model"], self.parts["diffusion"], received.to(device), torch.stack(noise).to(device),
                 method="ddim" if config.use_ddim else "ddpm", s=config.s, eta=config.eta if config.use_ddim else 0.0,
                 seeds=[stream_seed(config.seed, "picture chain", number) for number in named], early_stop=stop,
-                clip_denoised=config.clip_denoised, on_step=lambda *_: bar.update(), tail_steps=config.tail_steps,
+                clip_denoised=config.clip_denoised, on_step=self.on_step, tail_steps=config.tail_steps,
             )  # fmt: skip
         images = result.images.float().cpu()
         seconds = (time.monotonic() - started) / len(numbers)
@@ -216,9 +241,14 @@ class Regeneration:
     def sum_up(self, rows):
         """Compare with classical codecs, measure the set, write summary.json and panel.png; return the summary."""
         baseline_rows, codecs = [], self.measures.codecs
+        self.measures.complete(self.results, rows, self.kind)
+        self.results.write_table(rows)
         if codecs and self.bank is not None and (self.transmitting or self.config.link != "analog"):
-            baseline_rows = self.measures.compare(self.results, rows, self.crossing, self.config.seed)
-        facts = {"link": self.config.link, "pool": self.config.pool, "snr_db": f"{self.config.snr:g}"}
+            baseline_rows = self.measures.compare(self.results, rows, self.crossing, self.config.seed,
+                                                  dict(zip(self.paths, self.numbers, strict=True)))  # fmt: skip
+        facts = {"role": self.config.role}
+        if not self.transmitting:
+            facts |= {"link": self.config.link, "pool": self.config.pool, "snr_db": f"{self.config.snr:g}"}
         if self.bank is not None:
             # What both ends own before the first message; stated once, in bytes.
             facts["shared_once_bytes"] = {"weights": os.path.getsize(self.weights), "bank_seed": 8}
@@ -285,6 +315,17 @@ class Regeneration:
             return self.transmitter.describe(scene)[1]
         return received_semantics(scene["label"], scene.get("instance"), scene.get("image_edge"), self.config.num_classes,
                                   self.config.one_hot_label, not self.config.no_instance, self.parts["coding"])  # fmt: skip
+
+
+class _StepCounter:
+    """Shows on a bar of pictures that network steps go on, searches' included."""
+
+    def __init__(self, bar):
+        self.bar, self.count = bar, 0
+
+    def __call__(self, *_):
+        self.count += 1
+        self.bar.set_postfix_str(f"{self.count} steps")
 
 
 def _costs(rows):

@@ -44,7 +44,10 @@ def picture_digest(image):
 
 def read_picture_file(path):
     """Return an 8-bit RGB picture file as (H, W, 3) uint8, or None where there is none."""
-    return np.asarray(Image.open(path).convert("RGB")) if path.exists() else None
+    if not path.exists():
+        return None
+    with Image.open(path) as picture:
+        return np.array(picture.convert("RGB"))
 
 
 class ResultsFolder:

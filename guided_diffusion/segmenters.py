@@ -176,11 +176,12 @@ def _check_size(expression):
 # -- uses -------------------------------------------------------------------------------------------------------------
 
 
-def segment(network, images, num_classes):
+def segment(network, images, num_classes, flag="segmenter"):
     """Return the class of every pixel, (N, 1, H, W) int64.
 
     :param network: a callable; gives scores (N, K, H, W), K = num_classes, or ids (N, H, W) or (N, 1, H, W).
     :param images: (N, 3, H, W) in [-1, 1].
+    :param flag: the flag that brought the network, for messages.
     :raises InputError: an answer of another shape, or ids outside 0..num_classes-1.
     """
     n, _, height, width = images.shape
@@ -189,14 +190,14 @@ def segment(network, images, num_classes):
     channels = out.shape[1] if torch.is_tensor(out) and out.dim() == 4 else 1
     if not torch.is_tensor(out) or out.numel() != n * channels * height * width or out.shape[-2:] != (height, width):
         found = tuple(out.shape) if torch.is_tensor(out) else type(out).__name__
-        raise InputError(f"--segmenter gave {found} for pictures ({n}, 3, {height}, {width}); it must give scores (N, K, H, W)"
+        raise InputError(f"--{flag} gave {found} for pictures ({n}, 3, {height}, {width}); it must give scores (N, K, H, W)"
                          " or ids (N, H, W) of the same height and width")  # fmt: skip
     if channels not in (1, num_classes):
-        raise InputError(f"--segmenter gave scores of {channels} classes, but --num_classes is {num_classes};"
+        raise InputError(f"--{flag} gave scores of {channels} classes, but --num_classes is {num_classes};"
                          " give a segmenter of the same label space")  # fmt: skip
     ids = out.argmax(1, keepdim=True) if channels > 1 else out.reshape(n, 1, height, width).long()
     if ids.min() < 0 or ids.max() >= num_classes:
-        raise InputError(f"--segmenter gave class ids {int(ids.min())}..{int(ids.max())}, but --num_classes is {num_classes};"
+        raise InputError(f"--{flag} gave class ids {int(ids.min())}..{int(ids.max())}, but --num_classes is {num_classes};"
                          " give a segmenter of the same label space")  # fmt: skip
     return ids
 

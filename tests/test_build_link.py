@@ -71,9 +71,9 @@ def test_one_chain_is_kept_for_a_kind_of_header(configure):
     make_chain = build_link.receiving_parts(config, weights, quiet)["make_chain"]
     chain = make_chain(header)
     assert chain.diffusion.num_timesteps == 4 and chain.bank.shape == (3, 16, 32) and len(chain.bank) == 16
-    for same in ({"label_scale": 8}, {"boundaries": False}, {"height": 32, "width": 32}, {"edge_levels": 2}):
+    for same in ({"label_scale": 8}, {"boundaries": False}, {"height": 16, "width": 64}, {"edge_levels": 2}):
         assert make_chain(dataclasses.replace(header, **same)) is chain
-    for other in ({"s": 2.0}, {"steps": "3"}, {"stop_step": 2}, {"tail_steps": 1}, {"bank_size": 8}, {"precision": "bf16"}):
+    for other in ({"s": 2.0}, {"steps": "3"}, {"stop_step": 2}, {"tail_steps": 1}, {"precision": "bf16"}):
         assert make_chain(dataclasses.replace(header, **other)) is not chain
     assert make_chain(dataclasses.replace(header, s=2.0)).bank is chain.bank  # walked once
     assert make_chain(dataclasses.replace(header, stop_step=2)).early_stop.min_steps == 2
@@ -87,6 +87,10 @@ def test_one_chain_is_kept_for_a_kind_of_header(configure):
         ({"one_hot": False}, "label space"),
         ({"edge_plane": False}, "label space"),
         ({"height": 15}, "15"),
+        ({"height": 4096, "width": 4096}, "4096x4096 picture, more than 16 times the model's 16x16"),
+        ({"bank_size": 2**32 - 1}, "noise bank 150 of 4294967295 entries, the model's is 150 of 16"),
+        ({"bank_seed": 7}, "noise bank 7 of 16"),
+        ({"precision": "fp16"}, "made in fp16, which this device lacks"),
     ],
 )
 def test_messages_for_another_receiver_are_refused(configure, parts, change, words):
@@ -136,7 +140,10 @@ def test_a_chain_without_so_many_noisy_steps_is_refused(parts):
 
 def test_what_no_message_can_carry_is_refused_before_the_long_work(parts):
     with pytest.raises(InputError, match="--timestep_respacing 2,3: sections cannot be sent"):
-        parts(timestep_respacing="2,3")
+        parts(timestep_respacing="2,3", link="ideal")
+    parts(timestep_respacing="2,3", link="analog")
+    with pytest.raises(InputError, match="--tail_steps 4: the chain has 3 steps"):
+        parts(timestep_respacing="3", tail_steps=4)
 
 
 # -- choosers ---------------------------------------------------------------------------------------------------------

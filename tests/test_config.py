@@ -13,6 +13,7 @@ from guided_diffusion.config import (
     TrainConfig,
     adopt_resumed,
     adopt_training_config,
+    check_bank,
     create_parser,
     ineffective_flags,
     load_config,
@@ -275,8 +276,9 @@ def test_use_fp16_and_precision_say_the_same(line, precision):
         (SampleConfig, "--code_rate 0.1", "--code_rate 0.1: 5G LDPC"),
         (SampleConfig, "--role receive", "--role receive needs --messages"),
         (SampleConfig, "--role transmit --snr 10,20", "--role transmit: one run makes one set"),
-        (SampleConfig, "--noise_index 1000", "--noise_index 1000: expected random, best or a number from 0 to 999"),
-        (SampleConfig, "--noise_index best --candidates 1001", "--candidates 1001: the noise bank has 1000"),
+        (SampleConfig, "--noise_index ²", "--noise_index ²: expected random, best or a number"),
+        (SampleConfig, "--noise_index 1000 --noise_bank_size 1000", "--noise_index 1000: expected .* from 0 to 999"),
+        (SampleConfig, "--noise_index best --candidates 9 --noise_bank_size 8", "--candidates 9: the noise bank has 8"),
         (SampleConfig, "--noise_index best --noise_bank_size 0", "--noise_bank_size 0: noise selection needs"),
         (SampleConfig, "--link digital --noise_bank_size 0", "--noise_bank_size 0: .* only --link analog"),
         (SampleConfig, "--selection per_step --noise_index best", "--selection per_step starts from entry 0; .* both"),
@@ -300,6 +302,21 @@ def test_values_that_cannot_be_meant(config_class, line, message):
 def test_a_single_point_keeps_its_folder():
     (point,) = points(parse(SampleConfig, "--snr 10 --pool med --results_path r")[0])
     assert (point.snr, point.pool, point.link, point.results_path) == (10.0, "med", "analog", "r")
+
+
+def test_equal_points_are_run_once():
+    found = points(parse(SampleConfig, "--snr 10,10.0,10.0000001 --pool None,None --results_path r")[0])
+    assert [p.results_path for p in found] == ["r/analog_10dB", "r/analog_10.0000001dB"]
+
+
+def test_the_banks_size_is_checked_once_it_is_known():
+    config, given = parse(SampleConfig, "--noise_index best --candidates 2000")
+    adopt_training_config(config, given, trained("--noise_bank_size 5000"), "config.json")
+    check_bank(config, given)
+    assert config.candidates == 2000
+    config, given = parse(SampleConfig, "--noise_index 1500")
+    with pytest.raises(InputError, match=r"--noise_index 1500: .* 0 to 999"):
+        check_bank(config, given)
 
 
 def test_every_link_pool_and_snr_gets_a_folder_of_its_own():
@@ -360,7 +377,12 @@ def test_selecting_both_searches_for_the_start():
         (SampleConfig, "--link digital --snr 10 --modulation qpsk --code_rate 0.3 --fading rayleigh", []),
         (SampleConfig, "--modulation qpsk --code_rate 0.3 --fading rayleigh", ["modulation", "code_rate", "fading"]),
         (SampleConfig, "--candidates 4 --distance ssim --feedback_steps 3", ["candidates", "distance", "feedback_steps"]),
-        (SampleConfig, "--candidates 4 --distance ssim --feedback_steps 3 --noise_index best", []),
+        (SampleConfig, "--candidates 8 --distance ssim --feedback_steps 3 --noise_index best", []),
+        (SampleConfig, "--candidates 4 --feedback_steps 3 --noise_index best", ["feedback_steps"]),
+        (SampleConfig, "--distance ssim --selection per_step --local_picture True", ["local_picture"]),
+        (SampleConfig, "--use_ddim True --tail_steps 3", ["tail_steps"]),
+        (SampleConfig, "--no_instance True --edge_threshold 0.2 --edge_scale 2", ["edge_threshold", "edge_scale"]),
+        (SampleConfig, "--role receive --messages m --metrics psnr --batch_size 2 --seed 3", ["metrics", "batch_size", "seed"]),
         (
             SampleConfig,
             "--step_candidates 4 --step_atoms 1 --selected_steps 3",

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion.errors import InputError
 from guided_diffusion.link.crossing import DigitalCrossing, IdealCrossing
 from guided_diffusion.measures import (
     BASELINE_COLUMNS,
@@ -19,7 +18,6 @@ from guided_diffusion.measures import (
     from_uint8,
     intervals,
     means,
-    read_summary,
     write_curves,
 )
 from guided_diffusion.metrics import Metrics, bootstrap_interval
@@ -27,6 +25,7 @@ from guided_diffusion.panels import save_picture, to_uint8
 from guided_diffusion.results import ResultsFolder
 
 CLASSES, SIZE = 3, (32, 48)
+NUMBERS = {f"p{k}": k for k in range(3)} | {"q": 9}  # path -> what channel noise follows from
 
 
 def measures(names="psnr,ssim", codecs=(), **options):
@@ -78,7 +77,7 @@ def test_means_and_intervals_are_numpys():
 def test_values_that_are_not_finite_stay_json():
     rows = [{"mismatch_db": "inf", "psnr_db": "1"}, {"mismatch_db": "3", "psnr_db": "nan"}]
     found = means(rows)
-    assert found == {"mismatch_db": "inf", "psnr_db": "nan"} and intervals(rows) == {}
+    assert found == {"mismatch_db": 3, "psnr_db": "nan"} and "psnr_db" not in intervals(rows)  # equal pictures are counted
     json.loads(json.dumps(found, allow_nan=False))
 
 
@@ -116,10 +115,7 @@ def test_the_summary(results):
     assert json.loads((folder.path / "summary.json").read_text()) == summary
     assert (summary["link"], summary["pictures"], summary["with_problems"]) == ("ideal", 3, 1)
     assert summary["mean"] == {"bits_total": 8 * 600, "psnr_db": 21} and summary["set"]["miou_real"] == 1
-    assert "baselines" not in summary and read_summary(folder.path / "summary.json") == summary
-    (folder.path / "summary.json").write_text("{")
-    with pytest.raises(InputError, match=r"summary\.json: cannot be read"):
-        read_summary(folder.path / "summary.json")
+    assert "baselines" not in summary
 
 
 # -- codecs -----------------------------------------------------------------------------------------------------------
@@ -128,7 +124,7 @@ def test_the_summary(results):
 def test_codecs_keep_within_the_messages_bits(results):
     folder, rows = results
     ours = measures(codecs=["jpeg", "webp"])
-    found = ours.compare(folder, rows, IdealCrossing(), seed=0)
+    found = ours.compare(folder, rows, IdealCrossing(), 0, NUMBERS)
     assert [(row["path"], row["codec"]) for row in found] == [(f"p{k}", c) for k in range(3) for c in ("jpeg", "webp")]
     for row, written in zip(found, table(folder), strict=True):
         assert tuple(written) == BASELINE_COLUMNS
@@ -143,22 +139,22 @@ def test_codecs_keep_within_the_messages_bits(results):
 def test_codecs_are_not_run_again(results, monkeypatch):
     folder, rows = results
     ours = measures("psnr", codecs=["jpeg"])
-    first = ours.compare(folder, rows, IdealCrossing(), seed=0)
+    first = ours.compare(folder, rows, IdealCrossing(), 0, NUMBERS)
     calls, code = [], ours._code
     monkeypatch.setattr(ours, "_code", lambda *args: calls.append(args[1]["name"]) or code(*args))
-    assert [row["psnr_db"] for row in ours.compare(folder, rows, IdealCrossing(), seed=0)] == [r["psnr_db"] for r in first]
+    assert [row["psnr_db"] for row in ours.compare(folder, rows, IdealCrossing(), 0, NUMBERS)] == [r["psnr_db"] for r in first]
     assert calls == []
     folder.file("baseline_jpeg", "n1").unlink()
-    ours.compare(folder, rows, IdealCrossing(), seed=0)
+    ours.compare(folder, rows, IdealCrossing(), 0, NUMBERS)
     assert calls == ["n1"] and folder.file("baseline_jpeg", "n1").exists()
 
 
 def test_where_no_file_fits_there_is_no_picture(results):
     folder, rows = results
-    row = measures("psnr", codecs=["jpeg"]).compare(folder, [rows[0] | {"bits_total": "80"}], None, seed=0)[0]
+    row = measures("psnr", codecs=["jpeg"]).compare(folder, [rows[0] | {"bits_total": "80"}], None, 0, NUMBERS)[0]
     assert row["problems"] == "no picture within the bits" and "bits" not in row
     assert np.unique(np.asarray(Image.open(folder.file("baseline_jpeg", "n0")))).tolist() == [128]
-    assert measures(codecs=["jpeg"]).compare(folder, [{"path": "q", "name": "labels alone"}], None, seed=0) == []
+    assert measures(codecs=["jpeg"]).compare(folder, [{"path": "q", "name": "labels alone"}], None, 0, NUMBERS) == []
 
 
 @pytest.mark.parametrize("snr, problem", [(30, None), (-20, "picture")])
@@ -168,7 +164,7 @@ def test_codecs_take_the_messages_channel(results, snr, problem):
 
     folder, rows = results
     link = DigitalLink(snr)
-    row = measures("psnr", codecs=["jpeg"]).compare(folder, rows[2:], DigitalCrossing(link), seed=0)[0]
+    row = measures("psnr", codecs=["jpeg"]).compare(folder, rows[2:], DigitalCrossing(link), 0, NUMBERS)[0]
     assert row.get("problems") == problem
     assert row["channel_uses"] == link.segments("picture", row["bits"] // 8).uses > 0
     grey = np.unique(np.asarray(Image.open(folder.file("baseline_jpeg", "n2")))).tolist() == [128]

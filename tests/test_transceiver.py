@@ -130,9 +130,9 @@ def chooser(kind):
     codebook = StepCodebook(16, 2)
     return {
         None: None,
-        "best": lambda chain, y, found, start: select_initial(chain, y, found["image"], range(3)),
-        "per_step": lambda chain, y, found, start: select_per_step(chain, y, found["image"], start, codebook),
-        "both": lambda chain, y, found, start: select_both(chain, y, found["image"], range(3), codebook),
+        "best": lambda chain, y, found, start, on_step: select_initial(chain, y, found["image"], range(3)),
+        "per_step": lambda chain, y, found, start, on_step: select_per_step(chain, y, found["image"], start, codebook),
+        "both": lambda chain, y, found, start, on_step: select_both(chain, y, found["image"], range(3), codebook),
     }[kind]
 
 

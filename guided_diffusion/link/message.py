@@ -120,6 +120,9 @@ class Header:
         if self.selected_steps and not 1 <= self.step_atoms <= self.step_candidates <= self.bank_size:
             raise InputError(f"message header: {self.step_atoms} atoms of {self.step_candidates} candidates in a bank of"
                              f" {self.bank_size}; each must be at least 1, and no more than the next")  # fmt: skip
+        if (self.step_variance == "posterior") != (self.selected_steps > 0 and self.method == "ddpm"):
+            raise InputError(f"message header: {self.selected_steps} selected {self.method} steps, {self.step_variance} variance;"
+                             " selected ancestral steps have the posterior's, others the model's")  # fmt: skip
         if self.version != VERSION or len(self.fingerprint) != 8:
             raise InputError(f"message header: version {self.version}, fingerprint of {len(self.fingerprint)} bytes;"
                              f" must be {VERSION} and 8 bytes")  # fmt: skip

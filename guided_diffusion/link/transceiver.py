@@ -52,7 +52,7 @@ class Transmitter:
     :param template: a `Header` that says everything but the picture's size and what is found out on the way.
     :param coding: the `SemanticCoding`.
     :param chain: the `Chain` that both ends run, for local generative feedback.
-    :param choose: function (chain, y, scene, start) -> `Choice`, or None to take the start that is asked for.
+    :param choose: function (chain, y, scene, start, on_step) -> `Choice`, or None to take the start that is asked for.
     :param local: make the local picture even where nothing is chosen.
     """
 
@@ -76,11 +76,12 @@ class Transmitter:
         label = label.astype("uint8")
         return Message(header, label, boundary, edges, start, ()), condition(header, label, boundary, edges)
 
-    def send(self, scene, start):
+    def send(self, scene, start, on_step=None):
         """Describe one scene, choose its noise, and write the message.
 
         :param scene: as for `describe`, with image (1, 3, H, W) where noise is to be chosen.
         :param start: bank index of x_T, where none is chosen.
+        :param on_step: called at every step of every local chain, as by `sample`.
         :return: `Sent`; its choice has the picture where one was chosen or `local` is set.
         :raises InputError: a choice has to be made, and the scene has no picture.
         """
@@ -89,10 +90,10 @@ class Transmitter:
         message, y = self.describe(scene)
         choice = None
         if self.choose is not None:
-            choice = self.choose(self.chain, y, scene, start)
+            choice = self.choose(self.chain, y, scene, start, on_step)
             start = choice.index
         elif self.local:
-            choice = local_choice(self.chain, y, start)
+            choice = local_choice(self.chain, y, start, on_step)
         changes = {"start_index": start if message.header.start_sent else None}
         if choice is not None:
             changes["picks"] = choice.picks
@@ -101,9 +102,9 @@ class Transmitter:
         return Sent(dataclasses.replace(message, **changes), y, choice)
 
 
-def local_choice(chain, y, start):
+def local_choice(chain, y, start, on_step=None):
     """Make the local picture of a start that was not chosen."""
-    result = chain.run(y, [start])
+    result = chain.run(y, [start], on_step=on_step)
     return Choice(start, (), None, chain.evaluations(result), result.images[0].cpu(), int(result.steps))
 
 
