@@ -121,7 +121,7 @@ class Header:
             raise InputError(f"message header: {self.step_atoms} atoms of {self.step_candidates} candidates in a bank of"
                              f" {self.bank_size}; each must be at least 1, and no more than the next")  # fmt: skip
         if (self.step_variance == "posterior") != (self.selected_steps > 0 and self.method == "ddpm"):
-            raise InputError(f"message header: {self.selected_steps} selected {self.method} steps, {self.step_variance} variance;"
+            raise InputError(f"message header: {self.selected_steps} selected {self.method} steps, {self.step_variance};"
                              " selected ancestral steps have the posterior's, others the model's")  # fmt: skip
         if self.version != VERSION or len(self.fingerprint) != 8:
             raise InputError(f"message header: version {self.version}, fingerprint of {len(self.fingerprint)} bytes;"
