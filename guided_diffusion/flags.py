@@ -65,7 +65,9 @@ class DiffusionFlags:
     learn_sigma: bool = flag(False, "the network also predicts the variance")
     diffusion_steps: int = flag(1000, "steps of the forward process")
     noise_schedule: str = flag("linear", "noise schedule", ("linear", "cosine"))
-    timestep_respacing: str = flag("", 'steps of the reverse chain: "250", "10,20,30" (per section) or "ddim50"; empty: all')
+    timestep_respacing: str = flag(
+        "", 'steps of the reverse chain: "250", "10,20,30" (per section; no message can say it) or "ddim50"; empty: all'
+    )
     use_kl: bool = flag(False, "train on the variational bound alone")
     prediction: str = flag("eps", "what the network predicts: noise, picture or velocity", ("eps", "x0", "v"))
     predict_xstart: bool = flag(False, "the family's flag for --prediction x0")
