@@ -14,11 +14,8 @@ def line(caption, summary, extra=""):
     if "bits" in mean:
         parts[-1] = f"{mean['bits'] / 8:.0f}"
     low, high = summary["interval_95"]["psnr_db"]
-    shown = [
-        f"{mean['bpp']:.3f}" if "bpp" in mean else "",
-        f"{mean['psnr_db']:.2f} ({float(low):.1f}…{float(high):.1f})",
-        f"{mean['ssim']:.3f}",
-    ]
+    shown = [f"{mean['bpp']:.3f}" if "bpp" in mean else ""]
+    shown += [f"{mean['psnr_db']:.2f} ({float(low):.1f}…{float(high):.1f})", f"{mean['ssim']:.3f}"]
     for name, form in (("kid_features", ".4f"), ("miou", ".3f"), ("pixel_accuracy", ".3f")):
         shown.append(format(whole[name], form) if name in whole else "")
     return "| " + " | ".join([caption, *parts, *shown]) + " |"
