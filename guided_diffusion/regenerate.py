@@ -304,8 +304,8 @@ class Regeneration:
             rows.append(pictures)
         captions = ["original", "sent semantics", "local picture"]
         if not self.transmitting:
-            channel = "" if config.link == "ideal" else f", {config.snr:g} dB"
-            channel += f", pool {config.pool}" if config.link == "analog" else ""
+            channel = "" if config.link == "ideal" else f" {config.snr:g} dB"
+            channel += f", {config.pool}" if config.link == "analog" and config.pool != "None" else ""
             captions[2:] = [f"received, {config.link}{channel}", "regenerated"]
         captions += [f"{codec}, same bits" for codec in codecs]
         save_picture(picture_grid(rows, captions), self.results.path / "panel.png")
@@ -336,7 +336,8 @@ def _costs(rows):
     lines = []
     if not np.isnan(mean["bits_total"]):
         sizes = ", ".join(f"{part} {mean[f'bits_{part}'] / 8:.0f}" for part in PARTS[:-1] if mean[f"bits_{part}"])
-        lines.append(f"message: {mean['bits_total'] / 8:.0f} bytes ({sizes}), {mean['bpp']:.3f} bits per pixel")
+        what = "message" if mean["bits_header"] else "side information"  # the analog planes themselves are no bits
+        lines.append(f"{what}: {mean['bits_total'] / 8:.0f} bytes ({sizes}), {mean['bpp']:.3f} bits per pixel")
     if not np.isnan(mean["channel_uses"]):
         uses = f"{mean['channel_uses']:.0f} complex uses per picture, bandwidth ratio {mean['bandwidth_ratio']:.3f}"
         if np.isnan(mean["eb_n0_db"]):
