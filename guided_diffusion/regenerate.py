@@ -263,8 +263,13 @@ class Regeneration:
         lines = [f"{len(rows)} pictures; {what} are in {self.results.path}"]
         measured = [row for row in rows if row.get("psnr_db")]
         if measured:
-            means = {c: float(np.mean([float(row[c]) for row in measured])) for c in ("psnr_db", "colour_error")}
-            lines.insert(0, f"mean PSNR {means['psnr_db']:.2f} dB, mean colour error {means['colour_error']:.3f} of the range")
+            means = {
+                c: float(np.mean([float(row.get(c) or np.nan) for row in measured]))
+                for c in ("psnr_db", "ssim", "colour_error")
+            }
+            ssim = "" if np.isnan(means["ssim"]) else f"SSIM {means['ssim']:.3f}, "
+            text = f"mean PSNR {means['psnr_db']:.2f} dB, {ssim}mean colour error {means['colour_error']:.3f} of the range"
+            lines.insert(0, text)
         return [*_costs(rows), *lines]
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -346,9 +351,16 @@ def _costs(rows):
             lost = sum(bool(row.get("problems")) for row in rows)
             lines.append(f"channel: {uses}; realised Es/N0 {mean['realised_snr_db']:.2f} dB, Eb/N0 {mean['eb_n0_db']:.2f} dB")
             lines.append(
-                f"{mean['block_errors']:.1f} of {mean['blocks']:.1f} blocks lost per picture; parts in {lost} of {len(rows)}"
+                f"{mean['block_errors']:.1f} of {mean['blocks']:.1f} blocks lost per picture; {lost} pictures lack a part"
             )
     return lines
+
+
+def _codec_lines(summary):
+    """Lines that say how the classical codecs did."""
+    return [f"{codec} within the same bits: PSNR {found['mean']['psnr_db']:.2f} dB, {found['without_picture']} of"
+            f" {summary['pictures']} without a picture (counted as grey)"
+            for codec, found in summary.get("baselines", {}).items() if "psnr_db" in found["mean"]]  # fmt: skip
 
 
 def run_points(config, weights, parts, say):
@@ -364,7 +376,7 @@ def run_points(config, weights, parts, say):
         say(f"{verb} {run.count} pictures with {weights} into {point.results_path}{place}")
         rows = run.run()
         summaries.append((point.link, point.pool, point.snr, run.sum_up(rows)))
-        for line in run.summary(rows):
+        for line in [*run.summary(rows), *_codec_lines(summaries[-1][3])]:
             say(line)
     for note in parts["measures"].metrics.notes:
         say(f"note: {note}")
