@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, features
 
 from .errors import InputError
+from .flags import CODECS
 
-CODECS = ("jpeg", "webp", "avif", "jxl")
 SCALES = (1, 2, 4, 8)  # the picture is coded at 1/scale of its size and enlarged by the receiver
 
 # Pillow's options: what is tried at every scale, and what has a last word at the best scale because it is slow. Higher

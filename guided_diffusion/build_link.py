@@ -41,8 +41,8 @@ def sampling_parts(config, weights, say):
     """Build what a sampling run needs, for all its points.
 
     :param weights: path of the weights.
-    :return: dict of model (on its device), diffusion, bank, dataset, coding, device, precision, measures, and the functions
-        transmitter(point), receiver() and crossing(point).
+    :return: dict of model (on its device), diffusion, bank, dataset, coding, device, precision, measures, early_stop, and
+        the functions transmitter(point), receiver(point) and crossing(point).
     """
     device = select_device(config.device)
     precision = precision_of(config, device, say)
@@ -64,12 +64,13 @@ def sampling_parts(config, weights, say):
     diffusion = diffusion_from(config).to(device)
     if config.tail_steps > diffusion.num_timesteps:
         raise InputError(f"--tail_steps {config.tail_steps}: the chain has {diffusion.num_timesteps} steps")
+    rule = EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
     parts = {"model": model, "diffusion": diffusion, "bank": noise_bank(config, height, width),
-             "dataset": dataset, "coding": coding, "device": device, "precision": precision, "measures": measures}  # fmt: skip
+             "dataset": dataset, "coding": coding, "device": device, "precision": precision, "measures": measures,
+             "early_stop": rule}  # fmt: skip
     if parts["bank"] is None:
         return parts
     make_chain = ChainMaker(config, model, device, weights)
-    rule = EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
     template = _header(config, precision, height, width, make_chain.fingerprint)
     template = dataclasses.replace(template, selected_steps=_selected(config, parts["diffusion"]))
     if config.role != "link" or parts_of(config.link) != ["analog"]:

@@ -14,6 +14,10 @@ import os
 from .errors import InputError
 from .files import whole_file
 from .flags import (
+    CODECS,
+    LINKS,
+    METRICS,
+    POOLS,
     BankFlags,
     ChannelFlags,
     DataFlags,
@@ -25,11 +29,6 @@ from .flags import (
     TrainFlags,
 )
 from .presets import PRESETS
-
-LINKS = ("analog", "digital", "ideal")
-POOLS = ("None", "med", "mean", "max")
-METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "fid", "kid", "miou")
-CODECS = ("jpeg", "webp", "avif", "jxl")
 
 # What a checkpoint fixes: sampling with other values would be another model.
 _FREE = {"dropout", "use_checkpoint", "class_cond", "timestep_respacing", "use_kl", "rescale_learned_sigmas",

@@ -4,6 +4,12 @@ from dataclasses import dataclass, field
 
 from .presets import PRESETS
 
+# Values of flags that are lists, and so have no choices of argparse
+LINKS = ("analog", "digital", "ideal")
+POOLS = ("None", "med", "mean", "max")
+METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "fid", "kid", "miou")
+CODECS = ("jpeg", "webp", "avif", "jxl")
+
 
 def flag(default, help, choices=None):
     """Declare one command-line flag as a dataclass field."""

@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .files import whole_file
-
-METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "fid", "kid", "miou")
+from .flags import METRICS
 
 # MS-SSIM (Wang et al. 2003): weights from the finest scale to the coarsest.
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -37,10 +36,14 @@ _BACKBONES = {
 # -- per picture ------------------------------------------------------------------------------------------------------
 
 
+def mse(regenerated, original):
+    """Mean squared error (N,) over all pixels and channels of pictures in [-1, 1]; one original serves all."""
+    return (regenerated.float() - original.float()).square().flatten(1).mean(1)
+
+
 def psnr(regenerated, original):
     """Peak signal-to-noise ratio in dB, (N,), from the mean square error over all pixels and channels; peak-to-peak 2."""
-    error = (regenerated.float() - original.float()).flatten(1).square().mean(1)
-    return 10 * torch.log10(4 / error)
+    return 10 * torch.log10(4 / mse(regenerated, original))
 
 
 def colour_error(regenerated, original):
@@ -100,7 +103,7 @@ def distance(name, lpips_weights="", device="cpu"):
     :raises InputError: an unknown name, or no weights for LPIPS.
     """
     if name == "mse":
-        return lambda candidates, original: (candidates.float() - original.float()).square().flatten(1).mean(1)
+        return mse
     if name == "ssim":
         return lambda candidates, original: 1 - ssim(candidates, original.expand_as(candidates))
     if name == "lpips":

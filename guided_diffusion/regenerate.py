@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .config import points
 from .data.semantics import received_semantics
-from .diffusion.sampling import EarlyStop, sample
+from .diffusion.sampling import sample
 from .errors import InputError
 from .files import whole_file
 from .link.channel import snr_to_sigma, transmit
@@ -46,7 +46,7 @@ class Regeneration:
 
     :param config: a `SampleConfig` of one point (see `config.points`).
     :param weights: path of the weights file.
-    :param parts: what `build.sampling_parts` returns.
+    :param parts: what `build_link.sampling_parts` returns.
     """
 
     def __init__(self, config, weights, parts):
@@ -203,20 +203,18 @@ class Regeneration:
         """Regenerate one batch by ordinary diffusion: fresh noise per picture, over the analog channel."""
         started, config = time.monotonic(), self.config
         batch = self.dataset.batch(numbers)
-        y = received_semantics(batch["label"], batch.get("instance"), batch.get("image_edge"), config.num_classes,
-                               config.one_hot_label, not config.no_instance, self.parts["coding"])  # fmt: skip
+        y = self._coded(batch)
         sigma, named = snr_to_sigma(config.snr), [self.numbers[k] for k in numbers]
         received = transmit(y, sigma, generators=[generator(config.seed, "channel", number) for number in named],
                             num_classes=config.num_classes, one_hot=config.one_hot_label, pool=config.pool)  # fmt: skip
         noise = [torch.randn(3, *y.shape[2:], generator=generator(config.seed, "picture noise", number)) for number in named]
-        stop = EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
         device = self.parts["device"]
         with autocast(device, self.parts["precision"]):
             result = sample(
                 self.parts["model"], self.parts["diffusion"], received.to(device), torch.stack(noise).to(device),
                 method="ddim" if config.use_ddim else "ddpm", s=config.s, eta=config.eta if config.use_ddim else 0.0,
-                seeds=[stream_seed(config.seed, "picture chain", number) for number in named], early_stop=stop,
-                clip_denoised=config.clip_denoised, on_step=self.on_step, tail_steps=config.tail_steps,
+                seeds=[stream_seed(config.seed, "picture chain", number) for number in named],
+                early_stop=self.parts["early_stop"], clip_denoised=config.clip_denoised, on_step=self.on_step, tail_steps=config.tail_steps,
             )  # fmt: skip
         images = result.images.float().cpu()
         seconds = (time.monotonic() - started) / len(numbers)
@@ -316,8 +314,9 @@ class Regeneration:
         save_picture(picture_grid(rows, captions), self.results.path / "panel.png")
 
     def _sent_semantics(self, scene):
-        if self.bank is not None:
-            return self.transmitter.describe(scene)[1]
+        return self._coded(scene) if self.bank is None else self.transmitter.describe(scene)[1]
+
+    def _coded(self, scene):
         return received_semantics(scene["label"], scene.get("instance"), scene.get("image_edge"), self.config.num_classes,
                                   self.config.one_hot_label, not self.config.no_instance, self.parts["coding"])  # fmt: skip
 

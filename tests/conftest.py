@@ -22,6 +22,23 @@ TINY = {
 TRAIN = {"batch_size": "2", "lr": "1e-3", "ema_rate": "0.9", "preview_items": "0", "log_interval": "1"}
 
 
+def tiny_network(**flags):
+    """Return an 8-pixel UNet of four classes, whose zero-initialised layers are filled, and its process."""
+    import torch
+
+    from guided_diffusion import create_model_and_diffusion, model_and_diffusion_defaults
+
+    torch.manual_seed(0)
+    small = {"image_size": 8, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1, "num_heads": 2,
+             "attention_resolutions": "4", "num_classes": 4, "learn_sigma": True}  # fmt: skip
+    model, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **small, **flags})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return model.eval(), diffusion
+
+
 def as_arguments(flags):
     """Turn {"batch_size": "2"} into ["--batch_size", "2"]."""
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]

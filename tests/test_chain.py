@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from conftest import tiny_network
 
-from guided_diffusion import EarlyStop, InputError, create_model_and_diffusion, model_and_diffusion_defaults, sample
+from guided_diffusion import EarlyStop, InputError, sample
 from guided_diffusion.diffusion.gaussian_diffusion import GaussianDiffusion, create_gaussian_diffusion
 from guided_diffusion.diffusion.sampling import Conditioning, ancestral_step, ddim_step, fresh_noise
 from guided_diffusion.diffusion.schedules import beta_schedule
@@ -19,18 +20,10 @@ def normals(*shape, seed=0):
 @pytest.fixture(scope="module", params=["unet", "enconly"])
 def parts(request):
     """A tiny UNet whose output layer is not zero, its process, one label map, and three starting noises."""
-    torch.manual_seed(0)
-    flags = {
-        "image_size": 8, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1, "num_heads": 2,
-        "attention_resolutions": "4", "num_classes": 4, "learn_sigma": True, "timestep_respacing": str(T),
-        "unet_model": request.param, "noise_schedule": "cosine", "prediction": "v",
-    }  # fmt: skip
-    model, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **flags})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return model.eval(), diffusion, (normals(1, 5, *SIZE, seed=7) > 0.8).float(), normals(3, 3, *SIZE, seed=8)
+    model, diffusion = tiny_network(
+        timestep_respacing=str(T), unet_model=request.param, noise_schedule="cosine", prediction="v"
+    )
+    return model, diffusion, (normals(1, 5, *SIZE, seed=7) > 0.8).float(), normals(3, 3, *SIZE, seed=8)
 
 
 # -- one label map for many samples -----------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from conftest import tiny_network
 
-from guided_diffusion import EarlyStop, InputError, create_model_and_diffusion, model_and_diffusion_defaults, sample
+from guided_diffusion import EarlyStop, InputError, sample
 from guided_diffusion.diffusion.gaussian_diffusion import create_gaussian_diffusion
 from guided_diffusion.diffusion.sampling import ancestral_step, ddim_step
 
@@ -160,17 +161,7 @@ SIZE = (8, 16)
 @pytest.fixture(scope="module")
 def unet():
     """A tiny UNet whose output layer is not zero, and its 20-step process."""
-    torch.manual_seed(0)
-    flags = {
-        "image_size": 8, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1, "num_heads": 2,
-        "attention_resolutions": "4", "num_classes": 4, "learn_sigma": True, "timestep_respacing": "20",
-    }  # fmt: skip
-    model, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **flags})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return model.eval(), diffusion
+    return tiny_network(timestep_respacing="20")
 
 
 def conditions(n=4):

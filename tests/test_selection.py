@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from conftest import tiny_network
 
-from guided_diffusion import EarlyStop, InputError, NoiseBank, create_model_and_diffusion, model_and_diffusion_defaults, sample
+from guided_diffusion import EarlyStop, InputError, NoiseBank, sample
 from guided_diffusion.diffusion.gaussian_diffusion import create_gaussian_diffusion
 from guided_diffusion.link.selection import (
     Chain,
@@ -32,18 +33,8 @@ def normals(*shape, seed=0):
 @pytest.fixture(scope="module")
 def unet():
     """A tiny UNet whose output layer is not zero, and its process of ten steps."""
-    torch.manual_seed(0)
-    flags = {
-        "image_size": 8, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1, "num_heads": 2,
-        "attention_resolutions": "4", "num_classes": 4, "learn_sigma": True, "timestep_respacing": str(T),
-        "noise_schedule": "cosine", "prediction": "v",
-    }  # fmt: skip
-    model, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **flags})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return model.eval().requires_grad_(False), diffusion
+    model, diffusion = tiny_network(timestep_respacing=str(T), noise_schedule="cosine", prediction="v")
+    return model.requires_grad_(False), diffusion
 
 
 @pytest.fixture

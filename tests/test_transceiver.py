@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_network
 
-from guided_diffusion import EarlyStop, InputError, NoiseBank, create_model_and_diffusion, encode_semantics
-from guided_diffusion import model_and_diffusion_defaults as defaults
+from guided_diffusion import EarlyStop, InputError, NoiseBank, encode_semantics
 from guided_diffusion.data.semantics import SemanticCoding, received_semantics
 from guided_diffusion.link.message import Message, Reception, receive_parts
 from guided_diffusion.link.selection import Chain, StepCodebook, select_both, select_initial, select_per_step
@@ -32,18 +32,8 @@ def scene(seed=0, size=SIZE):
 @pytest.fixture(scope="module", params=[False, True], ids=["fixed", "learned"])
 def network(request):
     """A tiny UNet whose output layer is not zero, with fixed and with learned variance, and its flags."""
-    torch.manual_seed(0)
-    flags = {
-        "image_size": 8, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1, "num_heads": 2, "prediction": "v",
-        "attention_resolutions": "4", "num_classes": CLASSES, "learn_sigma": request.param, "timestep_respacing": str(T),
-        "noise_schedule": "cosine",
-    }  # fmt: skip
-    model, diffusion = create_model_and_diffusion(**{**defaults(), **flags})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return model.eval(), diffusion
+    return tiny_network(num_classes=CLASSES, learn_sigma=request.param, timestep_respacing=str(T), noise_schedule="cosine",
+                        prediction="v")  # fmt: skip
 
 
 def chains(network, rule=None):

@@ -11,14 +11,13 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import InputError
+from ..flags import POOLS
 
 # GESCO's table, dB -> standard deviation. It is a convention, not a signal-to-noise ratio: 10 dB would be 0.316.
 SNR_TABLE = {1: 0.9, 5: 0.6, 10: 0.36, 15: 0.22, 20: 0.13, 25: 0.08, 30: 0.05, 100: 0.0}
 
 # What a training picture meets, drawn uniformly: a third of them cross clean.
 TRAINING_SIGMAS = (0.6, 0.36, 0.22, 0.13, 0.08, 0.05, 0.0, 0.0, 0.0)
-
-POOLS = ("None", "med", "mean", "max")
 
 
 def snr_to_sigma(snr_db):

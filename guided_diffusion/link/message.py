@@ -5,6 +5,7 @@ and can be lost alone; a part with nothing to say is no bytes at all. The CRC of
 parts of two messages do not pass as one. Weights and noise bank are shared knowledge, named by fingerprint and seed.
 """
 
+import functools
 import re
 import struct
 import zlib
@@ -216,6 +217,10 @@ class Message:
 
     def parts(self):
         """Return the parts in the order in which they are sent: {"header", "labels", "edges", "indices": bytes}."""
+        return dict(self._parts)
+
+    @functools.cached_property
+    def _parts(self):  # once: coding the maps is the work, and bits, bytes and the channel all ask
         self._check()
         header = self.header
         choices = pack_choices(self.start_index, header.bank_size, self.picks, header.step_candidates, header.step_atoms)

@@ -15,6 +15,7 @@ import torch
 
 from ..diffusion.sampling import REUSE_BYTES, Conditioning, EarlyStop, fresh_noise, sample
 from ..errors import InputError
+from ..metrics import mse
 from ..random_streams import generator
 
 CODEBOOK_BYTES = 2**30  # memory that a codebook may take; larger ones are made again, block by block, at every step
@@ -141,11 +142,6 @@ class Choice:
     evaluations: int
     picture: torch.Tensor
     steps: int
-
-
-def mse(candidates, image):
-    """Mean squared error (N,) of pictures (N, 3, H, W) against one (1, 3, H, W), both in [-1, 1]."""
-    return (candidates - image).square().flatten(1).mean(1)
 
 
 # -- where the chain starts -------------------------------------------------------------------------------------------
