@@ -214,7 +214,8 @@ class Regeneration:
                 self.parts["model"], self.parts["diffusion"], received.to(device), torch.stack(noise).to(device),
                 method="ddim" if config.use_ddim else "ddpm", s=config.s, eta=config.eta if config.use_ddim else 0.0,
                 seeds=[stream_seed(config.seed, "picture chain", number) for number in named],
-                early_stop=self.parts["early_stop"], clip_denoised=config.clip_denoised, on_step=self.on_step, tail_steps=config.tail_steps,
+                early_stop=self.parts["early_stop"], clip_denoised=config.clip_denoised, tail_steps=config.tail_steps,
+                on_step=self.on_step,
             )  # fmt: skip
         images = result.images.float().cpu()
         seconds = (time.monotonic() - started) / len(numbers)
