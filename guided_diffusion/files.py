@@ -1,28 +1,50 @@
 """Files that are there whole or not at all."""
 
+import errno
 import os
+import secrets
 from contextlib import contextmanager
 
 from .errors import InputError
+
+# What platforms answer where a folder cannot be opened or synchronised; other errors are of the disk, and count.
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
 
 
 @contextmanager
 def whole_file(path, mode="w"):
     """Open a file for writing under a temporary name; rename it to `path` at the end, or remove it if anything fails.
 
+    After the block the file and its name have reached the disk. Several processes may write the same path: each has a
+    temporary name of its own, {path}.{8 hexadecimal digits}.tmp, and the last one to finish wins.
+
     :param mode: "w" (text, newlines as written) or "wb".
     """
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
-        with open(temporary, mode, newline=None if "b" in mode else "") as f:
+        with open(temporary, mode.replace("w", "x"), newline=None if "b" in mode else "") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        sync_folder(os.path.dirname(path) or ".")
     except BaseException:
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def sync_folder(path):
+    """Wait until a folder's names have reached the disk, where the platform can."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
 
 
 def check_folder(path, flag):

@@ -1,6 +1,8 @@
 """Checkpoint files: names, whole writes, safe reads, and the family's state dicts."""
 
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,17 +12,16 @@ from guided_diffusion import create_model_and_diffusion, load_weights, model_and
 from guided_diffusion.diffusion.unet import ResBlock, SPADEResBlock
 from guided_diffusion.errors import InputError
 from guided_diffusion.training.checkpoint import (
-    file_name,
     load_file,
     load_parts,
     newest_checkpoint,
-    newest_ema,
     parse_checkpoint_path,
-    resume_point,
+    problem_of,
     save_parts,
     sweep_temporary_files,
     with_legacy_keys,
 )
+from guided_diffusion.training.manifest import file_name, manifest_name
 
 RATES = ("0.9999", "0.99")
 KINDS = ("model", "opt", "state", "ema_0.9999_", "ema_0.99_")
@@ -34,6 +35,17 @@ def tiny_model(seed=0, **flags):
 
 def parts(value=1.0, kinds=KINDS):
     return {kind: {"w": torch.full((2, 3), value)} for kind in kinds}
+
+
+def names(step, kinds=KINDS):
+    return sorted([manifest_name(step), *(file_name(kind, step) for kind in kinds)])
+
+
+def flip(path):
+    """Change one bit in the middle of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
 
 
 def same(a, b):
@@ -64,7 +76,7 @@ def test_file_names(kind, step, name):
 
 def test_saved_files_have_their_names_and_nothing_else_is_left(tmp_path):
     save_parts(tmp_path, 7, parts())
-    assert sorted(os.listdir(tmp_path)) == sorted(file_name(kind, 7) for kind in KINDS)
+    assert sorted(os.listdir(tmp_path)) == names(7)
 
 
 @pytest.mark.parametrize("name", ["model000012.pt", "model1234567.pt"])
@@ -81,49 +93,101 @@ def test_other_names_are_refused(name):
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def test_state_is_written_last(tmp_path, monkeypatch):
+def test_the_manifest_appears_last_and_the_state_before_it(tmp_path, monkeypatch):
     order, replace = [], os.replace
 
     def note(source, target):
         order.append(Path(target).name)
+        assert len(list(tmp_path.glob("*.tmp"))) == 7 - len(order)  # everything was written before the first took its name
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", note)
     save_parts(tmp_path, 7, parts())
-    assert order[-1] == "state000007.pt" and len(order) == 5
+    assert order[-2:] == ["state000007.pt", "manifest000007.json"] and len(order) == 6
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
-def test_a_failed_save_leaves_the_earlier_file(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("fails_at", range(5))
+def test_a_failed_save_leaves_the_earlier_files_and_nothing_else(tmp_path, monkeypatch, error, fails_at):
     save_parts(tmp_path, 7, parts(1.0))
+    save, calls = torch.save, []
 
     def fill_the_disk(contents, f):
+        calls.append(f)
+        if len(calls) <= fails_at:
+            return save(contents, f)
         f.write(b"half a check")
         raise error
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
-    with pytest.raises(OSError, match=r"model000007\.pt: cannot be written .*change --checkpoint_dir"):
-        save_parts(tmp_path, 7, parts(2.0))
+    for step in (7, 8):  # over a whole checkpoint, and a new one
+        calls.clear()
+        with pytest.raises(OSError, match=rf"{KINDS[fails_at]}00000{step}\.pt: cannot be written .*change --checkpoint_dir"):
+            save_parts(tmp_path, step, parts(2.0))
     monkeypatch.undo()
-    assert sorted(os.listdir(tmp_path)) == sorted(file_name(kind, 7) for kind in KINDS)
+    assert sorted(os.listdir(tmp_path)) == names(7)
+    assert problem_of(tmp_path, 7) == "" and newest_checkpoint(tmp_path) == 7
     for kind in KINDS:
         assert same(load_file(tmp_path / file_name(kind, 7)), parts(1.0)[kind])
 
 
-def test_a_save_that_fails_half_way_is_no_checkpoint(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_at_the_last_moment(tmp_path, monkeypatch):
+    """Some disks say so only when asked whether all has arrived."""
     save_parts(tmp_path, 7, parts())
-    save = torch.save
+    sync, calls = os.fsync, []
 
-    def fail_at_opt(contents, f):
-        if "opt" in f.name:
+    def refuse_the_sixth(number):
+        calls.append(number)
+        if len(calls) == 6:  # the manifest
             raise OSError(28, "No space left on device")
-        save(contents, f)
+        sync(number)
 
-    monkeypatch.setattr(torch, "save", fail_at_opt)
-    with pytest.raises(OSError, match="opt000008"):
+    monkeypatch.setattr(os, "fsync", refuse_the_sixth)
+    with pytest.raises(OSError, match=r"manifest000008\.json: cannot be written .*No space left"):
         save_parts(tmp_path, 8, parts())
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == names(7)
+
+
+def test_a_real_limit_on_file_sizes(tmp_path):
+    """torch writes from C++: its error must come through as ours."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"opt000007\.pt: cannot be written \(.*File too large"):
+            save_parts(tmp_path, 7, {**parts(), "opt": {"w": torch.zeros(100_000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("killed_at", range(6))
+def test_a_save_that_is_killed_is_no_checkpoint(tmp_path, monkeypatch, killed_at):
+    save_parts(tmp_path, 7, parts())
+    save_parts(tmp_path, 8, parts(1.0))
+    flip(tmp_path / "opt000008.pt")  # a damaged step is saved again as the run comes to it
+    replace, done = os.replace, []
+
+    def die(source, target):
+        if len(done) == killed_at:
+            os._exit(9)
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    child = os.fork()
+    if child == 0:
+        save_parts(tmp_path, 8, parts(2.0))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    monkeypatch.undo()
     assert newest_checkpoint(tmp_path) == 7
-    assert not list(tmp_path.glob("*.tmp"))
+    sweep_temporary_files(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(names(7) + names(8))
+    save_parts(tmp_path, 8, parts(2.0))
+    assert newest_checkpoint(tmp_path) == 8
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -283,87 +347,21 @@ def test_legacy_keys_leave_weights_and_the_global_stream_alone(weights):
     assert torch.equal(before, torch.get_rng_state())
 
 
-# -- finding checkpoints ----------------------------------------------------------------------------------------------
+# -- all parts ---------------------------------------------------------------------------------------------------------
 
 
-def test_newest_checkpoint_is_one_that_was_saved_whole(tmp_path):
-    for step in (9, 10, 100):
-        save_parts(tmp_path, step, parts())
-    assert newest_checkpoint(tmp_path) == 100
-    (tmp_path / file_name("state", 100)).unlink()  # the part that is written last
-    assert newest_checkpoint(tmp_path) == 10
-    assert newest_checkpoint(tmp_path, partial=True) == 100
-
-
-def test_a_lost_part_is_not_a_reason_to_start_afresh(tmp_path):
-    save_parts(tmp_path, 5, parts())
-    (tmp_path / file_name("opt", 5)).unlink()
-    assert resume_point(tmp_path, "auto") == (str(tmp_path), 5)
-    with pytest.raises(InputError, match=r"lacks opt000005\.pt"):
-        load_parts(tmp_path, 5, RATES)
-    (tmp_path / file_name("state", 5)).unlink()
-    with pytest.raises(InputError, match=r"state000005\.pt"):
-        resume_point(tmp_path, "auto")
-    assert resume_point(tmp_path, "auto", partial=True) == (str(tmp_path), 5)
-
-
-def test_newest_checkpoint_counts_steps_not_letters(tmp_path):
-    for step in (999_999, 1_000_000):
-        save_parts(tmp_path, step, parts())
-    assert newest_checkpoint(tmp_path) == 1_000_000
-
-
-def test_no_checkpoint(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
-    assert newest_checkpoint(tmp_path / "gone") is None
-    assert resume_point(tmp_path, "auto") is None and resume_point(tmp_path / "gone", "") is None
-
-
-def test_a_run_is_neither_overwritten_nor_mixed_with_another(tmp_path):
-    run, other = tmp_path / "run", tmp_path / "other"
-    run.mkdir()
-    for step in (2, 4):
-        save_parts(run, step, parts())
-    with pytest.raises(InputError, match="reached step 4"):
-        resume_point(run, "")
-    assert resume_point(run, str(run / "model000004.pt")) == (str(run), 4)
-    with pytest.raises(InputError, match="steps up to 4"):
-        resume_point(run, str(run / "model000002.pt"))
-    assert resume_point(other, str(run / "model000002.pt")) == (str(run), 2)
-    other.mkdir()
-    save_parts(other, 1, parts())
-    with pytest.raises(InputError, match="another run"):
-        resume_point(other, str(run / "model000002.pt"))
-
-
-def test_half_written_files_are_swept(tmp_path):
-    save_parts(tmp_path, 5, parts())
-    (tmp_path / "model000006.pt.tmp").write_bytes(b"half")
-    sweep_temporary_files(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(file_name(kind, 5) for kind in KINDS)
-
-
-@pytest.mark.parametrize(
-    ("names", "newest"),
-    [
-        (["ema_0.9999_000010.pt", "ema_0.9999_000009.pt", "model000011.pt"], "ema_0.9999_000010.pt"),
-        (["ema_0.9999_999999.pt", "ema_0.9999_1000000.pt"], "ema_0.9999_1000000.pt"),
-        (["ema_0.99_000010.pt", "ema_0.9999_000010.pt", "ema_0.9_000010.pt"], "ema_0.9999_000010.pt"),
-        (["ema_.9999_000010.pt", "ema_0.99_000010.pt"], "ema_.9999_000010.pt"),
-        (["ema_0.99_000020.pt", "ema_0.9999_000010.pt", "ema_0.9999_000030.pt.tmp"], "ema_0.99_000020.pt"),
-        (["ema_0.99_000020.pt", "ema_best_000030.pt"], "ema_0.99_000020.pt"),
-    ],
-)
-def test_newest_ema(tmp_path, names, newest):
-    for name in names:
-        (tmp_path / name).touch()
-    assert newest_ema(tmp_path) == tmp_path / newest
-
-
-def test_a_folder_without_averages_is_named(tmp_path):
-    (tmp_path / "model000001.pt").touch()
-    with pytest.raises(InputError, match=rf"--model_path {tmp_path}: the folder has no ema_"):
-        newest_ema(tmp_path)
+def test_weights_that_differ_from_their_manifest_are_refused(tmp_path, weights):
+    save_parts(tmp_path, 4, {"ema_0.99_": weights, "model": weights, "opt": {}, "state": {}})
+    path = tmp_path / "ema_0.99_000004.pt"
+    model = tiny_model(2)
+    load_weights(model, path)
+    assert same(model.state_dict(), weights)
+    flip(path)
+    with pytest.raises(InputError, match=r"ema_0\.99_000004\.pt: it is damaged \(.*differs from its SHA-256\); restore it"):
+        load_weights(model, path)
+    (tmp_path / "elsewhere").mkdir()
+    path.rename(tmp_path / "elsewhere" / path.name)  # as files from elsewhere, it cannot be verified
+    load_weights(model, tmp_path / "elsewhere" / path.name)
 
 
 def test_load_parts_reads_everything_back(tmp_path):
@@ -373,6 +371,25 @@ def test_load_parts_reads_everything_back(tmp_path):
     assert missing == [] and loaded.keys() == saved.keys()
     for kind in KINDS:
         assert torch.equal(loaded[kind]["w"], saved[kind]["w"]) and loaded[kind]["x"] == saved[kind]["x"]
+
+
+def test_every_part_is_verified_as_it_is_read(tmp_path):
+    for kind in KINDS:
+        save_parts(tmp_path, 4, parts())
+        flip(tmp_path / file_name(kind, 4))
+        with pytest.raises(InputError, match=rf"{kind}000004\.pt: it is damaged \(.*differs from its SHA-256\)"):
+            load_parts(tmp_path, 4, RATES)
+        if kind != "model":
+            loaded, missing = load_parts(tmp_path, 4, RATES, partial=True)
+            assert missing == [file_name(kind, 4)] and kind not in loaded
+    save_parts(tmp_path, 4, parts(kinds=("model", "opt", "state", "ema_0.9999_")))
+    assert (tmp_path / "ema_0.99_000004.pt").exists()  # left over from the save before
+    with pytest.raises(InputError, match=r"lacks ema_0\.99_000004\.pt"):
+        load_parts(tmp_path, 4, RATES)
+    (tmp_path / manifest_name(4)).write_bytes(b"{}")
+    with pytest.raises(InputError, match="the manifest cannot be read"):
+        load_parts(tmp_path, 4, RATES)
+    assert load_parts(tmp_path, 4, RATES, partial=True)[1] == []
 
 
 def test_missing_parts_are_named_unless_asked_for(tmp_path):

@@ -1,5 +1,9 @@
 """Files are whole or absent."""
 
+import errno
+import os
+import re
+
 import pytest
 
 from guided_diffusion.errors import InputError
@@ -23,6 +27,58 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "a.txt"
+    with whole_file(path) as first:
+        first.write("first")
+        with whole_file(path) as second:
+            second.write("second, longer")
+        assert path.read_text() == "second, longer"
+        temporary = [entry.name for entry in tmp_path.iterdir() if entry != path]
+        assert len(temporary) == 1 and re.fullmatch(r"a\.txt\.[0-9a-f]{8}\.tmp", temporary[0])
+    assert path.read_text() == "first"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_file_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with whole_file("a.txt") as f:
+        f.write("x")
+    assert (tmp_path / "a.txt").read_text() == "x"
+
+
+def test_the_file_reaches_the_disk_before_its_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    done, sync, replace = [], os.fsync, os.replace
+
+    def note_sync(number):
+        done.append("folder" if os.path.isdir(f"/proc/self/fd/{number}") else "file")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), replace(*names)))
+    with whole_file(tmp_path / "a.txt") as f:
+        f.write("x")
+    assert done == ["file", "rename", "folder"]
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.EACCES, True), (errno.EIO, False)])
+def test_only_a_platforms_refusal_to_sync_a_folder_is_passed_over(tmp_path, monkeypatch, number, passes):
+    sync = os.fsync
+
+    def refuse_folders(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    if passes:
+        with whole_file(tmp_path / "a.txt") as f:
+            f.write("x")
+    else:
+        with pytest.raises(OSError, match="Input/output error"), whole_file(tmp_path / "a.txt") as f:
+            f.write("x")
 
 
 def test_a_file_in_a_folders_place_is_named_with_its_flag(tmp_path):

@@ -1,11 +1,14 @@
-"""Checkpoint files: names, whole writes, safe reads.
+"""Checkpoint files: names, whole writes, safe reads, and which of them a run can go on from.
 
-A checkpoint of step N is model{N}.pt, ema_{rate}_{N}.pt (plain state dicts, as SDM loads them), opt{N}.pt and
-state{N}.pt (everything else that resuming needs; written last, so it marks a whole checkpoint).
+A checkpoint of step N is model{N}.pt, ema_{rate}_{N}.pt (plain state dicts, as SDM loads them), opt{N}.pt,
+state{N}.pt (everything else that resuming needs) and manifest{N}.json, whose presence marks a checkpoint saved whole.
 """
 
+import math
+import os
 import re
 import warnings
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -13,40 +16,86 @@ import torch
 from ..diffusion.unet import ResBlock, SPADEGroupNorm, SPADEResBlock
 from ..errors import InputError
 from ..files import whole_file
+from .manifest import (
+    PARTS,
+    HashedWriter,
+    contents_problem,
+    file_name,
+    file_problem,
+    manifest_name,
+    manifest_text,
+    predates_manifests,
+    problem_of,
+    read_manifest,
+    saved_steps,
+    weights_entry,
+)
+from .safe_reading import check_contents
 
 # GESCO and Diff-GO-n files carry an unused SPADE over 3 label channels in every encoder block.
 LEGACY_KEY = re.compile(r"input_blocks\.\d+\.\d+\.spade_norm\.")
 EMA_FILE = re.compile(r"ema_((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)_(\d{6,})\.pt")
+TEMPORARY_FILE = re.compile(
+    r"(?:(?:model|opt|state|ema_.+_)\d{6,}\.pt|manifest\d{6,}\.json|config\.json|progress\.csv)(?:\.[0-9a-f]{8})?\.tmp"
+)
 
 
-def file_name(kind, step):
-    """Return the file name of one part, such as file_name("opt", 12) -> "opt000012.pt"."""
-    return f"{kind}{step:06d}.pt"
+def save_parts(directory, step, parts, facts=None):
+    """Write the parts of a checkpoint and its manifest, whole or not at all.
 
-
-def save_parts(directory, step, parts):
-    """Write the parts of a checkpoint, each to a temporary name and then renamed; "state" last.
+    Every file is written under a temporary name before the first takes its own; the manifest is renamed last. So a save that
+    fails frees what it took and leaves every earlier file, and one that is killed leaves a step that is not taken for whole
+    (also where that step was whole before, if it dies between two renames: do not save again what is saved).
 
     :param parts: dict from kind ("model", "ema_0.9999_", "opt", "state") to what torch.save takes.
+    :param facts: what the manifest shall note besides: {"config": flags, "val_score": float or None}.
+    :raises OSError: naming the file that could not be written.
     """
-    for kind in sorted(parts, key=lambda kind: kind == "state"):
-        path = Path(directory) / file_name(kind, step)
-        try:
-            with whole_file(path, "wb") as f:
-                torch.save(parts[kind], f)
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"{path}: cannot be written ({error}); free space or change --checkpoint_dir") from None
-
-
-def load_file(path):
-    """Read what torch.save wrote, without running code from the file. Raises InputError naming the file."""
+    directory, entries, writer = Path(directory), {}, None
+    path = directory / manifest_name(step)
     try:
-        with warnings.catch_warnings():
+        with ExitStack() as files:  # closes, and so renames, in the opposite order
+            manifest = files.enter_context(whole_file(path))
+            opened = {}
+            for kind in sorted(parts, key=lambda kind: kind != "state"):
+                path = directory / file_name(kind, step)
+                opened[kind] = files.enter_context(whole_file(path, "wb"))
+            for kind, contents in parts.items():
+                path = directory / file_name(kind, step)
+                writer = HashedWriter(opened[kind])
+                torch.save(contents, writer)
+                opened[kind].flush()
+                os.fsync(opened[kind].fileno())  # a disk may say only now that it is full
+                entries[path.name] = writer.entry()
+            path = directory / manifest_name(step)
+            manifest.write(manifest_text(step, entries, facts))
+            manifest.flush()
+            os.fsync(manifest.fileno())
+    except (OSError, RuntimeError) as error:
+        reason = (writer and writer.error) or error
+        raise OSError(f"{path}: cannot be written ({reason}); free space or change --checkpoint_dir") from None
+
+
+def load_file(path, entry=None):
+    """Read what torch.save wrote, without running code from the file, or taking more memory than the file's size.
+
+    :param entry: its manifest's entry, which it must equal; None: not verified.
+    :raises InputError: naming the file.
+    """
+    try:
+        with open(path, "rb") as f, warnings.catch_warnings():
+            problem = contents_problem(f, Path(path).name, entry) if entry else ""
+            if problem:
+                raise InputError(f"{path}: it is damaged ({problem}); restore it, or use another checkpoint")
+            check_contents(f)
+            f.seek(0)
             warnings.simplefilter("ignore")  # torch remarks on odd pickles before it refuses them
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(f, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check --model_path or --resume_checkpoint") from None
-    except Exception as error:  # torch raises many kinds for damaged and for refused files
+    except Exception as error:  # damaged and refused files raise many kinds
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise InputError(f"{path}: cannot be read as a checkpoint of plain tensors ({reason})") from None
 
@@ -76,13 +125,14 @@ def load_weights(model, weights):
     """Load a state dict of the guided-diffusion family into a model.
 
     :param model: the network; its own precision is kept.
-    :param weights: a state dict, or the path of a file with one (read with weights_only).
-    :raises InputError: naming the first missing, unexpected or differently shaped key. The unused
+    :param weights: a state dict, or the path of a file with one (read with weights_only; one that a manifest beside it
+        lists must be as it was written).
+    :raises InputError: naming the first missing, unexpected or differently shaped key, or the damaged file. The unused
         `input_blocks.*.spade_norm.*` of GESCO and Diff-GO-n files are ignored.
     """
     where = "state dict"
     if not isinstance(weights, dict):
-        where, weights = str(weights), load_file(weights)
+        where, weights = str(weights), load_file(weights, weights_entry(weights))
     model.load_state_dict(check_weights(model, weights, where))
 
 
@@ -99,42 +149,62 @@ def with_legacy_keys(weights, model):
     return weights
 
 
-def _steps(directory, kind):
-    found = (re.fullmatch(rf"{kind}(\d{{6,}})\.pt", path.name) for path in Path(directory).glob(f"{kind}*.pt"))
-    return {int(match[1]) for match in found if match}
-
-
-def newest_checkpoint(directory, partial=False):
+def newest_checkpoint(directory, partial=False, say=None):
     """Return the newest step that `directory` can be resumed from, or None where it has no checkpoint at all.
 
-    The state file is written last, so a step that has one was saved whole; what is missing of it now is for `load_parts`
-    to say.
-
-    :param partial: be content with a model file.
-    :raises InputError: there are model files, but none with its state file.
+    :param partial: be content with a readable model file, but not with one that differs from its manifest.
+    :param say: function of a line, told of newer steps that are damaged, and of a step that could not be verified.
+    :raises InputError: there are checkpoints, but none is whole.
     """
-    models = _steps(directory, "model")
-    usable = models if partial else models & _steps(directory, "state")
-    if models and not usable:
-        raise InputError(
-            f"{directory}: no model file has its state file beside it; restore state{max(models):06d}.pt, or go on from the"
-            " weights alone with --resume_partial True"
-        )
-    return max(usable, default=None)
+    say, passed = say or (lambda line: None), []
+    for step in sorted(saved_steps(directory), reverse=True):
+        problem = problem_of(directory, step)
+        if problem and (not partial or _model_problem(directory, step)):
+            passed.append((step, problem))
+            continue
+        for damaged, why in passed:
+            say(f"checkpoint {damaged} in {directory} is damaged or incomplete ({why}); going back to {step}")
+        if problem:
+            say(f"checkpoint {step} in {directory} is damaged or incomplete ({problem}); --resume_partial True goes on"
+                " from what is left of it")  # fmt: skip
+        elif not (Path(directory) / manifest_name(step)).exists():
+            say(f"checkpoint {step} in {directory} has no manifest (an older version wrote it) and could not be verified")
+        return step
+    if passed:
+        damaged, why = passed[0]
+        raise InputError(f"{directory}: checkpoint {damaged} is damaged or incomplete ({why}), and no older one is whole;"
+                         " restore it, or go on from the weights alone with --resume_partial True")  # fmt: skip
+    return None
 
 
-def resume_point(directory, asked, partial=False):
+def _model_problem(directory, step):
+    """Say why a step's model file alone is of no use, "" if it is."""
+    path, entry = Path(directory) / file_name("model", step), None
+    with suppress(InputError):  # an unreadable manifest is one more part that is lost
+        entry = weights_entry(path)
+    if entry is not None:
+        return file_problem(path, entry)
+    try:
+        with open(path, "rb") as f:
+            check_contents(f)
+        return ""
+    except Exception as error:  # damaged files raise many kinds
+        return f"{path.name} cannot be read ({error})"
+
+
+def resume_point(directory, asked, partial=False, say=None):
     """Return (folder, step) to resume from, or None to start afresh; never a start that would overwrite another run.
 
     :param directory: the run's --checkpoint_dir.
     :param asked: --resume_checkpoint: "", "auto", or the path of a model file.
-    :raises InputError: the folder holds a run and nothing was asked for, the file is missing, or the folder holds later
-        steps than the one to resume from.
+    :param partial, say: see `newest_checkpoint`.
+    :raises InputError: the folder holds a run and nothing was asked for, the file is missing or damaged, or the folder
+        holds later steps than the one to resume from.
     """
     if asked == "auto":
-        newest = newest_checkpoint(directory, partial)
+        newest = newest_checkpoint(directory, partial, say)
         return None if newest is None else (str(directory), newest)
-    latest = max(_steps(directory, "model"), default=None)
+    latest = max(saved_steps(directory), default=None)
     if not asked:
         if latest is not None:
             raise InputError(
@@ -149,22 +219,91 @@ def resume_point(directory, asked, partial=False):
     if latest is not None and (not same or latest > step):
         what = f"steps up to {latest}" if same else f"another run (step {latest})"
         raise InputError(f"--checkpoint_dir {directory} already holds {what}: choose an empty folder to branch off into")
+    problem = _model_problem(folder, step) if partial else problem_of(folder, step)
+    if problem:
+        other = "use --resume_checkpoint auto to go on from the newest whole one" if same else "name an older model file"
+        raise InputError(f"--resume_checkpoint {asked}: the checkpoint is damaged or incomplete ({problem}); {other}")
+    if say and not (folder / manifest_name(step)).exists():
+        say(f"checkpoint {step} in {folder} has no manifest (an older version wrote it) and could not be verified")
     return str(folder), step
+
+
+def prune_checkpoints(directory, keep):
+    """Delete older checkpoints; return the steps that were removed, oldest first.
+
+    Kept are the newest `keep` whole ones (by the sizes of their files), the whole one with the lowest "val_score" in its
+    manifest, every step that is newer than these, and steps without a readable manifest. A manifest is deleted last, so
+    that the next call finishes a deletion that was interrupted.
+
+    :param keep: at least 1; 0 deletes nothing.
+    """
+    if not keep:
+        return []
+    manifests = {}
+    for step in sorted(saved_steps(directory, ["manifest"])):
+        with suppress(InputError):
+            manifests[step] = read_manifest(directory, step)
+    whole = [step for step in manifests if not problem_of(directory, step, digests=False)]
+    scores = {step: manifests[step].get("val_score") for step in whole}
+    scored = [step for step in whole if scores[step] is not None and math.isfinite(scores[step])]
+    kept = {*whole[-keep:], *([min(reversed(scored), key=scores.get)] if scored else [])}
+    removed = [step for step in manifests if step < max(whole, default=0) and step not in kept]
+    for step in removed:
+        averages = [path for path in Path(directory).glob(f"ema_*_{step:06d}.pt") if EMA_FILE.fullmatch(path.name)]
+        for path in (*(Path(directory) / file_name(kind, step) for kind in PARTS), *averages):
+            path.unlink(missing_ok=True)
+        (Path(directory) / manifest_name(step)).unlink()
+    return removed
 
 
 def sweep_temporary_files(directory):
     """Remove what a killed run left half-written."""
-    for path in Path(directory).glob("*.pt.tmp"):
-        path.unlink(missing_ok=True)
+    for path in Path(directory).glob("*.tmp"):
+        if TEMPORARY_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
-def newest_ema(directory):
-    """Return the path of a folder's newest EMA file; of several rates, the highest. Raises InputError if it has none."""
-    found = [(int(match[2]), float(match[1]), path) for path in Path(directory).glob("ema_*.pt")
-             if (match := EMA_FILE.fullmatch(path.name))]  # fmt: skip
+def newest_ema(directory, say=None):
+    """Return the path of a folder's newest whole EMA file; of several rates, the highest.
+
+    :param say: function of a line, told of newer files that are damaged.
+    :raises InputError: the folder has none, or none that is whole.
+    """
+    directory = Path(directory)
+    listed = (name for step in saved_steps(directory, ["manifest"]) for name in _listed(directory, step))
+    names = {*listed, *(path.name for path in directory.glob("ema_*.pt"))}  # a listed file may be lost
+    found = [(int(match[2]), float(match[1]), directory / name) for name in names if (match := EMA_FILE.fullmatch(name))]
     if not found:
         raise InputError(f"--model_path {directory}: the folder has no ema_*.pt file; train first, or name a file")
-    return max(found)[2]
+    passed = []
+    for step, _, path in sorted(found, reverse=True):
+        problem = _ema_problem(path, step)
+        if problem:
+            passed.append(problem)
+            continue
+        for why in passed if say else ():
+            say(f"the newest averages in {directory} are damaged or incomplete ({why}); going back to {path.name}")
+        return path
+    raise InputError(f"--model_path {directory}: no ema_*.pt file is whole (newest: {passed[0]}); restore one, or name a file")
+
+
+def _listed(directory, step):
+    """Return the names of the files that a step's manifest lists; none where it cannot be read."""
+    with suppress(InputError):
+        return (read_manifest(directory, step) or {"files": []})["files"]
+    return []
+
+
+def _ema_problem(path, step):
+    """Say why an EMA file is not to be used, "" if it is whole."""
+    try:
+        manifest = read_manifest(path.parent, step)
+    except InputError as error:
+        return str(error)
+    if manifest is None:
+        return "" if predates_manifests(path.parent, step) else f"{path.name} has no manifest: its save was cut short"
+    entry = manifest["files"].get(path.name)
+    return file_problem(path, entry) if entry else f"the manifest lists no {path.name}"
 
 
 def parse_checkpoint_path(path):
@@ -177,21 +316,39 @@ def parse_checkpoint_path(path):
 
 
 def load_parts(directory, step, ema_rates, partial=False):
-    """Read all parts of one checkpoint.
+    """Read all parts of one checkpoint, each verified by the manifest where there is one.
 
-    :param partial: go on without the parts other than the model that are missing.
-    :return: dict from kind to contents, and the list of missing file names.
+    :param partial: go on without the parts other than the model that are missing or damaged.
+    :return: dict from kind to contents, and the list of the file names that were missing or damaged.
+    :raises InputError: naming the missing or damaged file.
     """
     parts, missing = {}, []
+    entries = _entries(directory, step, partial)
     for kind in ["model", "opt", "state", *(f"ema_{rate}_" for rate in ema_rates)]:
         path = Path(directory) / file_name(kind, step)
-        if kind != "model" and not path.exists():
+        unlisted = entries is not None and path.name not in entries  # left over from another save
+        if kind != "model" and (unlisted or not path.exists()):
             missing.append(path.name)
             continue
-        parts[kind] = load_file(path)
+        try:
+            parts[kind] = load_file(path, (entries or {}).get(path.name))
+        except InputError:
+            if kind == "model" or not partial:
+                raise
+            missing.append(path.name)
     if missing and not partial:
         raise InputError(
             f"{directory}: checkpoint {step} lacks {', '.join(missing)}; restore them, or start those parts afresh"
             " with --resume_partial True"
         )
     return parts, missing
+
+
+def _entries(directory, step, partial):
+    try:
+        manifest = read_manifest(directory, step)
+    except InputError:
+        if not partial:
+            raise
+        manifest = None
+    return None if manifest is None else manifest["files"]

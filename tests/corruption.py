@@ -1,0 +1,190 @@
+"""Damage checkpoints in many ways, and see that nothing wrong is ever taken for right.
+
+    python tests/corruption.py 200 --seed 0
+
+Each case truncates, changes bytes of, or deletes one file of a folder with three saved steps, and then resumes by itself
+("auto") and loads the newest averages. Allowed are a fall-back that was announced, a refusal (InputError), and contents that
+equal those that were saved, bit for bit. Prints the counts; exits with code 1 if there was anything else.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from conftest import tiny_network
+
+from guided_diffusion.errors import InputError
+from guided_diffusion.training.checkpoint import (
+    file_name,
+    load_parts,
+    load_weights,
+    newest_ema,
+    resume_point,
+    save_parts,
+)
+from guided_diffusion.training.manifest import manifest_name, noted_config
+
+STEPS = (2, 4, 6)
+RATE = "0.9999"
+KINDS = ("model", f"ema_{RATE}_", "opt", "state", "manifest")
+WAYS = ("truncate", "flip", "delete")
+
+
+def equal(a, b):
+    """Whether two nested contents of checkpoint files are the same, bit for bit."""
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.dtype == b.dtype and a.shape == b.shape and bytes(_raw(a)) == bytes(_raw(b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+def _raw(tensor):
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+class Folder:
+    """A checkpoint folder of a tiny network, and the truth about it.
+
+    :param small: only the network's output layer, for speed.
+    """
+
+    def __init__(self, path, small=False):
+        self.path, self.truth = Path(path), {}
+        self.model, _ = tiny_network()
+        if small:
+            self.model = self.model.out
+        draws = torch.Generator().manual_seed(1)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        average = {key: value.clone() for key, value in self.model.state_dict().items()}
+        for step in range(1, max(STEPS) + 1):
+            for parameter in self.model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=draws)
+            optimizer.step()
+            torch._foreach_lerp_(list(average.values()), list(self.model.state_dict().values()), 0.5)
+            if step in STEPS:
+                state = {"step": step, "position": 4 * step, "best": 1 / step, "stream": draws.get_state()}
+                parts = {"model": self.model.state_dict(), "opt": optimizer.state_dict(), "state": state,
+                         f"ema_{RATE}_": average}  # fmt: skip
+                facts = {"config": {"lr": 0.1, "data_dir": "scenes"}, "val_score": 1 / step}
+                save_parts(self.path, step, parts, facts)
+                self.truth[step], _ = load_parts(self.path, step, [RATE])
+                self.config = facts["config"]
+                if not all(equal(self.truth[step][kind], _as_saved(contents)) for kind, contents in parts.items()):
+                    raise AssertionError(f"step {step} does not read back as it was saved")
+
+
+def _as_saved(contents):
+    if isinstance(contents, dict):
+        return type(contents)((key, _as_saved(value)) for key, value in contents.items())
+    return contents.detach() if torch.is_tensor(contents) else contents
+
+
+def damage(path, way, draws):
+    """Truncate a file, change 1 to 64 of its bytes, or delete it."""
+    raw = bytearray(path.read_bytes())
+    if way == "delete":
+        path.unlink()
+        return
+    if way == "truncate":
+        del raw[draws.randrange(len(raw)) :]
+    else:
+        for place in draws.sample(range(len(raw)), min(len(raw), draws.randint(1, 64))):
+            raw[place] ^= draws.randint(1, 255)
+    path.write_bytes(raw)
+
+
+def resumed(folder, hurt):
+    """Resume by itself after step `hurt` was damaged; return the outcome, which begins with WRONG if it is not allowed."""
+    told = []
+    try:
+        directory, step = resume_point(folder.path, "auto", say=told.append)
+        parts, missing = load_parts(directory, step, [RATE])
+    except InputError as error:
+        return f"WRONG: refused though whole steps were there ({error})"
+    if missing or not equal(parts, folder.truth.get(step)):
+        return f"WRONG: step {step} differs from what was saved"
+    if hurt < max(STEPS):
+        return "newest step untouched" if step == max(STEPS) and not told else f"WRONG: took {step}, said {told}"
+    if step == hurt:
+        return f"WRONG: a damaged file of step {hurt} was not recognised"
+    return "fell back" if any(f"checkpoint {hurt} " in line for line in told) else f"WRONG: fell back to {step} in silence"
+
+
+def sampled(folder, hurt, kind):
+    """Load the newest averages after `kind` of step `hurt` was damaged; return the outcome, as `resumed`."""
+    told = []
+    try:
+        path = newest_ema(folder.path, told.append)
+        load_weights(folder.model, path)
+        config = noted_config(path)
+    except InputError as error:
+        return f"WRONG: refused though whole averages were there ({error})"
+    step = int(path.name[-9:-3])
+    if not equal(dict(folder.model.state_dict()), dict(folder.truth[step][f"ema_{RATE}_"])):
+        return f"WRONG: {path.name} differs from what was saved"
+    if config not in (folder.config, {}):
+        return "WRONG: the noted configuration differs"
+    concerned = hurt == max(STEPS) and kind in (f"ema_{RATE}_", "manifest")
+    if not concerned:
+        return "newest averages untouched" if step == max(STEPS) and not told else f"WRONG: took {path.name}, said {told}"
+    return "fell back" if step < hurt and told else f"WRONG: took {path.name} in silence"
+
+
+def direct(folder, hurt, kind):
+    """Load the damaged step's averages by their name: right contents or a refusal."""
+    path = folder.path / file_name(f"ema_{RATE}_", hurt)
+    try:
+        load_weights(folder.model, path)
+    except InputError:
+        return "refused"
+    right = equal(dict(folder.model.state_dict()), dict(folder.truth[hurt][f"ema_{RATE}_"]))
+    return "loaded right" if right else f"WRONG: {path.name} loaded with other contents"
+
+
+def run(folder, cases, seed):
+    """Run the cases; return a Counter of (kind, way, what was tried, outcome)."""
+    draws, outcomes = random.Random(seed), Counter()
+    for case in range(cases):
+        kind, way = KINDS[case % len(KINDS)], WAYS[case // len(KINDS) % len(WAYS)]
+        hurt = max(STEPS) if draws.random() < 0.7 else draws.choice(STEPS[:-1])
+        path = folder.path / (manifest_name(hurt) if kind == "manifest" else file_name(kind, hurt))
+        before = path.read_bytes()
+        damage(path, way, draws)
+        attempts = {
+            "resume": lambda hurt=hurt: resumed(folder, hurt),
+            "newest averages": lambda hurt=hurt, kind=kind: sampled(folder, hurt, kind),
+            "named averages": lambda hurt=hurt, kind=kind: direct(folder, hurt, kind),
+        }
+        for attempt, outcome in attempts.items():
+            try:
+                found = outcome()
+            except Exception as error:  # anything but InputError is a fault of the package
+                found = f"WRONG: {type(error).__name__}: {error}"
+            outcomes[kind, way, attempt, found] += 1
+        path.write_bytes(before)
+    return outcomes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("cases", type=int, nargs="?", default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as path:
+        outcomes = run(Folder(path), options.cases, options.seed)
+    for (kind, way, attempt, outcome), count in sorted(outcomes.items()):
+        print(f"{count:4d}  {kind:12s} {way:9s} {attempt:16s} {outcome}")
+    wrong = sum(count for key, count in outcomes.items() if key[3].startswith("WRONG"))
+    print(f"{options.cases} cases, seed {options.seed}: {wrong} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
