@@ -169,3 +169,28 @@ def test_nothing_is_left_after_a_failure(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no paint left"):
         write_toy_scenes(tmp_path / "toy", train=4, val=1, height=32, width=64, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_may_draw_at_once(tmp_path, monkeypatch):
+    flags = {"train": 1, "val": 1, "height": 32, "width": 64, "progress": False}
+    write_toy_scenes(tmp_path / "first", **flags)
+
+    def overtaken(*arguments):
+        if not (tmp_path / "toy").exists():
+            (tmp_path / "first").rename(tmp_path / "toy")
+        return draw_scene(*arguments)
+
+    monkeypatch.setattr(toy_scenes, "draw_scene", overtaken)
+    assert write_toy_scenes(tmp_path / "toy", **flags) == tmp_path / "toy"
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"] and len(list((tmp_path / "toy").rglob("*.png"))) == 6
+
+
+def test_other_files_that_come_meanwhile_are_no_scenes(tmp_path, monkeypatch):
+    def intruded(*arguments):
+        (tmp_path / "toy" / "mine").mkdir(parents=True, exist_ok=True)
+        return draw_scene(*arguments)
+
+    monkeypatch.setattr(toy_scenes, "draw_scene", intruded)
+    with pytest.raises(OSError, match="toy"):
+        write_toy_scenes(tmp_path / "toy", train=1, val=0, height=32, width=64, progress=False)
+    assert [path.name for path in (tmp_path / "toy").iterdir()] == ["mine"]

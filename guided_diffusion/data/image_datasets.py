@@ -1,24 +1,18 @@
-"""Scenes as tensors, in an order that is a function of (seed, position).
-
-A *position* is the place of a sample in the endless data order. Epoch e = position // n visits all n scenes in a
-permutation that follows from (seed, e); flip and crop follow from (seed, position). So batch size, workers and ranks
-change nothing, and resuming is starting at a position.
-"""
+"""Scenes as tensors; flip and crop follow from (seed, position in the data order), the order itself is in `loading`."""
 
 import math
-import signal
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..random_streams import generator, integer, uniform
+from ..random_streams import integer, uniform
 from . import pictures
+from .loading import Positions, SceneBatches, collate
 from .pairing import dataset_facts, find_pairs
 
 SMALLEST_CROP = 0.8  # of the picture's short side
@@ -86,6 +80,15 @@ class SceneDataset(Dataset):
     def __getitem__(self, index):
         return self.item(index)
 
+    @property
+    def crops(self):
+        """Whether samples are random parts of their scenes."""
+        return self.augment and self.random_crop and self.facts.square
+
+    def path(self, index):
+        """Return the path that stands for a scene: its image's, else its label's."""
+        return self.pairs[index].image or self.pairs[index].label
+
     def item(self, index, position=None):
         """Return one sample as a dict; augmented by draws at `position` when it is given and `augment` is set.
 
@@ -107,13 +110,13 @@ class SceneDataset(Dataset):
             instance = pictures.read_ids(pair.instance, "instance")
             _check_same_size(pair.instance, instance.size, pair.label, label.size)
             sample["instance"] = torch.from_numpy(pictures.ids_array(_resize_ids(instance, view)))[None]  # (1, H, W)
-        sample["path"] = pair.image or pair.label
+        sample["path"] = self.path(index)
         sample["position"] = index if position is None else position
         return sample
 
     def batch(self, indices):
         """Return the samples at `indices`, not augmented, as one batch (see `load_data`)."""
-        batch = _collate([self.item(index) for index in indices])
+        batch = collate([self.item(index) for index in indices])
         if isinstance(batch, InputError):
             raise batch
         return batch
@@ -213,20 +216,6 @@ def label_histogram(dataset, limit=None, progress=False):
     return total
 
 
-@lru_cache(maxsize=4)
-def _permutation(seed, epoch, n):
-    return torch.randperm(n, generator=generator(seed, "order", epoch)).tolist()
-
-
-def order(seed, position, n):
-    """Return the index in 0..n-1 of the scene at a position of the endless data order.
-
-    Every epoch (n positions) is a permutation of all scenes that follows from (seed, epoch).
-    """
-    epoch, place = divmod(position, n)
-    return _permutation(seed, epoch, n)[place]
-
-
 def load_data(
     *,
     dataset_mode,
@@ -246,12 +235,13 @@ def load_data(
     world_size=1,
     num_workers=0,
     pin_memory=False,
+    on_bad_image="error",
 ):
     """Return the `SceneBatches` of one split: endless in a seeded order, or one pass in file order.
 
     Batches are dicts: image (N, 3, H, W) float32 in [-1, 1] and image_edge (N, 1, H, W) float32 in [0, 1] where the
     folder has pictures, label (N, 1, H, W) int64, instance (N, 1, H, W) int32 where it has instance maps, path [N] (of
-    the images, else of the labels), position (N,) int64.
+    the images, else of the labels), position (N,) int64, skipped [`Skipped`] (empty where nothing was).
 
     :param batch_size: samples per batch on this rank.
     :param deterministic: one pass in sorted order without augmentation, the last batch smaller; position is the index.
@@ -260,12 +250,15 @@ def load_data(
     :param rank: this process, 0..world_size-1. Batch b, row j is position start + (b·world_size + rank)·batch_size + j.
     :param num_workers: processes that read ahead (0: read in this process).
     :param pin_memory: page-locked batches, where there is an accelerator.
+    :param on_bad_image: error raises for a bad file; skip puts the next good scene of the list at its position.
     For the other parameters see `SceneDataset`.
     :raises InputError: here for bad flags and folders, while iterating for bad files.
     """
     for flag, value, least in (("batch_size", batch_size, 1), ("start", start, 0), ("num_workers", num_workers, 0)):
         if value < least:
             raise InputError(f"--{flag} is {value}; give {least} or more")
+    if on_bad_image not in ("error", "skip"):
+        raise InputError(f"--on_bad_image is {on_bad_image!r}; give error or skip")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
     dataset = SceneDataset(
@@ -282,111 +275,11 @@ def load_data(
     )
     if deterministic:
         stop = len(dataset) if stop is None else min(stop, len(dataset))
-    positions = _Positions(start, stop, batch_size, rank, world_size)
-    return SceneBatches(dataset, positions, deterministic, num_workers, pin_memory)
-
-
-class SceneBatches:
-    """An iterable of batches, and what it draws them from: `dataset`, a `SceneDataset`.
-
-    Every `iter()` begins at the start position again, and ends the pass before it: the workers serve one at a time.
-    `next()` on the object itself continues a pass of its own.
-    `len()` is the number of batches; it is a TypeError for an endless order.
-    """
-
-    def __init__(self, dataset, positions, deterministic, num_workers, pin_memory):
-        self.dataset = dataset
-        self._positions = positions
-        self._loader = DataLoader(
-            _Ordered(dataset, shuffled=not deterministic),
-            batch_sampler=positions,
-            collate_fn=_collate,
-            num_workers=num_workers,
-            worker_init_fn=_init_worker,
-            pin_memory=pin_memory and torch.accelerator.is_available(),
-            generator=torch.Generator(),  # else the loader draws from torch's global stream
-        )
-        self._pass = None
-
-    def __len__(self):
-        return len(self._positions)
-
-    def __iter__(self):
-        return _checked(self._loader)
-
-    def __next__(self):
-        if self._pass is None:
-            self._pass = iter(self)
-        return next(self._pass)
-
-
-def _checked(loader):
-    # Not a method: a generator that refers to its owner is a cycle, and workers freed by the cycle collector take 10 s
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
-
-
-class _Positions:
-    """Batches of positions for one rank; endless when `stop` is None."""
-
-    def __init__(self, start, stop, batch_size, rank, world_size):
-        self.first = start + rank * batch_size
-        self.stop = stop
-        self.batch_size = batch_size
-        self.stride = batch_size * world_size
-
-    def __iter__(self):
-        first = self.first
-        while self.stop is None or first < self.stop:
-            last = first + self.batch_size
-            yield list(range(first, last if self.stop is None else min(last, self.stop)))
-            first += self.stride
-
-    def __len__(self):
-        if self.stop is None:
-            raise TypeError("an endless data order has no length")
-        return max(0, math.ceil((self.stop - self.first) / self.stride))
-
-
-class _Ordered(Dataset):
-    """The dataset by position. Bad files come back as the InputError itself: torch would bury it in a traceback."""
-
-    def __init__(self, dataset, shuffled):
-        self.dataset = dataset
-        self.shuffled = shuffled
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, position):
-        index = order(self.dataset.seed, position, len(self.dataset)) if self.shuffled else position
-        try:
-            return self.dataset.item(index, position)
-        except InputError as error:
-            return InputError(*error.args)  # without the causes, which need not survive pickling
-
-
-def _collate(samples):
-    """Stack samples into a batch; return (not raise) the InputError of a bad file or of sizes that differ."""
-    for sample in samples:
-        if isinstance(sample, InputError):
-            return sample
-    first = samples[0]
-    for sample in samples:
-        if sample["label"].shape != first["label"].shape:
-            sizes = [f"{each['path']} ({each['label'].shape[2]}x{each['label'].shape[1]})" for each in (first, sample)]
-            return InputError(
-                f"{' and '.join(sizes)} differ in size and cannot share a batch; use --batch_size 1 or pictures of one aspect"
-            )
-    batch = {key: torch.stack([each[key] for each in samples]) for key in first if torch.is_tensor(first[key])}
-    batch["path"] = [sample["path"] for sample in samples]
-    batch["position"] = torch.tensor([sample["position"] for sample in samples])  # (N,)
-    return batch
-
-
-def _init_worker(_):
-    torch.set_num_threads(1)
-    # Ctrl-C is the main process's to answer; it ends its workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return SceneBatches(
+        dataset,
+        Positions(start, stop, batch_size, rank, world_size),
+        shuffled=not deterministic,
+        skips=on_bad_image == "skip",
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
