@@ -18,6 +18,7 @@ from .random_streams import generator
 from .results import read_picture_file
 
 BATCH = 16
+PARTS = ("header", "labels", "edges", "indices", "total")  # of a message, as columns bits_...
 PER_PICTURE = {"psnr": "psnr_db"}  # metric -> column, where they differ
 PICTURE_METRICS = ("psnr", "ssim", "ms_ssim", "lpips")
 BASELINE_COLUMNS = ("path", "name", "codec", "budget_bits", "bits", "bpp", "scale", "quality", "channel_uses",
@@ -204,6 +205,50 @@ def _plain(value):
     return value if math.isfinite(value) else str(value)  # JSON has no infinity
 
 
+# -- what is said of them -----------------------------------------------------------------------------------------------
+
+
+def score_lines(rows):
+    """A line that says how near the pictures are to the originals, in means over the rows; none where nothing was measured."""
+    measured = [row for row in rows if row.get("psnr_db")]
+    if not measured:
+        return []
+    psnr, ssim, colour = (float(np.mean([float(row.get(name) or np.nan) for row in measured]))
+                          for name in ("psnr_db", "ssim", "colour_error"))  # fmt: skip
+    similar = "" if np.isnan(ssim) else f"SSIM {ssim:.3f}, "
+    return [f"mean PSNR {psnr:.2f} dB, {similar}mean colour error {colour:.3f} of the range"]
+
+
+def cost_lines(rows):
+    """Lines that say what the messages and the channel cost, in means over the rows."""
+    mean = {name: float(np.mean([float(row[name]) for row in rows if row.get(name) not in (None, "")] or [np.nan]))
+            for name in (*(f"bits_{part}" for part in PARTS), "bpp", "channel_uses", "bandwidth_ratio", "realised_snr_db",
+                         "eb_n0_db", "blocks", "block_errors")}  # fmt: skip
+    lines = []
+    if not np.isnan(mean["bits_total"]):
+        sizes = ", ".join(f"{part} {mean[f'bits_{part}'] / 8:.0f}" for part in PARTS[:-1] if mean[f"bits_{part}"])
+        what = "message" if mean["bits_header"] else "side information"  # the analog planes themselves are no bits
+        lines.append(f"{what}: {mean['bits_total'] / 8:.0f} bytes ({sizes}), {mean['bpp']:.3f} bits per pixel")
+    if not np.isnan(mean["channel_uses"]):
+        uses = f"{mean['channel_uses']:.0f} complex uses per picture, bandwidth ratio {mean['bandwidth_ratio']:.3f}"
+        if np.isnan(mean["eb_n0_db"]):
+            lines.append(f"channel: {uses}; plane power over noise power {mean['realised_snr_db']:.2f} dB")
+        else:
+            lost = sum(bool(row.get("problems")) for row in rows)
+            lines.append(f"channel: {uses}; realised Es/N0 {mean['realised_snr_db']:.2f} dB, Eb/N0 {mean['eb_n0_db']:.2f} dB")
+            lines.append(
+                f"{mean['block_errors']:.1f} of {mean['blocks']:.1f} blocks lost per picture; {lost} pictures lack a part"
+            )
+    return lines
+
+
+def codec_lines(summary):
+    """Lines that say how the classical codecs did."""
+    return [f"{codec} within the same bits: PSNR {found['mean']['psnr_db']:.2f} dB, {found['without_picture']} of"
+            f" {summary['pictures']} without a picture (counted as grey)"
+            for codec, found in summary.get("baselines", {}).items() if "psnr_db" in found["mean"]]  # fmt: skip
+
+
 # -- several points -----------------------------------------------------------------------------------------------------
 
 
@@ -255,5 +300,6 @@ def _draw(lines, measures, path):
         axis.set(xlabel="SNR in dB (analog: nominal; digital: Es/N0)", ylabel=measure)
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    with whole_file(path, "wb") as f:
+        figure.savefig(f, format="png", dpi=110)
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""The receiver alone: messages and a checkpoint in, pictures out."""
+"""The receiver alone: messages and a checkpoint in, pictures out; shared out over processes as a sampling run is."""
 
 import dataclasses
 import sys
@@ -8,20 +8,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .errors import InputError
-from .link.message import Message, receive_parts
+from .link.message import receive_parts
+from .measures import PARTS
 from .panels import palette, picture_grid, save_picture, show_semantics, to_uint8
-from .regenerate import COLUMNS, FREE, PARTS
-from .results import ResultsFolder, digest, picture_digest, read_picture_file, settings_of
+from .regenerate import ALONE, COLUMNS, FREE, read_message
+from .results import (
+    ResultsFolder,
+    digest,
+    digest_once,
+    is_last,
+    picture_digest,
+    read_picture_file,
+    settings_of,
+    share_out,
+)
 
 ENDING = ".dgo"
-
-
-def read_message(path):
-    """Read one message file; InputError, naming it, where it is damaged."""
-    try:
-        return Message.from_bytes(path.read_bytes())
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 class Receiving:
@@ -30,44 +32,54 @@ class Receiving:
     :param config: a `SampleConfig` with `messages`.
     :param weights: path of the weights file.
     :param parts: what `build_link.receiving_parts` returns.
+    :param share: the `Share` of the messages that this process receives.
+    :param quiet: show no progress bar.
     """
 
-    def __init__(self, config, weights, parts):
-        self.config, self.weights, self.parts = config, weights, parts
-        self.results = ResultsFolder(config.results_path, (*COLUMNS, "message_sha256"))
+    def __init__(self, config, weights, parts, share=ALONE, quiet=False):
+        self.config, self.weights, self.parts, self.share, self.quiet = config, weights, parts, share, quiet
+        self.results = ResultsFolder(config.results_path, (*COLUMNS, "message_sha256"), share)
         files = sorted(path for path in Path(config.messages).rglob(f"*{ENDING}") if path.is_file())
         if not files:
             raise InputError(f"--messages {config.messages}: no {ENDING} files there; write them with --role transmit")
-        self.files = files[: config.num_samples]
+        self.files, self.count = files, min(config.num_samples, len(files))
         folder = Path(config.messages)
         self.names = [str(path.relative_to(folder).with_suffix("")).replace("/", "__") for path in self.files]
         if len({*self.names}) < len(self.names):
             raise InputError(f"--messages {folder}: two files would give pictures of one name; rename one of them")
-        self.count = len(self.files)
+        self.own = [k for batch in share_out(self.count, 1, share) for k in batch]
 
     def run(self):
-        """Make the pictures that are not there yet; return the rows of the whole table."""
+        """Make the pictures of this share that are not there yet; return the rows of the whole table, as far as there are."""
         make_chain = self.parts["make_chain"]
-        for path in self.files:  # before the long work
+        for path in self.files[: self.count]:  # before the long work
             try:
                 make_chain(read_message(path).header)
             except InputError as error:
                 raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         settings = settings_of(dataclasses.asdict(self.config), FREE, {"model_path": self.weights})
-        settings["weights_sha256"] = digest(self.weights).hex()
+        settings["weights_sha256"] = digest_once(self.weights).hex()
         self.results.claim(settings, free={"model_path"})
-        rows = self.results.finished_rows({str(path): k for k, path in enumerate(self.files)}, self.names)
-        rows = {k: row for k, row in rows.items() if row.get("message_sha256") == digest(self.files[k]).hex()}
-        todo = [k for k in range(self.count) if k not in rows]
-        if len(todo) < self.count:
-            print(f"{self.count - len(todo)} of {self.count} pictures are done already", file=sys.stderr)
-        with tqdm(total=len(todo), unit="picture", file=sys.stderr, dynamic_ncols=True) as bar:
+        rows = self._finished_rows()
+        own = rows if self.share.count == 1 else self._finished_rows(own=True)
+        todo = [k for k in self.own if k not in rows]
+        if len(todo) < len(self.own):
+            print(f"{len(self.own) - len(todo)} of {len(self.own)} pictures are done already", file=sys.stderr)
+        with tqdm(total=len(todo), unit="picture", file=sys.stderr, dynamic_ncols=True, disable=self.quiet) as bar:
             for k in todo:
-                rows[k] = self._picture(k)
-                self.results.write_table([rows[j] for j in sorted(rows)])
+                own[k] = self._picture(k)
+                self.results.write_own(own)
                 bar.update()
-        self._write_panel(sorted(rows)[: self.config.panel_items])
+        return self.rows() if self.share.count > 1 else [rows[k] for k in sorted(rows)]
+
+    def rows(self):
+        """Return the rows of all tables, in the order of the messages."""
+        rows = self._finished_rows()
         return [rows[k] for k in sorted(rows)]
+
+    def _finished_rows(self, own=False):
+        rows = self.results.finished_rows({str(path): k for k, path in enumerate(self.files)}, self.names, own=own)
+        return {k: row for k, row in rows.items() if row.get("message_sha256") == digest(self.files[k]).hex()}
 
     def _picture(self, k):
         """Make one picture, alone (batch 1) as the transmitter made its own."""
@@ -91,13 +103,30 @@ class Receiving:
                "picture_sha256": picture_digest(image[0]), "message_sha256": digest(self.files[k]).hex()}  # fmt: skip
         return row | {f"bits_{part}": bits[part] for part in PARTS}
 
-    def _write_panel(self, numbers):
+    def sum_up(self, rows):
+        """Write results.csv and panel.png."""
+        self.results.write_table(rows)
         kinds = ("received", "samples")
-        rows = [[read_picture_file(self.results.file(kind, self.names[k])) for kind in kinds] for k in numbers]
-        same_size = [row for row in rows if row[0].shape == rows[0][0].shape]
+        names = [row["name"] for row in rows][: self.config.panel_items]
+        pictures = [[read_picture_file(self.results.file(kind, name)) for kind in kinds] for name in names]
+        same_size = [row for row in pictures if row[0].shape == pictures[0][0].shape]
         if same_size:
             save_picture(picture_grid(same_size, ["received semantics", "regenerated"]), self.results.path / "panel.png")
 
-    def summary(self, rows):
-        """Return lines that say where the output is."""
-        return [f"{len(rows)} pictures; results.csv, panel.png and pictures are in {self.results.path}"]
+
+def receive_all(config, weights, parts, say, share=ALONE, quiet=False):
+    """Receive a folder of messages, or a share of it, and sum up where all are received.
+
+    :param say: function that prints one line. The others: as of `Receiving`.
+    """
+    run = Receiving(config, weights, parts, share, quiet)
+    part = f"share {share.index + 1} of {share.count} of " if share.count > 1 else ""
+    say(f"receiving {part}{run.count} messages with {weights} into {config.results_path}")
+    rows = run.run()
+    if share.count > 1:
+        complete = {*map(str, run.files[: run.count])} <= {row["path"] for row in rows}
+        if not is_last(share, len(run.own), [(run.results, complete)], config.results_path, say):
+            return
+    run.sum_up(rows)
+    say(f"{len(rows)} pictures; results.csv, panel.png and pictures are in {config.results_path}")
+    run.results.tidy()

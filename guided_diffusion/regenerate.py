@@ -1,6 +1,7 @@
 """A sampling run: pictures in, messages over the channel, regenerated pictures, a table and a panel out.
 
-Run again, it goes on where it stopped.
+Run again, it goes on where it stopped. Several processes share the pictures out without speaking to each other: each knows
+its share, keeps its rows in a table of its own, and whoever finds all pictures there at its end puts the tables together.
 """
 
 import dataclasses
@@ -20,16 +21,26 @@ from .errors import InputError
 from .files import whole_file
 from .link.channel import snr_to_sigma, transmit
 from .link.crossing import analog_facts
+from .link.recollection import Recollection
 from .link.source_coding import pack_choices
-from .link.transceiver import Arrival, Message
-from .measures import write_curves
+from .link.transceiver import Arrival, Message, Sent, condition
+from .measures import PARTS, codec_lines, cost_lines, score_lines, write_curves
 from .metrics import psnr
 from .panels import palette, picture_grid, save_picture, show_semantics, to_uint8
 from .random_streams import generator, integer, stream_seed, text_number
-from .results import ResultsFolder, digest, picture_digest, read_picture_file, settings_of, unique_names
+from .results import (
+    ResultsFolder,
+    digest_once,
+    is_last,
+    picture_digest,
+    read_picture_file,
+    settings_of,
+    share_out,
+    unique_names,
+)
 from .training.distributed import autocast
+from .training.ranks import Share
 
-PARTS = ("header", "labels", "edges", "indices", "total")
 COLUMNS = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool", "seconds", "transmit_seconds", "evaluations",
            "distance", *(f"bits_{part}" for part in PARTS), "bpp", "channel_uses", "bandwidth_ratio", "realised_snr_db",
            "eb_n0_db", "blocks", "block_errors", "problems", "psnr_db", "colour_error", "ssim", "ms_ssim", "lpips",
@@ -40,6 +51,8 @@ FREE = {"results_path", "num_samples", "batch_size", "num_workers", "device", "d
         "use_fp16", "noise_bank_cache", "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "add_noise",
         "noise_to", "messages", "metrics", "fid_weights", "features", "baseline", "segmenter"}  # fmt: skip
 
+ALONE = Share()
+
 
 class Regeneration:
     """Sends the pictures of a split over the channel and regenerates them, or only writes their messages.
@@ -47,38 +60,56 @@ class Regeneration:
     :param config: a `SampleConfig` of one point (see `config.points`).
     :param weights: path of the weights file.
     :param parts: what `build_link.sampling_parts` returns.
+    :param share: the `Share` of the pictures that this process makes.
+    :param quiet: show no progress bar.
     """
 
-    def __init__(self, config, weights, parts):
-        self.config, self.weights, self.parts = config, weights, parts
-        self.results = ResultsFolder(config.results_path, COLUMNS)
+    def __init__(self, config, weights, parts, share=ALONE, quiet=False):
+        self.config, self.weights, self.parts, self.share, self.quiet = config, weights, parts, share, quiet
+        self.results = ResultsFolder(config.results_path, COLUMNS, share)
         self.dataset, self.bank, self.measures = parts["dataset"], parts["bank"], parts["measures"]
         self.count = min(config.num_samples, len(self.dataset))
+        self.batches = share_out(self.count, config.batch_size, share)
         self.paths = [str(pair.image or pair.label) for pair in self.dataset.pairs]
         self.names = unique_names(self.paths)
         # What is drawn for a picture follows from its name, so that further files in the split change nothing.
         self.numbers = [text_number(pair.stem) for pair in self.dataset.pairs]
         self.transmitting = config.role == "transmit"
         self.kind = "local" if self.transmitting else "samples"  # what a finished picture leaves behind
-        self.lost, self.crossed = {}, -1  # parts lost, by picture number; the picture that the receiver has seen last
         if self.bank is not None:
             self.transmitter, self.receiver = parts["transmitter"](config), parts["receiver"](config)
             self.crossing = None if self.transmitting else parts["crossing"](config)
+            self.arriving = Recollection(self.receiver, self._message, self._cross_again)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self):
-        """Regenerate what is not done yet; return the rows of the whole table."""
+        """Regenerate what is not done yet of this share; return the rows of the whole table, as far as they are there."""
         self._claim()
-        numbers = {path: k for k, path in enumerate(self.paths)}
-        rows = self.results.finished_rows(numbers, self.names, self.kind)
-        todo = [k for k in range(self.count) if k not in rows]
-        if len(todo) < self.count:
-            print(f"{self.count - len(todo)} of {self.count} pictures are done already", file=sys.stderr)
-        self.lost = {k: row["problems"].split() for k, row in rows.items() if row.get("problems") is not None}
-        if todo:
-            self._work_off(todo, rows)
+        rows = self._finished_rows()
+        own = rows if self.share.count == 1 else self._finished_rows(own=True)
+        todo = [left for batch in self.batches if (left := [k for k in batch if k not in rows])]
+        total, left = sum(map(len, self.batches)), sum(map(len, todo))
+        if left < total:
+            print(f"{total - left} of {total} pictures are done already", file=sys.stderr)
+        if self.bank is not None:
+            known = {k: row["problems"].split() for k, row in rows.items() if row.get("problems") is not None}
+            self.arriving.lost.update(known)
+        self._work_off(todo, left, own)
+        return self.rows() if self.share.count > 1 else [rows[k] for k in sorted(rows)]
+
+    def rows(self):
+        """Return the rows of all tables, in the order of the pictures."""
+        rows = self._finished_rows()
         return [rows[k] for k in sorted(rows)]
+
+    def is_complete(self, rows):
+        """Whether the rows hold all pictures of the run, of all shares."""
+        return {*self.paths[: self.count]} <= {row["path"] for row in rows}
+
+    def _finished_rows(self, own=False):
+        numbers = {path: k for k, path in enumerate(self.paths)}
+        return self.results.finished_rows(numbers, self.names, self.kind, own)
 
     def _claim(self):
         config, files = self.config, {"model_path": self.weights, "data_dir": self.config.data_dir}
@@ -88,31 +119,18 @@ class Regeneration:
         if config.segmenter and config.distance == "segmenter":
             deciding["segmenter"] = config.segmenter
         settings = settings_of(dataclasses.asdict(config), FREE, files)
-        settings |= {f"{name}_sha256": digest(path).hex() for name, path in deciding.items()}
+        settings |= {f"{name}_sha256": digest_once(path).hex() for name, path in deciding.items()}
         self.results.claim(settings, free={"model_path"})
 
-    def _work_off(self, todo, rows):
-        size = self.config.batch_size
-        with tqdm(total=len(todo), unit="picture", file=sys.stderr, dynamic_ncols=True) as bar:
+    def _work_off(self, batches, count, rows):
+        """Make `count` pictures, in batches, and put theirs beside the rows of this share's table."""
+        with tqdm(total=count, unit="picture", file=sys.stderr, dynamic_ncols=True, disable=self.quiet) as bar:
             self.on_step = _StepCounter(bar)
-            for batch in (todo[i : i + size] for i in range(0, len(todo), size)):
+            for batch in batches:
                 found = self._without_bank(batch) if self.bank is None else self._cross(batch)
                 rows.update(zip(batch, found, strict=True))
                 bar.update(len(batch))
-                self.results.write_table([rows[k] for k in sorted(rows)])
-
-    def _recall(self, k):
-        """Bring the receiver to where an earlier run was before picture k: it may need the last good header or label map."""
-        if k == 0 or self.transmitting or self.config.link != "digital" or k - 1 == self.crossed:
-            return
-        arrived = [j for j in range(k - 1, -1, -1) if "header" not in self.lost.get(j, ("header",))]
-        whole = [j for j in arrived if "labels" not in self.lost[j]]
-        for j in (*whole[:1], *arrived[:1]):  # the newest header comes last
-            path = self.results.file("messages", self.names[j], ".dgo")
-            if not path.exists():
-                raise InputError(f"{path}: gone, and picture {k + 1} may need its label map; choose another --results_path")
-            message = Message.from_bytes(path.read_bytes())
-            self.receiver.recall(message, label="labels" not in self.lost[j])
+                self.results.write_own(rows)
 
     # -- one batch ----------------------------------------------------------------------------------------------------
 
@@ -128,11 +146,8 @@ class Regeneration:
             sent = self.transmitter.send(scene, self._index(k), self.on_step)
             row = self._sent_row(k, sent, time.monotonic() - started)
             if not self.transmitting:
-                self._recall(k)
-                stream = generator(self.config.seed, "channel", self.numbers[k])
-                arrival, facts = self.crossing.cross(sent, self.receiver, stream)
+                arrival, facts = self.crossing.cross(sent, self.arriving.awaiting(k), self._channel_stream(k))
                 row |= facts | {"problems": " ".join(arrival.problems) if arrival else "header"}
-                self.crossed, self.lost[k] = k, row["problems"].split()
                 arrivals.append(arrival)
             rows.append(row)
             sents.append(sent)
@@ -146,6 +161,20 @@ class Regeneration:
         self._write_pictures(numbers, scenes, sents, arrivals, images)
         self._measure(rows, scenes, images, sents)
         return rows
+
+    def _channel_stream(self, k):
+        return generator(self.config.seed, "channel", self.numbers[k])
+
+    def _message(self, k):
+        """Return a picture's message: from its file, or sent once more, as its own share or an earlier run had it."""
+        path = self.results.file("messages", self.names[k], ".dgo")
+        if not path.exists():
+            self._write_message(k, self.transmitter.send(self.dataset.batch([k]), self._index(k), self.on_step).message)
+        return read_message(path)
+
+    def _cross_again(self, k, message, receiver):
+        y = condition(message.header, message.label, message.boundary, message.edges)
+        self.crossing.cross(Sent(message, y, None), receiver, self._channel_stream(k))
 
     def _pictures(self, rows, arrivals, sents):
         """Let the receiver make the pictures (N, 3, H, W) of a batch; grey where it has no header, or one of another size."""
@@ -169,12 +198,8 @@ class Regeneration:
         if analog:  # the planes cross as they are; besides the indices, bits say which classes those are of
             indices = pack_choices(sent.message.start_index, len(self.bank), sent.message.picks, config.step_candidates,
                                    config.step_atoms)  # fmt: skip
-            bits = {
-                "header": 0,
-                "labels": config.num_classes if config.one_hot_label else 0,
-                "edges": 0,
-                "indices": 8 * len(indices),
-            }
+            bits = {"header": 0, "labels": config.num_classes if config.one_hot_label else 0, "edges": 0,
+                    "indices": 8 * len(indices)}  # fmt: skip
             bits["total"] = sum(bits.values())
         else:
             bits = sent.message.bits()
@@ -187,8 +212,7 @@ class Regeneration:
             row["evaluations"] = sent.choice.evaluations
             row["distance"] = "" if sent.choice.score is None else f"{float(sent.choice.score):.6g}"
         if not analog:
-            with self._open("messages", k, ".dgo") as f:
-                f.write(sent.message.to_bytes())
+            self._write_message(k, sent.message)
         return row
 
     def _measure(self, rows, scenes, images, sents):
@@ -259,24 +283,15 @@ class Regeneration:
     def summary(self, rows):
         """Return lines that say what a run's rows amount to, and where its output is."""
         what = "messages/, local/ and results.csv" if self.transmitting else "results.csv, panel.png and pictures"
-        lines = [f"{len(rows)} pictures; {what} are in {self.results.path}"]
-        measured = [row for row in rows if row.get("psnr_db")]
-        if measured:
-            means = {
-                c: float(np.mean([float(row.get(c) or np.nan) for row in measured]))
-                for c in ("psnr_db", "ssim", "colour_error")
-            }
-            ssim = "" if np.isnan(means["ssim"]) else f"SSIM {means['ssim']:.3f}, "
-            text = f"mean PSNR {means['psnr_db']:.2f} dB, {ssim}mean colour error {means['colour_error']:.3f} of the range"
-            lines.insert(0, text)
-        return [*_costs(rows), *lines]
+        return [*cost_lines(rows), *score_lines(rows), f"{len(rows)} pictures; {what} are in {self.results.path}"]
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def _open(self, kind, k, ending=".png"):
-        path = self.results.file(kind, self.names[k], ending)
+    def _write_message(self, k, message):
+        path = self.results.file("messages", self.names[k], ".dgo")
         path.parent.mkdir(parents=True, exist_ok=True)
-        return whole_file(path, "wb")
+        with whole_file(path, "wb") as f:
+            f.write(message.to_bytes())
 
     def _write_pictures(self, numbers, scenes, sents, arrivals, images):
         config = self.config
@@ -322,6 +337,14 @@ class Regeneration:
                                   self.config.one_hot_label, not self.config.no_instance, self.parts["coding"])  # fmt: skip
 
 
+def read_message(path):
+    """Read one message file; InputError, naming it, where it is damaged."""
+    try:
+        return Message.from_bytes(path.read_bytes())
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
 class _StepCounter:
     """Shows on a bar of pictures that network steps go on, searches' included."""
 
@@ -333,52 +356,44 @@ class _StepCounter:
         self.bar.set_postfix_str(f"{self.count} steps")
 
 
-def _costs(rows):
-    """Lines that say what the messages and the channel cost, in means over the rows."""
-    mean = {name: float(np.mean([float(row[name]) for row in rows if row.get(name) not in (None, "")] or [np.nan]))
-            for name in (*(f"bits_{part}" for part in PARTS), "bpp", "channel_uses", "bandwidth_ratio", "realised_snr_db",
-                         "eb_n0_db", "blocks", "block_errors")}  # fmt: skip
-    lines = []
-    if not np.isnan(mean["bits_total"]):
-        sizes = ", ".join(f"{part} {mean[f'bits_{part}'] / 8:.0f}" for part in PARTS[:-1] if mean[f"bits_{part}"])
-        what = "message" if mean["bits_header"] else "side information"  # the analog planes themselves are no bits
-        lines.append(f"{what}: {mean['bits_total'] / 8:.0f} bytes ({sizes}), {mean['bpp']:.3f} bits per pixel")
-    if not np.isnan(mean["channel_uses"]):
-        uses = f"{mean['channel_uses']:.0f} complex uses per picture, bandwidth ratio {mean['bandwidth_ratio']:.3f}"
-        if np.isnan(mean["eb_n0_db"]):
-            lines.append(f"channel: {uses}; plane power over noise power {mean['realised_snr_db']:.2f} dB")
-        else:
-            lost = sum(bool(row.get("problems")) for row in rows)
-            lines.append(f"channel: {uses}; realised Es/N0 {mean['realised_snr_db']:.2f} dB, Eb/N0 {mean['eb_n0_db']:.2f} dB")
-            lines.append(
-                f"{mean['block_errors']:.1f} of {mean['blocks']:.1f} blocks lost per picture; {lost} pictures lack a part"
-            )
-    return lines
-
-
-def _codec_lines(summary):
-    """Lines that say how the classical codecs did."""
-    return [f"{codec} within the same bits: PSNR {found['mean']['psnr_db']:.2f} dB, {found['without_picture']} of"
-            f" {summary['pictures']} without a picture (counted as grey)"
-            for codec, found in summary.get("baselines", {}).items() if "psnr_db" in found["mean"]]  # fmt: skip
-
-
-def run_points(config, weights, parts, say):
+def run_points(config, weights, parts, say, share=ALONE, quiet=False):
     """Run every point of a sampling config (see `config.points`), sum each up, and draw curves where there are several.
 
+    Of several shares, one that finds all pictures of all points there sums up; the others end before.
+
     :param say: function that prints one line.
+    :param share: the `Share` of each point's pictures that this process makes.
+    :param quiet: show no progress bar.
     """
-    found, summaries = points(config), []
+    found, runs, summaries = points(config), [], []
     for number, point in enumerate(found, 1):
-        run = Regeneration(point, weights, parts)
+        run = Regeneration(point, weights, parts, share, quiet)
         verb = "writing the messages of" if run.transmitting else "regenerating"
         place = f" ({number} of {len(found)})" if len(found) > 1 else ""
-        say(f"{verb} {run.count} pictures with {weights} into {point.results_path}{place}")
+        part = f"share {share.index + 1} of {share.count} of " if share.count > 1 else ""
+        say(f"{verb} {part}{run.count} pictures with {weights} into {point.results_path}{place}")
         rows = run.run()
-        summaries.append((point.link, point.pool, point.snr, run.sum_up(rows)))
-        for line in [*run.summary(rows), *_codec_lines(summaries[-1][3])]:
-            say(line)
+        runs.append(run)
+        if share.count == 1:  # at once, so that a long sweep shows its first results
+            summaries.append(_sum_up(run, rows, say))
+    if share.count > 1:
+        tables = [(run, run.rows()) for run in runs]
+        count = sum(len(batch) for run in runs for batch in run.batches)
+        folders = [(run.results, run.is_complete(rows)) for run, rows in tables]
+        if not is_last(share, count, folders, config.results_path, say):
+            return
+        summaries = [_sum_up(run, rows, say) for run, rows in tables]
     for note in parts["measures"].metrics.notes:
         say(f"note: {note}")
     if len(found) > 1:
         say(write_curves(Path(config.results_path), summaries))
+    for run in runs:  # at the very end: while they are there, the work of putting them together is not done
+        run.results.tidy()
+
+
+def _sum_up(run, rows, say):
+    """Sum one point up and say how it went; return (link, pool, snr_db, summary)."""
+    summary = run.sum_up(rows)
+    for line in [*run.summary(rows), *codec_lines(summary)]:
+        say(line)
+    return run.config.link, run.config.pool, run.config.snr, summary

@@ -1,9 +1,14 @@
-"""A results folder: settings, a table that grows by whole rows, and pictures under their names."""
+"""A results folder: settings, tables that grow by whole rows, and pictures under their names.
+
+Several processes may work in one folder, each on its share of the pictures, with a table of its own until all are done.
+"""
 
 import csv
+import functools
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
@@ -12,6 +17,8 @@ from PIL import Image
 
 from .errors import InputError
 from .files import whole_file
+
+PICTURE_KINDS = ("images", "labels", "local", "messages", "received", "samples")  # folders that shares write into
 
 
 def unique_names(paths):
@@ -37,6 +44,17 @@ def digest(path):
     return found.digest()
 
 
+def digest_once(path):
+    """SHA-256 of a large file, as bytes; read once, unless it changes."""
+    found = os.stat(path)
+    return _digest_of(os.path.abspath(path), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _digest_of(path, *_):
+    return digest(path)
+
+
 def picture_digest(image):
     """SHA-256, in hexadecimal, of one float picture (3, H, W): equal digests are equal bits."""
     return hashlib.sha256(np.ascontiguousarray(image.detach().float().cpu().numpy()).tobytes()).hexdigest()
@@ -55,11 +73,15 @@ class ResultsFolder:
 
     :param folder: the path.
     :param columns: of results.csv.
+    :param share: (index, count): which of how many equal shares of the pictures is made here. With one alone results.csv
+        itself grows; each of several has a table in shards/, until all pictures are there.
     """
 
-    def __init__(self, folder, columns):
+    def __init__(self, folder, columns, share=(0, 1)):
         self.path, self.columns = Path(folder), columns
         self.table = self.path / "results.csv"
+        index, count = share
+        self.own_table = self.table if count == 1 else self.path / "shards" / f"results_{index}of{count}.csv"
 
     def claim(self, settings, free=()):
         """Note the settings in the folder, or check that those noted there are the same.
@@ -68,14 +90,15 @@ class ResultsFolder:
         :raises InputError: the folder holds other results, or files that are not of sampling.
         """
         path = self.path / "settings.json"
+        # Before the look for settings.json, which another process may be writing just now, and results.csv after it.
+        foreign = [name for name in ("results.csv", "config.json") if (self.path / name).exists()]
         if path.exists():
             self._compare(path, settings, free)
-            return
-        for name in ("results.csv", "config.json"):
-            if (self.path / name).exists():
-                raise InputError(f"--results_path {self.path} holds a {name} that is not of sampling; choose another folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.write_json("settings.json", settings)
+        elif foreign:
+            raise InputError(f"--results_path {self.path} holds a {foreign[0]} that is not of sampling; choose another folder")
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json("settings.json", settings)
 
     def _compare(self, path, settings, free):
         try:
@@ -95,16 +118,41 @@ class ResultsFolder:
         """Path of one picture's file of a kind, such as "samples"."""
         return self.path / kind / f"{name}{ending}"
 
-    def finished_rows(self, numbers, names, kind="samples"):
-        """Return the rows, by picture number, that an earlier run completed.
+    def shard_tables(self):
+        """Paths of the shares' tables, of any number of shares."""
+        try:
+            names = sorted(os.listdir(self.path / "shards"))
+        except FileNotFoundError:
+            return []
+        return [self.path / "shards" / name for name in names if name.startswith("results_") and name.endswith(".csv")]
+
+    def finished_rows(self, numbers, names, kind="samples", own=False):
+        """Return the rows, by picture number, whose pictures are complete: those of all tables.
 
         :param numbers: path -> picture number. :param names: of the pictures, by number.
+        :param own: only those of this share's table.
         """
-        if not self.table.exists():
-            return {}
-        with open(self.table, newline="") as f:
-            rows = {numbers[row["path"]]: row for row in csv.DictReader(f) if row.get("path") in numbers}
+        # results.csv last: whoever merges writes it before the shares' tables go, so no row is missed in between.
+        tables = [self.own_table] if own else [*self.shard_tables(), self.table]
+        rows = {}
+        for table in tables:
+            rows = _read_rows(table, numbers) | rows
         return {k: row for k, row in rows.items() if self.file(kind, names[k]).exists()}
+
+    def write_own(self, rows):
+        """Write the rows (number -> dict) of this share's table, in the order of their numbers."""
+        self.own_table.parent.mkdir(parents=True, exist_ok=True)
+        self.write_table([rows[k] for k in sorted(rows)], self.own_table.relative_to(self.path))
+
+    def tidy(self):
+        """Remove the shares' tables, whose rows are in results.csv by now, and what killed processes left half-written.
+
+        Another process may be summing up too: its own temporary files, which are elsewhere, stay.
+        """
+        shutil.rmtree(self.path / "shards", ignore_errors=True)
+        for kind in PICTURE_KINDS:
+            for path in (self.path / kind).glob("*.tmp"):
+                path.unlink(missing_ok=True)
 
     def write_table(self, rows, name="results.csv", columns=None):
         """Write rows (dicts) as CSV, whole or not at all."""
@@ -117,6 +165,43 @@ class ResultsFolder:
         """Write a dict as JSON, whole or not at all."""
         with whole_file(self.path / name) as f:
             f.write(json.dumps(values, indent=1) + "\n")
+
+
+def share_out(count, size, share):
+    """Return the batches (ranges) of a share of pictures 0..count-1.
+
+    Batches of `size` go to the shares in turn; what is in one does not depend on how many shares there are.
+    """
+    starts = range(share.index * size, count, share.count * size)
+    return [range(start, min(start + size, count)) for start in starts]
+
+
+def is_last(share, count, folders, where, say):
+    """Say how one share of several ends; return whether it is the one that puts the tables together.
+
+    :param count: of the share's pictures.
+    :param folders: list of (`ResultsFolder`, whether all its pictures are there).
+    :param where: the folder to name.
+    """
+    done = f"share {share.index + 1} of {share.count} is done ({count} pictures)"
+    if not all(complete for _, complete in folders):
+        say(f"{done}; the last share to end sums up in {where}. Should one fail, give the same command again: it does the rest")
+        return False
+    # Without such tables another share has been through with it. The first one repeats it, as a process alone does.
+    if share.index > 0 and not any(results.shard_tables() for results, _ in folders):
+        say(f"{done}; the results of all shares are in {where}")
+        return False
+    say(f"{done}, and so are the others: putting their tables together")
+    return True
+
+
+def _read_rows(table, numbers):
+    """Return a table's rows by picture number; none where there is no such table (any more)."""
+    try:
+        with open(table, newline="") as f:
+            return {numbers[row["path"]]: row for row in csv.DictReader(f) if row.get("path") in numbers}
+    except FileNotFoundError:
+        return {}
 
 
 def settings_of(values, free, files):

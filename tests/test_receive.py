@@ -68,7 +68,9 @@ def pixels(folder):
 )
 def test_the_receiver_makes_the_transmitters_pictures(transmit, receive, tmp_path, flags):
     sent = transmit(num_samples=2, **flags)
-    received = receive().run()
+    run = receive()
+    received = run.run()
+    run.sum_up(received)
     assert [row["name"] for row in received] == [row["name"] for row in sent] and len(sent) == 2
     for ours, theirs in zip(received, sent, strict=True):
         for column in ("picture_sha256", "steps", "bank_index", "bits_total", "bits_indices", "bpp"):
@@ -116,6 +118,14 @@ def test_an_interrupted_run_goes_on(transmit, receive, tmp_path):
     assert [row["picture_sha256"] for row in rows] == [row["picture_sha256"] for row in sent] and len(rows) == 3
     (tmp_path / "received" / "samples" / f"{rows[1]['name']}.png").unlink()
     assert [row["picture_sha256"] for row in receive().run()] == [row["picture_sha256"] for row in sent]
+
+
+def test_fewer_messages_the_next_time_lose_no_rows(transmit, receive, tmp_path):
+    transmit()
+    assert len(receive().run()) == 3
+    run = receive(num_samples=1)
+    run.sum_up(run.run())
+    assert (tmp_path / "received" / "results.csv").read_text().count("\n") == 4
 
 
 def test_a_bad_message_is_named_before_any_picture(transmit, receive, tmp_path):

@@ -11,7 +11,17 @@ import torch
 
 from guided_diffusion.errors import InputError
 from guided_diffusion.panels import save_picture
-from guided_diffusion.results import ResultsFolder, digest, picture_digest, read_picture_file, settings_of, unique_names
+from guided_diffusion.results import (
+    ResultsFolder,
+    digest,
+    digest_once,
+    is_last,
+    picture_digest,
+    read_picture_file,
+    settings_of,
+    unique_names,
+)
+from guided_diffusion.training.ranks import Share
 
 COLUMNS = ("path", "name", "psnr_db")
 
@@ -40,6 +50,15 @@ def test_digests_are_sha_256(tmp_path):
     assert len(picture_digest(image)) == 64
 
 
+def test_a_large_file_is_read_again_only_where_it_changed(tmp_path, monkeypatch):
+    path, read = tmp_path / "weights.pt", []
+    path.write_bytes(b"one")
+    monkeypatch.setattr("guided_diffusion.results.digest", lambda path: read.append(path) or digest(path))
+    assert digest_once(path) == digest_once(path) == hashlib.sha256(b"one").digest() and len(read) == 1
+    path.write_bytes(b"three")
+    assert digest_once(path) == hashlib.sha256(b"three").digest() and len(read) == 2
+
+
 def test_a_folder_is_claimed_once_and_checked_after(results):
     results.claim({"snr": 10.0, "pool": "None"})
     results.claim({"snr": 10.0, "pool": "med"}, free={"pool"})
@@ -60,6 +79,26 @@ def test_a_folder_with_other_files_is_refused(tmp_path, name):
         ResultsFolder(tmp_path, COLUMNS).claim({})
 
 
+def test_another_process_may_claim_and_write_meanwhile(results, monkeypatch):
+    """The other is through between two looks of this one: it sees no settings.json, but would see results.csv."""
+    settings, late, looks = results.path / "settings.json", ResultsFolder(results.path, COLUMNS), []
+    kept = settings.read_bytes()
+    settings.unlink()
+    exists = type(settings).exists
+
+    def look(path):
+        found = exists(path)
+        if not looks:
+            settings.write_bytes(kept)
+            results.write_table([])
+        looks.append(path)
+        return found
+
+    monkeypatch.setattr(type(settings), "exists", look)
+    late.claim({"snr": 10.0, "pool": "None"})
+    assert settings in looks
+
+
 @pytest.mark.parametrize("contents", ["[]", "{"])
 def test_a_broken_settings_file_is_named(results, contents):
     (results.path / "settings.json").write_text(contents)
@@ -77,6 +116,84 @@ def test_the_table_keeps_whole_rows_and_forgets_lost_pictures(results):
     found = results.finished_rows({f"p{k}": k for k in range(3)}, ["n0", "n1", "n2"])
     assert sorted(found) == [0, 2] and found[2]["psnr_db"] == "1.5"
     assert ResultsFolder(results.path / "none", COLUMNS).finished_rows({}, []) == {}
+
+
+# -- shares -----------------------------------------------------------------------------------------------------------
+
+NUMBERS, NAMES = {f"p{k}": k for k in range(6)}, [f"n{k}" for k in range(6)]
+
+
+@pytest.fixture
+def shared(results):
+    """Function that gives the folder as one share has it; all pictures are there."""
+    for name in NAMES:
+        save_picture(np.zeros((2, 2, 3), np.uint8), results.file("samples", name))
+    return lambda *share: ResultsFolder(results.path, COLUMNS, share)
+
+
+def rows_of(*numbers, psnr="1.0"):
+    return {k: {"path": f"p{k}", "name": f"n{k}", "psnr_db": psnr} for k in numbers}
+
+
+def test_shares_see_each_others_rows_and_write_their_own(shared):
+    shared(0, 1).write_own(rows_of(4, 0))
+    shared(1, 2).write_own(rows_of(3, 1))
+    shared(2, 3).write_own(rows_of(2, 1))
+    for share in ((0, 1), (0, 2), (2, 3)):
+        assert shared(*share).finished_rows(NUMBERS, NAMES) == rows_of(0, 1, 2, 3, 4)
+    found = {share: shared(*share).finished_rows(NUMBERS, NAMES, own=True) for share in ((0, 1), (0, 2), (1, 2), (2, 3))}
+    assert found == {(0, 1): rows_of(0, 4), (0, 2): {}, (1, 2): rows_of(1, 3), (2, 3): rows_of(1, 2)}
+    assert [path.name for path in shared(0, 1).shard_tables()] == ["results_1of2.csv", "results_2of3.csv"]
+
+
+def test_a_shares_row_is_newer_than_that_of_results_csv(shared):
+    shared(0, 1).write_own(rows_of(0, 1))
+    shared(1, 2).write_own(rows_of(1, psnr="2.0"))
+    assert shared(0, 2).finished_rows(NUMBERS, NAMES) == rows_of(0) | rows_of(1, psnr="2.0")
+
+
+def test_no_row_is_missed_while_another_share_sums_up(shared, monkeypatch):
+    shared(0, 2).write_own(rows_of(0))
+    shared(1, 2).write_own(rows_of(1))
+    found = ResultsFolder.shard_tables
+
+    def overtaken(self):
+        tables = found(self)
+        if tables:  # between the look for the tables and their reading
+            monkeypatch.undo()
+            shared(0, 2).write_table(rows_of(0, 1).values())
+            shared(0, 2).tidy()
+        return tables
+
+    monkeypatch.setattr(ResultsFolder, "shard_tables", overtaken)
+    assert shared(1, 2).finished_rows(NUMBERS, NAMES) == rows_of(0, 1)
+    assert not (shared(0, 2).path / "shards").exists()
+
+
+def test_what_shares_and_killed_processes_left_goes_twice_without_harm(shared):
+    shared(0, 2).write_own(rows_of(0))
+    folder = shared(0, 2).path
+    for name in ("shards/results_1of2.csv", "samples/n1.png"):
+        (folder / f"{name}.00c0ffee.tmp").touch()
+    others = folder / "summary.json.00c0ffee.tmp"  # of another process that sums up at this moment
+    others.touch()
+    for _ in range(2):
+        shared(0, 2).tidy()
+        assert not (folder / "shards").exists() and [*folder.rglob("*.tmp")] == [others]
+        assert len([*(folder / "samples").iterdir()]) == len(NAMES)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("complete", [[True, True], [True, False]])
+@pytest.mark.parametrize("tables", [True, False])
+def test_who_sums_up(shared, index, complete, tables):
+    if tables:
+        shared(0, 2).write_own(rows_of(0))
+    said = []
+    last = is_last(Share(index, 2), 3, [(shared(index, 2), found) for found in complete], "out", said.append)
+    assert last == (all(complete) and (tables or index == 0))
+    assert len(said) == 1 and said[0].startswith(f"share {index + 1} of 2 is done (3 pictures)")
+    assert ("give the same command again" in said[0]) == (not all(complete))
 
 
 def test_json_and_pictures(results):
