@@ -7,27 +7,32 @@
 #SBATCH --gres=gpu:1
 #SBATCH --mem=64G
 #SBATCH --time=72:00:00
-#SBATCH --output=%x-%j.out
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@180
+#SBATCH --open-mode=append
+# %j: also each array task has its own, and keeps it when it is requeued.
+#SBATCH --output=logs/%x-%j.out
 #SBATCH --mail-type=END,FAIL
 #SBATCH --mail-user=user@email.com
 
 # sbatch train.sh [further flags]      or: DATA_DIR=/data/cityscapes bash train.sh [further flags]
-# Change the lines above, and these, for your site. Further flags go to image_train.py and override what stands below.
+# Many GPUs: sbatch --nodes=2 --ntasks-per-node=4 --gres=gpu:4 train.sh; --batch_size is per process, and there is one per GPU.
+# For your site change the lines above (flags of sbatch, such as --account, override them) and these (or set them in the
+# environment). Further flags go to image_train.py and override what stands below.
 DATA_DIR=${DATA_DIR:-./datasets/cityscapes}
 CHECKPOINT_DIR=${CHECKPOINT_DIR:-./checkpoints/cityscapes}
+MODULES=${MODULES-cuda}
+VENV=${VENV:-} # the folder of a virtual environment; without one, conda's CONDA_ENV where there is conda
 CONDA_ENV=${CONDA_ENV:-diff_go_n}
 
 set -euo pipefail
 # A batch job runs a copy of this file from a spool folder; the project is then where sbatch was called.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-if [ -f "$here/image_train.py" ]; then cd "$here"; else cd "$SLURM_SUBMIT_DIR"; fi
-if type module >/dev/null 2>&1; then module load cuda || echo "train.sh: no module cuda; going on without" >&2; fi
-if command -v conda >/dev/null 2>&1; then
-  set +u  # conda's own scripts read unset variables
-  eval "$(conda shell.bash hook)"
-  conda activate "$CONDA_ENV" || echo "train.sh: no conda environment $CONDA_ENV; going on with $(command -v python)" >&2
-  set -u
-fi
+if [ ! -f "$here/guided_diffusion/job.sh" ]; then here=${SLURM_SUBMIT_DIR:-$here}; fi
+if [ ! -f "$here/guided_diffusion/job.sh" ]; then echo "train.sh: $here is not the project's folder: call sbatch there" >&2 && exit 2; fi
+cd "$here"
+source guided_diffusion/job.sh
 
-exec python image_train.py --preset cityscapes --data_dir "$DATA_DIR" --checkpoint_dir "$CHECKPOINT_DIR" \
+# The run ends 30 seconds after the first of its processes, should the others hang.
+run_job --wait=30 image_train.py --preset cityscapes --data_dir "$DATA_DIR" --checkpoint_dir "$CHECKPOINT_DIR" \
   --resume_checkpoint auto "$@"

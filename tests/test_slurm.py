@@ -1,0 +1,177 @@
+"""The SLURM scripts on a real SLURM: what signals do to a job, and that training and sampling give what one process gives."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, TRAIN, as_arguments
+from slurm_cluster import SlurmCluster, why_not
+
+ROOT = Path(__file__).resolve().parent.parent
+JOBS = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+TWO = "--ntasks-per-node=2"
+# Stands in for image_train.py: it runs until told to stop, takes its time to save, and has nothing left to do when resumed.
+STAND_IN = """
+import os, signal, sys, time
+told = []
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: told.append(number))
+print("started", sys.argv[-1], flush=True)
+while "SLURM_RESTART_COUNT" not in os.environ and not told:
+    time.sleep(0.02)
+if told:
+    time.sleep(1)
+    print("saved", flush=True)
+    sys.exit(int(sys.argv[-1]))
+print("resumed", os.environ["OMP_NUM_THREADS"], flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A running SLURM of one node."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with SlurmCluster() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project folder whose training is a stand-in."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("train.sh", "guided_diffusion/job.sh"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "logs").mkdir()
+    (folder / "image_train.py").write_text(STAND_IN)
+    return folder
+
+
+def log_of(facts):
+    path = Path(facts["StdOut"])
+    return path.read_text() if path.exists() else ""
+
+
+def test_what_signals_do_to_a_job(cluster, project):
+    cases = {  # name: (options of sbatch, exit code when told to stop, options of scancel, final state)
+        "steps": ([TWO], 75, ["--signal=USR1"], "COMPLETED"),
+        "batch": ([TWO], 75, ["--signal=USR1", "--batch"], "COMPLETED"),
+        "both": ([TWO], 75, ["--signal=USR1", "--full"], "COMPLETED"),
+        "term": ([TWO], 75, ["--signal=TERM"], "COMPLETED"),
+        "cancelled": ([TWO], 75, [], "CANCELLED"),
+        "failing": ([TWO], 3, ["--signal=USR1"], "FAILED"),
+        "single-shot": ([TWO, "--no-requeue"], 75, ["--signal=USR1"], "FAILED"),
+        "one": (["--array=0-1"], 75, ["--signal=USR1"], "COMPLETED"),
+    }
+    jobs, environment = {}, {"PYTHON": sys.executable, "OMP_NUM_THREADS": ""}
+    for name, (options, code, _, _) in cases.items():
+        options = [f"--job-name={name}", "--cpus-per-task=3", *options]
+        jobs[name] = cluster.submit("train.sh", code, options=options, cwd=project, env=environment)
+    array, jobs["one"] = jobs["one"], f"{jobs['one']}_1"  # the task that SLURM gives the number of the whole array
+    jobs["other"] = f"{array}_0"
+    for name, job in jobs.items():
+        ready = 1 if name in ("one", "other") else 2
+        cluster.await_that(job, lambda facts, ready=ready: log_of(facts).count("started") == ready, "start")
+    for name, (_, _, options, _) in cases.items():
+        cluster.command("scancel", *options, jobs[name])
+
+    for name, (_, code, _, state) in cases.items():
+        facts = cluster.await_end(jobs[name], state)
+        log, tasks = log_of(facts), 1 if name == "one" else 2
+        assert facts["StdOut"] == f"{project}/logs/{facts['JobName']}-{facts['JobId']}.out"
+        assert log.count("saved") == tasks, log
+        again = state == "COMPLETED"
+        assert facts["Restarts"] == str(int(again)) and log.count("resumed 3") == tasks * again, log
+        assert facts["ExitCode"] == ("0:0" if again else f"{code}:0")
+        assert ("is back in the queue" in log) == again
+        assert ("not requeued" in log) == (name == "cancelled") and ("submit it again" in log) == (name == "single-shot"), log
+    assert cluster.facts(jobs["other"])["JobState"] == "RUNNING"
+    cluster.command("scancel", jobs["other"])
+    cluster.await_end(jobs["other"], "CANCELLED")
+
+
+def test_a_job_outside_of_the_project_says_so(cluster, project, tmp_path):
+    job = cluster.submit(project / "train.sh", options=[f"--output={tmp_path}/log"], cwd=tmp_path)
+    facts = cluster.await_end(job, "FAILED")
+    assert facts["ExitCode"] == "2:0"
+    assert log_of(facts) == f"train.sh: {tmp_path} is not the project's folder: call sbatch there\n"
+
+
+def weights_in(folder):
+    """Return all tensors of a run's last weights: {(file, key): tensor}."""
+    files = {name: torch.load(folder / name, weights_only=True) for name in ("model000030.pt", "ema_0.9_000030.pt")}
+    return {(name, key): value for name, weights in files.items() for key, value in weights.items()}
+
+
+def progress(folder):
+    """Return the rows of a run's progress.csv, none where it is not there yet."""
+    path = folder / "progress.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_training_in_two_tasks(cluster, scenes, tmp_path):
+    flags = {**TINY, **TRAIN, "precision": "fp32", "learn_sigma": False, "eval_interval": 0, "use_checkpoint": False,
+             "device": "cpu", "total_steps": 30}  # fmt: skip
+
+    def submit(name, **changes):
+        environment = {**JOBS, "DATA_DIR": str(scenes), "CHECKPOINT_DIR": str(tmp_path / name)}
+        options = [TWO, f"--job-name={name}", f"--output={tmp_path}/%x.out"]
+        return cluster.submit("train.sh", *as_arguments({**flags, **changes}), options=options, cwd=ROOT, env=environment)
+
+    told, cancelled, straight = submit("told"), submit("cancelled", total_steps=10**6), submit("straight")
+    cluster.await_that(told, lambda _: progress(tmp_path / "told"), "take a step")
+    cluster.command("scancel", "--signal=USR1", told)
+    cluster.await_that(cancelled, lambda _: progress(tmp_path / "cancelled"), "take a step")
+    cluster.command("scancel", cancelled)
+    environment = {**cluster.environment, **JOBS, "DATA_DIR": str(scenes), "CHECKPOINT_DIR": str(tmp_path / "alone")}
+    command = ["bash", "train.sh", *as_arguments({**flags, "batch_size": 4})]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    cluster.await_end(straight, "COMPLETED")
+    two, one = (weights_in(tmp_path / name) for name in ("straight", "alone"))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+    losses = [[float(row["loss"]) for row in progress(tmp_path / name)] for name in ("straight", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    facts = cluster.await_end(told, "COMPLETED")
+    log = log_of(facts)
+    assert facts["Restarts"] == "1" and "stopped: step" in log and "resumed from step" in log and "finished at step 30" in log
+    assert [row["step"] for row in progress(tmp_path / "told")] == [str(step) for step in range(1, 31)]
+    resumed, expected = (weights_in(tmp_path / name) for name in ("told", "straight"))
+    assert resumed.keys() == expected.keys() and all(torch.equal(resumed[key], expected[key]) for key in expected)
+
+    facts = cluster.await_end(cancelled, "CANCELLED")
+    assert facts["Restarts"] == "0" and "stopped: step" in log_of(facts) and "not requeued" in log_of(facts)
+
+
+def test_sampling_in_an_array(cluster, trained, tmp_path):
+    from guided_diffusion.data.toy_scenes import write_toy_scenes
+
+    write_toy_scenes(str(tmp_path / "scenes"), train=1, val=6, height=32, width=64, progress=False)
+    flags = as_arguments({"use_ddim": True, "timestep_respacing": 2, "batch_size": 1, "device": "cpu"})
+    places = {"DATA_DIR": str(tmp_path / "scenes"), "MODEL_PATH": str(trained)}
+    many, one = ({**JOBS, **places, "RESULTS_PATH": str(tmp_path / name)} for name in ("many", "one"))
+    options = ["--array=0-3", f"--output={tmp_path}/%x-%j.out"]
+    array = cluster.submit("sample.sh", *flags, options=options, cwd=ROOT, env=many)
+    environment = {**cluster.environment, **one}
+    done = subprocess.run(["bash", "sample.sh", *flags], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    logs = [log_of(cluster.await_end(f"{array}_{task}", "COMPLETED")) for task in range(4)]
+
+    def table(name):
+        with open(tmp_path / name / "results.csv", newline="") as f:
+            return [{key: value for key, value in row.items() if "seconds" not in key} for row in csv.DictReader(f)]
+
+    assert table("many") == table("one") and len({row["path"] for row in table("one")}) == 6, logs
+    names = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.png")}
+    assert names == {path.relative_to(tmp_path / "many") for path in (tmp_path / "many").rglob("*.png")}
+    assert all((tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)
