@@ -10,56 +10,63 @@ from guided_diffusion.config import (
     adopt_training_config,
     check_bank,
     ineffective_flags,
-    load_config,
     parse_config,
     print_config,
 )
 from guided_diffusion.errors import InputError
 from guided_diffusion.files import check_folder
-from guided_diffusion.scripts import run_script, say
+from guided_diffusion.scripts import Interrupts, run_script, say
+from guided_diffusion.training.ranks import find_ranks, find_share
 
 
 def main():
     """Parse flags, take the architecture from the checkpoint, build, regenerate."""
+    with Interrupts(at_once=True):  # what is done is on the disk already
+        regenerate()
+
+
+def regenerate():
+    """Regenerate this process's share of the pictures, or look at what that would do (--dry_run)."""
     config, given = parse_config(SampleConfig, __doc__)
     from guided_diffusion import build
 
-    weights = build.find_weights(config.model_path, config.dry_run)
-    trained = {}
-    beside = os.path.join(os.path.dirname(weights), "config.json")
-    if os.path.exists(beside):
-        trained = load_config(beside)
+    ranks = find_ranks()
+    tell = say if ranks.rank == 0 else lambda line: None
+    weights = build.find_weights(config.model_path, config.dry_run, tell)
+    trained, beside = build.trained_config(weights)
+    if trained:
         for line in adopt_training_config(config, given, trained, beside):
-            say(f"warning: {line}")
+            tell(f"warning: {line}")
     check_bank(config, given)
     for line in ineffective_flags(config, given):
-        say(f"warning: {line}")
+        tell(f"warning: {line}")
     if config.s > 1 and trained.get("drop_rate") == 0:
-        say(f"warning: --s {config.s:g} guides a model trained without --drop_rate: it has never seen empty semantics")
+        tell(f"warning: --s {config.s:g} guides a model trained without --drop_rate: it has never seen empty semantics")
     if not trained and os.path.exists(weights):
-        say(f"warning: no config.json beside {weights}: prediction, schedule and noise bank are taken from the flags")
+        tell(f"warning: no config.json beside {weights}: prediction, schedule and noise bank are taken from the flags")
     if config.role != "receive":
         build.draw_toy_scenes(config, given, say)
     if not config.results_path and not config.dry_run:
         raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
     check_folder(config.results_path, "results_path")
     if config.dry_run:
-        print_config(config)
-        build.dry_run(config, say=print, weights=weights)
+        if ranks.rank == 0:
+            from guided_diffusion.dry_run import dry_run
+
+            print_config(config)
+            dry_run(config, say=print, weights=weights)
         return
+    share, quiet = find_share(ranks), ranks.rank > 0  # one progress bar for each job is enough
     from guided_diffusion import build_link
 
     if config.role == "receive":
-        from guided_diffusion.receive import Receiving
+        from guided_diffusion.receive import receive_all
 
-        run = Receiving(config, weights, build_link.receiving_parts(config, weights, say))
-        say(f"receiving {run.count} messages with {weights} into {config.results_path}")
-        for line in run.summary(run.run()):
-            say(line)
+        receive_all(config, weights, build_link.receiving_parts(config, weights, tell, ranks), say, share, quiet)
         return
     from guided_diffusion.regenerate import run_points
 
-    run_points(config, weights, build_link.sampling_parts(config, weights, say), say)
+    run_points(config, weights, build_link.sampling_parts(config, weights, tell, ranks), say, share, quiet)
 
 
 if __name__ == "__main__":

@@ -15,27 +15,44 @@ from guided_diffusion.config import (
     save_config,
 )
 from guided_diffusion.files import check_folder
-from guided_diffusion.scripts import run_script, say
+from guided_diffusion.scripts import Interrupts, run_script, say
 
 
 def main():
-    """Parse flags, build, train."""
+    """Parse flags, meet the other processes, build, train."""
     config, given = parse_config(TrainConfig, __doc__)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost connection is a page of C++ frames
+    with Interrupts(at_once=True) as interrupts:
+        from guided_diffusion import build
+
+        group, device = build.join_group(config)
+        with group.guarded():
+            train(config, given, group, device, interrupts)
+
+
+def train(config, given, group, device, interrupts):
+    """Train, or look at what training would do (--dry_run)."""
     from guided_diffusion import build
 
+    tell = say if group.main else lambda line: None
     for line in [*adopt_resumed(config, given), *ineffective_flags(config, given)]:
-        say(f"warning: {line}")
+        tell(f"warning: {line}")
     check_folder(config.checkpoint_dir, "checkpoint_dir")
-    build.draw_toy_scenes(config, given, say)
+    with group.main_first():
+        build.draw_toy_scenes(config, given, say)
     if config.dry_run:
-        print_config(config)
-        build.dry_run(config, say=print)
+        if group.main:
+            from guided_diffusion.dry_run import dry_run
+
+            print_config(config)
+            dry_run(config, say=print)
         return
-    loop = build.training_loop(config, given, say)
-    os.makedirs(config.checkpoint_dir, exist_ok=True)
-    save_config(config, Path(config.checkpoint_dir) / "config.json")
-    step = loop.run()
-    say(f"finished at step {step}: weights, progress.csv and previews are in {config.checkpoint_dir}")
+    loop = build.training_loop(config, given, tell, group, device)
+    if group.main:
+        os.makedirs(config.checkpoint_dir, exist_ok=True)
+        save_config(config, Path(config.checkpoint_dir) / "config.json")
+    step = loop.run(interrupts)
+    tell(f"finished at step {step}: weights, progress.csv and previews are in {config.checkpoint_dir}")
 
 
 if __name__ == "__main__":

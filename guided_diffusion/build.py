@@ -1,5 +1,6 @@
 """From a configuration to model, diffusion, noise bank and data: the only module that knows them all."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -7,7 +8,8 @@ import os
 
 import torch
 
-from .data.image_datasets import SceneDataset, label_histogram, load_data
+from .config import load_config
+from .data.image_datasets import SceneDataset, load_data
 from .data.semantics import SemanticCoding, conditioning_channels
 from .data.toy_scenes import write_toy_scenes
 from .diffusion.gaussian_diffusion import create_gaussian_diffusion
@@ -17,10 +19,12 @@ from .errors import InputError
 from .link.channel import snr_to_sigma
 from .link.noise_bank import NoiseBank
 from .random_streams import stream_seed
-from .report import describe_labels, describe_network
-from .training.checkpoint import load_weights, newest_ema, resume_point
+from .training.checkpoint import newest_ema, resume_point
 from .training.distributed import pins_memory, select_device, usable_precision
+from .training.group import Group
 from .training.loop import LoopSettings, TrainLoop
+from .training.manifest import noted_config
+from .training.ranks import find_ranks
 from .training.samples import SampleRules
 from .training.validation import Validation
 
@@ -127,10 +131,10 @@ def diffusion_from(config, **changes):
     return create_diffusion(**{**{name: getattr(config, name) for name in _DIFFUSION_FLAGS}, **changes})
 
 
-def placed(model, device):
+def placed(model, device, sharded=False):
     """Put a network on its device, in the memory layout that it is fastest in."""
-    # Convolutions are faster on pixels than on planes, on CPUs and GPUs alike.
-    return model.to(device, memory_format=torch.channels_last)
+    # Convolutions are faster on pixels than on planes, on CPUs and GPUs alike; FSDP2 shards plain layouts alone.
+    return model.to(device, memory_format=torch.contiguous_format if sharded else torch.channels_last)
 
 
 # -- data and bank ----------------------------------------------------------------------------------------------------
@@ -161,11 +165,22 @@ def semantic_coding(config):
     return SemanticCoding(config.label_scale, config.edge_levels, config.edge_threshold, config.edge_scale)
 
 
-def picture_size(dataset, model):
-    """Return (H, W) of the data set's pictures after checking that the network takes them."""
-    height, width = dataset.sample_size(0)
+def picture_size(dataset, model, skips=False):
+    """Return (H, W) of the data set's pictures after checking that the network takes them.
+
+    :param skips: look at the next label map where one is unreadable.
+    """
+    height, width = _first_readable(dataset.sample_size, range(len(dataset)), skips)
     check_size(height, width, model.downsampling)
     return height, width
+
+
+def _first_readable(look, indices, skips):
+    """Return look(index) of the first index; with `skips`, of the first one that raises no InputError."""
+    for index in indices[:-1] if skips else ():
+        with contextlib.suppress(InputError):
+            return look(index)
+    return look(indices[-1] if skips else indices[0])
 
 
 def noise_bank(config, height, width):
@@ -178,22 +193,32 @@ def noise_bank(config, height, width):
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def training_loop(config, given, say):
+def join_group(config):
+    """Meet the other processes of this job, if it has any. Returns this process's `Group` and its torch device."""
+    ranks = find_ranks()
+    device = select_device(config.device, ranks)
+    return Group(ranks, device), device
+
+
+def training_loop(config, given, say, group=None, device=None):
     """Build a training run, resumed where asked for.
 
     :param given: the flags given explicitly.
     :param say: function that prints one line.
+    :param group, device: what `join_group` returned; None: this process alone, on --device.
     :return: `TrainLoop`.
     """
-    device = select_device(config.device)
+    group, device = group or Group(), device or select_device(config.device)
     precision = precision_of(config, device, say)
+    _check_sharding(config, group, precision, say)
     torch.manual_seed(stream_seed(config.seed, "initial weights"))
     model = model_from(config)
-    _say_idle_attention(config, model, say)
-    pictures, validation_pictures = _training_data(config, say)
-    height, width = picture_size(pictures, model)
+    say_idle_attention(config, model, say)
+    pictures, validation_pictures = training_data(config, say)
+    skips = config.on_bad_image == "skip"
+    height, width = picture_size(pictures, model, skips)
     rates = ema_rates(config.ema_rate)
-    start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial)
+    start = _resume_point(config, group, say)
     rules = SampleRules(
         num_classes=config.num_classes,
         one_hot=config.one_hot_label,
@@ -207,11 +232,12 @@ def training_loop(config, given, say):
         coding=semantic_coding(config),
     )
     diffusion = diffusion_from(config).to(device)
-    settings = _loop_settings(config, rates, precision)
+    settings = _loop_settings(config, rates, precision, device, group)
+    sampler = create_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps).to(device)
     loop = TrainLoop(
-        placed(model, device), diffusion, create_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps).to(device),
-        rules, lambda position: _training_batches(config, position, device),
-        _validation(config, validation_pictures, rules, diffusion, device, precision), settings,
+        placed(model, device, settings.fsdp), diffusion, sampler, rules,
+        lambda position: _training_batches(config, position, device, group),
+        _validation(config, validation_pictures, rules, diffusion, device, precision), settings, group,
     )  # fmt: skip
     if start is not None:
         missing = loop.resume(*start, partial=config.resume_partial)
@@ -220,10 +246,33 @@ def training_loop(config, given, say):
         say(f"no checkpoint in {config.checkpoint_dir} yet: starting afresh")
     say(f"training on {len(pictures)} pictures of {height}x{width}; checkpoints, progress.csv and previews go to"
         f" {config.checkpoint_dir}")  # fmt: skip
+    say(_batch_line(settings, group))
     return loop
 
 
-def _training_data(config, say):
+def _check_sharding(config, group, precision, say):
+    if config.fsdp and group.world_size == 1:
+        say("warning: --fsdp True has no effect: there is one process")
+    elif config.fsdp and precision == "fp16":
+        raise InputError("--fsdp True: fp16 needs a loss scale that all shards agree on; use --precision bf16 or fp32")
+
+
+def _resume_point(config, group, say):
+    """Let rank 0 find where to resume, for all."""
+    start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial, say) if group.main else None
+    return group.gather(start)[0]
+
+
+def _batch_line(settings, group):
+    """global batch = batch × processes × accumulation, in numbers."""
+    size, ranks = settings.microbatch, group.world_size
+    passes = -(-settings.batch_size // size)
+    processes = f"{ranks} process{'es' if ranks > 1 else ''}"
+    line = f"global batch {settings.batch_size * ranks} = {size} × {processes} × {passes} accumulated"
+    return line + (" (the last one smaller)" if settings.batch_size % size else "")
+
+
+def training_data(config, say):
     """Open the training split, and the validation split or None where nothing looks at it; check that both have pictures."""
     pictures = data_set(config, config.is_train, say)
     if not pictures.has_images:
@@ -248,17 +297,27 @@ def ema_rates(text):
     return rates
 
 
-def _loop_settings(config, rates, precision):
-    names = {f.name for f in dataclasses.fields(LoopSettings)} - {"ema_rates", "precision"}
-    return LoopSettings(ema_rates=rates, precision=precision, **{name: getattr(config, name) for name in names})
+def pass_size(config, device):
+    """Return how many pictures a forward pass takes in training."""
+    # On a CPU, sums over pairs make the rounding of 1 process × 4 and of 2 × 2 the same, where Adam would blow it up.
+    whole = 2 if device.type == "cpu" else config.batch_size
+    return min(config.microbatch if config.microbatch > 0 else whole, config.batch_size)
 
 
-def _training_batches(config, position, device):
+def _loop_settings(config, rates, precision, device, group):
+    names = {f.name for f in dataclasses.fields(LoopSettings)} - {"ema_rates", "precision", "config"}
+    flags = {name: getattr(config, name) for name in names}
+    flags["fsdp"] = config.fsdp and group.world_size > 1
+    flags["microbatch"] = pass_size(config, device)
+    return LoopSettings(ema_rates=rates, precision=precision, config=dataclasses.asdict(config), **flags)
+
+
+def _training_batches(config, position, device, group):
     return load_data(
         dataset_mode=config.dataset_mode, data_dir=config.data_dir, batch_size=config.batch_size,
         image_size=config.image_size, is_train=config.is_train, num_classes=config.num_classes,
-        no_instance=config.no_instance, seed=config.seed, start=position, num_workers=config.num_workers,
-        pin_memory=pins_memory(device),
+        no_instance=config.no_instance, seed=config.seed, start=position, rank=group.rank, world_size=group.world_size,
+        num_workers=config.num_workers, pin_memory=pins_memory(device), on_bad_image=config.on_bad_image,
     )  # fmt: skip
 
 
@@ -270,7 +329,9 @@ def _validation(config, pictures, rules, diffusion, device, precision):
     count = min(wanted, len(pictures))
     # Spread over the split, because neighbours in a drive look alike; every other one first, for the preview's share.
     spread = [k * len(pictures) // count for k in range(count)]
-    items = [pictures.batch([i]) for i in spread[::2] + spread[1::2]]
+    skips, everything = config.on_bad_image == "skip", list(range(len(pictures)))
+    items = [_first_readable(lambda k: pictures.batch([k]), everything[i:] + everything[:i], skips)
+             for i in spread[::2] + spread[1::2]]  # fmt: skip
     steps = min(config.preview_steps, diffusion.num_timesteps)
     preview = diffusion_from(config, timestep_respacing=str(steps)).to(device)
     clean = dataclasses.replace(rules, add_noise=False, drop_rate=0.0)
@@ -280,70 +341,30 @@ def _validation(config, pictures, rules, diffusion, device, precision):
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def find_weights(model_path, may_lack=False):
+def find_weights(model_path, may_lack=False, say=None):
     """Return the weights file that --model_path means: the file itself, or a folder's newest EMA file.
 
     :param may_lack: do not insist that it exists (dry runs).
+    :param say: function of a line, told of damaged files that were passed over.
     """
     if not model_path and not may_lack:
         raise InputError("--model_path is empty: name a .pt file, or a folder with checkpoints")
     if os.path.isdir(model_path):
-        return str(newest_ema(model_path))
+        return str(newest_ema(model_path, say))
     if not os.path.exists(model_path) and not may_lack:
         raise InputError(f"--model_path {model_path}: no such file; train first, or name another .pt file or folder")
     return model_path
 
 
-# -- dry run ----------------------------------------------------------------------------------------------------------
+def trained_config(weights):
+    """Return the flags that a weights file was trained with, {} where nobody noted them, and the path of the note.
 
-
-def dry_run(config, say, weights=None):
-    """Check data, labels, sizes and (given a path) weights; say what was found, and what the run would take.
-
-    :param weights: path of the weights in sampling; None in training.
+    They are in the config.json beside it, or, where that is lost, in the checkpoint's manifest.
     """
-    device = select_device(config.device)
-    precision = precision_of(config, device, say)
-    with torch.device("meta"):
-        model = model_from(config)
-    _say_idle_attention(config, model, say)
-    diffusion_from(config)
-    semantic_coding(config)
-    training = weights is None
-    if not training and (config.role == "receive" or config.extractor != "gt"):
-        _check_weights(config, weights, say)
-        say("dry run: flags and weights were accepted; messages and extracted label maps are not looked at")
-        return
-    dataset = _training_data(config, say)[0] if training else data_set(config, config.is_train, say)
-    height, width = picture_size(dataset, model)
-    if training:
-        start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial)
-        say(
-            f"checkpoints: {config.checkpoint_dir}, "
-            + ("starting afresh" if start is None else f"resuming from step {start[1]}")
-        )
-    say(f"pictures: {len(dataset)} of {height}x{width}" + ("" if dataset.has_images else ", labels alone"))
-    say("label histogram:")
-    for line in describe_labels(label_histogram(dataset, progress=True)):
-        say(line)
-    count = len(ema_rates(config.ema_rate)) if training else None
-    batch = config.batch_size
-    if training and config.microbatch > 0:
-        batch = min(batch, config.microbatch)
-    for line in describe_network(lambda: model_from(config), height, width, batch, precision, count):
-        say(line)
-    if not training:
-        _check_weights(config, weights, say)
-    say("dry run: everything was accepted; nothing was trained, sampled or saved")
-
-
-def _check_weights(config, weights, say):
-    if not os.path.exists(weights):
-        say(f"--model_path {weights or '(empty)'}: does not exist yet, so the weights were not checked")
-        return
-    model = model_from(config)
-    load_weights(model, weights)
-    say(f"--model_path {weights}: fits the network")
+    beside = os.path.join(os.path.dirname(weights), "config.json")
+    if os.path.exists(beside):
+        return load_config(beside), beside
+    return (noted_config(weights) if os.path.exists(weights) else {}), f"the manifest of {weights}"
 
 
 def precision_of(config, device, say):
@@ -354,7 +375,8 @@ def precision_of(config, device, say):
     return precision
 
 
-def _say_idle_attention(config, model, say):
+def say_idle_attention(config, model, say):
+    """Warn of attention resolutions that no level of the network has."""
     for size in _numbers(config.attention_resolutions, "attention_resolutions", int):
         stride = config.image_size // size
         if not 1 <= stride <= model.downsampling or stride & (stride - 1):

@@ -37,14 +37,14 @@ MAX_AREA = 16  # of pictures that a message may ask for, in squares of image_siz
 SEARCH_BATCH = 8  # candidates that run together; not --batch_size, which must not decide near ties
 
 
-def sampling_parts(config, weights, say):
+def sampling_parts(config, weights, say, ranks=None):
     """Build what a sampling run needs, for all its points.
 
     :param weights: path of the weights.
     :return: dict of model (on its device), diffusion, bank, dataset, coding, device, precision, measures, early_stop, and
         the functions transmitter(point), receiver(point) and crossing(point).
     """
-    device = select_device(config.device)
+    device = select_device(config.device, ranks)
     precision = precision_of(config, device, say)
     coding = semantic_coding(config)  # checks its flags before the long work, as what follows does
     for codec in parts_of(config.baseline):
@@ -87,9 +87,9 @@ def sampling_parts(config, weights, say):
     return parts | {"transmitter": transmitter, "receiver": receiver, "crossing": crossing}
 
 
-def receiving_parts(config, weights, say):
+def receiving_parts(config, weights, say, ranks=None):
     """Build what the receiver alone needs: dict of make_chain (Header -> `Chain`) and receiver()."""
-    device = select_device(config.device)
+    device = select_device(config.device, ranks)
     precision_of(config, device, say)
     model = model_from(config)
     load_weights(model, weights)

@@ -6,6 +6,7 @@ Standard library only, so that `--help` answers at once.
 import argparse
 import dataclasses
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -29,6 +30,8 @@ from .flags import (
     TrainFlags,
 )
 from .presets import PRESETS
+
+MAX_CONFIG_BYTES = 2**20
 
 # What a checkpoint fixes: sampling with other values would be another model.
 _FREE = {"dropout", "use_checkpoint", "class_cond", "timestep_respacing", "use_kl", "rescale_learned_sigmas",
@@ -109,7 +112,8 @@ def settle(config, given):
                       ("eval_interval", 0), ("eval_items", 1), ("patience", 0), ("min_delta", 0), ("preview_items", 0),
                       ("preview_steps", 1), ("s", 1), ("stop_tol", 0), ("stop_patience", 1), ("stop_min_steps", 1),
                       ("panel_items", 0), ("candidates", 1), ("feedback_steps", 0), ("step_candidates", 1),
-                      ("step_atoms", 1), ("selected_steps", 0), ("tail_steps", 0)):  # fmt: skip
+                      ("step_atoms", 1), ("selected_steps", 0), ("tail_steps", 0), ("keep_checkpoints", 0),
+                      ("save_failures", 1)):  # fmt: skip
         if not getattr(config, name, low) >= low:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least {low}")
     if getattr(config, "microbatch", -1) < 1 and getattr(config, "microbatch", -1) != -1:
@@ -252,7 +256,7 @@ def ineffective_flags(config, given):
             ("patience", config.patience and not config.eval_interval, "there is no score without --eval_interval"),
             ("min_delta", not config.patience, "it belongs to --patience"),
             ("eval_items", not config.eval_interval, "it belongs to --eval_interval"),
-            ("microbatch", config.microbatch >= config.batch_size, "it is no smaller than the batch"),
+            ("microbatch", config.microbatch >= config.batch_size <= 2, "it is no smaller than the batch"),
             ("preview_steps", not config.preview_items, "it belongs to --preview_items"),
             ("resume_partial", not config.resume_checkpoint, "it belongs to --resume_checkpoint"),
         ]
@@ -376,19 +380,30 @@ def print_config(config):
     print(json.dumps(dataclasses.asdict(config), indent=1))
 
 
+def _digest(values):
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def save_config(config, path):
-    """Write the config as JSON."""
+    """Write the config as JSON, with a digest that tells a damaged file from a good one."""
+    values = dataclasses.asdict(config)
     with whole_file(path) as f:
-        f.write(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        f.write(json.dumps(values | {"sha256": _digest(values)}, indent=1) + "\n")
 
 
 def load_config(path):
-    """Read a config.json. Returns a dict; raises InputError where it is unreadable or no JSON object."""
+    """Read a config.json. Returns a dict.
+
+    :raises InputError: it is unreadable, no JSON object, or not as `save_config` wrote it (older files have no digest).
+    """
     try:
         with open(path) as f:
-            values = json.load(f)
-    except (OSError, ValueError) as error:
+            values = json.loads(f.read(MAX_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as a configuration ({error}); restore it or move it away") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}; restore it or move it away")
+    if values.pop("sha256", None) not in (None, _digest(values)):
+        raise InputError(f"{path}: differs from its SHA-256, so it is damaged or was edited; restore it, or remove the line"
+                         ' "sha256" to use it as it is')  # fmt: skip
     return values

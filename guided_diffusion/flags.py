@@ -22,7 +22,7 @@ class RunFlags:
 
     preset: str = flag("", "starting values that explicit flags override", ("", *PRESETS))
     dry_run: bool = flag(False, "check data, labels, sizes and weights, print the configuration and a memory estimate, stop")
-    device: str = flag("auto", "auto, cpu or cuda[:N]")
+    device: str = flag("auto", "auto, cpu or cuda[:N]; auto gives each process of a node its own GPU")
     precision: str = flag("", "fp32, bf16 or fp16 (torch.amp); empty: fp16 with --use_fp16 True, else fp32",
                           ("", "fp32", "bf16", "fp16"))  # fmt: skip
     use_fp16: bool = flag(False, "the family's flag for --precision fp16; a CPU then uses bf16 and says so")
@@ -120,8 +120,9 @@ class TrainFlags:
     checkpoint_dir: str = flag("./checkpoints", "where checkpoints, config.json, progress.csv and previews go")
     resume_checkpoint: str = flag("", "model file to go on from, or auto: the newest in checkpoint_dir, if any")
     resume_partial: bool = flag(False, "resume although parts of the checkpoint are missing")
-    batch_size: int = flag(1, "pictures per step")
-    microbatch: int = flag(-1, "pictures per forward pass (gradient accumulation); -1: the whole batch")
+    batch_size: int = flag(1, "pictures per step in each process")
+    microbatch: int = flag(-1, "pictures per forward pass (gradient accumulation); -1: the whole batch, on a CPU two (so that"
+                           " the number of processes hardly matters)")  # fmt: skip
     lr: float = flag(1e-4, "learning rate of AdamW")
     weight_decay: float = flag(0.0, "weight decay of AdamW")
     lr_warmup_steps: int = flag(0, "steps over which the learning rate rises from 0")
@@ -132,6 +133,11 @@ class TrainFlags:
     drop_rate: float = flag(0.0, "share of samples trained without conditioning; needed for guidance (0.1 in the presets)")
     log_interval: int = flag(10, "steps between rows of progress.csv")
     save_interval: int = flag(5000, "steps between checkpoints and previews")
+    keep_checkpoints: int = flag(0, "keep so many of the newest checkpoints, and the one with the best score; 0: all")
+    save_failures: int = flag(3, "end the run when so many saves in a row fail (a full disk); until then it goes on training")
+    on_bad_image: str = flag("error", "an unreadable file among the pictures ends the run, or is skipped and listed at the end",
+                             ("error", "skip"))  # fmt: skip
+    fsdp: bool = flag(False, "shard weights, averages and optimizer over the processes (FSDP2), for models beyond one GPU")
     export_legacy: bool = flag(False, "add the unused spade_norm tensors that GESCO and Diff-GO-n insist on")
     fp16_scale_growth: float = flag(1e-3, "accepted, without effect: GradScaler has its own rule")
     eval_interval: int = flag(0, "steps between validation scores; 0: none")

@@ -22,6 +22,7 @@ PRESETS = {
         "train": {
             "checkpoint_dir": "./checkpoints/toy",
             "batch_size": 8,
+            "microbatch": 8,
             "lr": 1e-3,
             "lr_warmup_steps": 50,
             "lr_anneal_steps": 600,

@@ -1,15 +1,21 @@
 """What the two scripts share: how they speak, and how they end."""
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import warnings
 
 from .errors import InputError
 
+REQUEUE = 75  # exit code (EX_TEMPFAIL) of a run that was told to end and can go on where it stopped
+
 
 def say(text):
-    """Print one line of progress to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """Print one line of progress to standard error. A log on a full disk must not end a run."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def run_script(main):
@@ -28,10 +34,48 @@ def run_script(main):
             raise
         hint = "out of memory? lower --batch_size or --microbatch, or set --use_checkpoint True"
         sys.exit(_complain(f"{text.splitlines()[0][:200]} ({hint})", 1))
-    except KeyboardInterrupt:
-        sys.exit(_complain("interrupted", 130))
+    except KeyboardInterrupt as stop:
+        code = getattr(stop, "code", 130)
+        say(f"{os.path.basename(sys.argv[0])}: " + ("interrupted" if code == 130 else f"ended as told; exit code {code}"))
+        sys.exit(code)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run; `code` is the exit code."""
+
+    def __init__(self, number):
+        super().__init__(f"signal {number}")
+        self.code = 130 if number == signal.SIGINT else REQUEUE
+
+
+class Interrupts:
+    """Notes SIGINT, SIGTERM and SIGUSR1 (with which SLURM announces the end of a job) instead of dying of them.
+
+    A second SIGINT breaks the work at once; the two others may well come twice, from SLURM and from a wrapper.
+
+    :param at_once: break the work at the first signal, by `Interrupted`.
+    """
+
+    def __init__(self, at_once=False):
+        self.seen, self.at_once, self._before = 0, at_once, {}  # seen: the signal's number
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        again = number == self.seen == signal.SIGINT
+        first, self.seen = not self.seen, number
+        if again or (self.at_once and first):
+            raise Interrupted(number)
 
 
 def _complain(error, code):
-    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    say(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}")
     return code

@@ -1,11 +1,13 @@
-"""From flags to parts, and the dry run."""
+"""From flags to parts."""
+
+import shutil
 
 import pytest
 import torch
 from conftest import TINY, TRAIN, as_arguments
 
 from guided_diffusion import build, create_model_and_diffusion, model_and_diffusion_defaults
-from guided_diffusion.config import SampleConfig, TrainConfig, parse_config
+from guided_diffusion.config import TrainConfig, parse_config
 from guided_diffusion.errors import InputError
 
 SMALL = {"image_size": 32, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1}
@@ -104,27 +106,6 @@ def test_initial_weights_follow_from_the_seed(make_loop):
     assert torch.equal(first("a", 1), first("b", 1)) and not torch.equal(first("c", 1), first("d", 2))
 
 
-def test_dry_run_of_training_reports_and_writes_nothing(scenes, tmp_path):
-    flags = {"data_dir": scenes, "checkpoint_dir": tmp_path / "none", **TINY, **TRAIN}
-    config, _ = parse_config(TrainConfig, "", as_arguments(flags))
-    lines = []
-    build.dry_run(config, lines.append)
-    text = "\n".join(lines)
-    for words in ("pictures: 6 of 16x32", "class   7", "parameters: ", "memory estimate: "):
-        assert words in text
-    assert not (tmp_path / "none").exists()
-
-
-def test_dry_run_of_sampling_checks_weights_where_they_exist(scenes, trained):
-    flags = {"data_dir": scenes, **TINY}
-    config, _ = parse_config(SampleConfig, "", as_arguments(flags))
-    lines = []
-    build.dry_run(config, lines.append, weights=str(trained / "ema_0.9_000004.pt"))
-    build.dry_run(config, lines.append, weights="nowhere/ema.pt")
-    assert any("ema_0.9_000004.pt: fits" in line for line in lines)
-    assert any("nowhere/ema.pt: does not exist" in line for line in lines)
-
-
 def test_find_weights_takes_a_folders_newest_average(trained, tmp_path):
     assert build.find_weights(str(trained)).endswith("ema_0.9_000004.pt")
     with pytest.raises(InputError, match="no such file"):
@@ -133,3 +114,48 @@ def test_find_weights_takes_a_folders_newest_average(trained, tmp_path):
         build.find_weights("")
     with pytest.raises(InputError, match="no ema_"):
         build.find_weights(str(tmp_path))
+
+
+def test_the_flags_of_training_come_from_config_json_or_else_from_the_manifest(trained, tmp_path):
+    weights = str(trained / "ema_0.9_000004.pt")
+    beside, where = build.trained_config(weights)
+    assert beside["num_channels"] == 32 and where == str(trained / "config.json")
+    for name in ("ema_0.9_000004.pt", "manifest000004.json"):
+        shutil.copy(trained / name, tmp_path)
+    noted, where = build.trained_config(str(tmp_path / "ema_0.9_000004.pt"))
+    assert noted == beside and "manifest" in where
+    (tmp_path / "manifest000004.json").unlink()
+    assert build.trained_config(str(tmp_path / "ema_0.9_000004.pt"))[0] == {}
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    ({"batch_size": 4}, "global batch 4 = 2 × 1 process × 2 accumulated"),
+    ({"batch_size": 1}, "global batch 1 = 1 × 1 process × 1 accumulated"),
+    ({"batch_size": 5, "microbatch": 3}, "global batch 5 = 3 × 1 process × 2 accumulated (the last one smaller)"),
+    ({"batch_size": 4, "microbatch": 8}, "global batch 4 = 4 × 1 process × 1 accumulated"),
+])  # fmt: skip
+def test_the_global_batch_is_said(scenes, tmp_path, flags, line):
+    flags = {"data_dir": scenes, "checkpoint_dir": tmp_path, **TINY, **TRAIN, **flags}
+    config, given = parse_config(TrainConfig, "", as_arguments(flags))
+    lines = []
+    build.training_loop(config, given, lines.append)
+    assert line in lines
+    assert not any("fsdp" in line for line in lines)
+    config.fsdp = True
+    build.training_loop(config, given, lines.append)
+    assert "warning: --fsdp True has no effect: there is one process" in lines
+
+
+def test_unreadable_pictures_do_not_stop_a_skipping_run_from_starting(scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    for split in ("train", "val"):  # the first ones, which give the size and the validation items
+        bad = sorted((tmp_path / "scenes").glob(f"gtFine/{split}/*/*labelIds.png"))[0]
+        bad.write_bytes(bad.read_bytes()[:30])
+    flags = {"data_dir": tmp_path / "scenes", "checkpoint_dir": tmp_path / "run", **TINY, **TRAIN, "preview_items": 2}
+    for action in ("error", "skip"):
+        config, given = parse_config(TrainConfig, "", as_arguments({**flags, "on_bad_image": action}))
+        if action == "skip":
+            assert len(build.training_loop(config, given, lambda line: None).validation.items) == 2
+        else:
+            with pytest.raises(InputError, match="cannot be read as a picture"):
+                build.training_loop(config, given, lambda line: None)

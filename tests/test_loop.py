@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from guided_diffusion.errors import InputError
+from guided_diffusion.scripts import Interrupted, Interrupts
+from guided_diffusion.training import run_state
 from guided_diffusion.training.loop import MAX_SKIPPED
 
 
@@ -128,7 +130,7 @@ def test_resuming_is_exact(make_loop, flags):
 def test_resuming_needs_every_part_unless_asked(make_loop, tmp_path):
     make_loop(total_steps=2).run()
     (tmp_path / "run" / "opt000002.pt").unlink()
-    with pytest.raises(InputError, match=r"lacks opt000002\.pt"):
+    with pytest.raises(InputError, match=r"opt000002\.pt is missing"):
         make_loop(resume_checkpoint=tmp_path / "run" / "model000002.pt")
     loop = make_loop(resume_checkpoint=tmp_path / "run" / "model000002.pt", resume_partial=True)
     assert loop.step == 2 and not loop.optimizer.state
@@ -191,8 +193,8 @@ def test_early_stopping_ends_the_run(make_loop):
     assert loop.early_stopping.best_step == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_the_run_between_steps_with_a_checkpoint(make_loop, number):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_an_interrupt_ends_the_run_between_steps_with_a_checkpoint(make_loop, number, code):
     straight = make_loop("straight", total_steps=5)
     straight.run()
     loop = make_loop(total_steps=5)
@@ -202,16 +204,94 @@ def test_an_interrupt_ends_the_run_between_steps_with_a_checkpoint(make_loop, nu
     def interrupted(batch):
         if loop.step == 2:
             os.kill(os.getpid(), number)
+            if number != signal.SIGINT:
+                os.kill(os.getpid(), number)  # SLURM and a wrapper may both send it
         return train_step(batch)
 
     loop.train_step = interrupted
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted) as stop:
         loop.run()
+    assert stop.value.code == code
     resumed = make_loop(total_steps=5, resume_checkpoint="auto")
     assert resumed.step == 3  # the step at work was finished first
     resumed.run()
     assert_same(weights_of(resumed), weights_of(straight))
     assert signal.getsignal(number) is before
+
+
+def test_an_interrupt_before_the_first_step_leaves_things_as_they_were(make_loop, tmp_path):
+    make_loop(total_steps=2).run()
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*0*")}
+    with Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(Interrupted):
+            make_loop(total_steps=4, resume_checkpoint="auto").run(interrupts)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*0*")} == files
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def failing_saves(monkeypatch, steps):
+    """Let the saves of some steps fail as on a full disk."""
+    save = run_state.save_parts
+
+    def full(directory, step, *rest):
+        if step in steps:
+            raise OSError(28, "No space left on device")
+        save(directory, step, *rest)
+
+    monkeypatch.setattr(run_state, "save_parts", full)
+
+
+def test_training_goes_on_when_a_save_fails(make_loop, tmp_path, monkeypatch, capsys):
+    straight = make_loop("straight", total_steps=6)
+    straight.run()
+    failing_saves(monkeypatch, {2, 3, 5})
+    loop = make_loop(total_steps=6, save_interval=1, save_failures=3)
+    assert loop.run() == 6
+    assert_same(weights_of(loop), weights_of(straight))
+    said = capsys.readouterr().err
+    assert "step 2 could not be saved" in said and "the last checkpoint is of step 1; going on (1 of 3" in said
+    assert "(2 of 3" in said and "(3 of 3" not in said
+    assert sorted(path.name for path in (tmp_path / "run").glob("model*")) == [f"model00000{k}.pt" for k in (1, 4, 6)]
+
+
+def test_too_many_failed_saves_end_the_run(make_loop, monkeypatch):
+    failing_saves(monkeypatch, {2, 3, 4})
+    loop = make_loop(total_steps=6, save_interval=1, save_failures=2)
+    with pytest.raises(OSError, match="No space left"):
+        loop.run()
+    assert loop.step == 3
+
+
+def test_the_last_save_must_work(make_loop, monkeypatch):
+    failing_saves(monkeypatch, {2})
+    with pytest.raises(OSError, match="No space left"):
+        make_loop(total_steps=2).run()
+
+
+def test_old_checkpoints_are_removed_but_not_the_best(make_loop, tmp_path):
+    loop = make_loop(total_steps=6, save_interval=1, keep_checkpoints=2, eval_interval=1, eval_items=1)
+    scores = iter([5.0, 1.0, 4.0, 3.0, 2.0, 6.0])
+    loop.validation.score = lambda *_: next(scores)
+    loop.run()
+    assert sorted(path.name for path in (tmp_path / "run").glob("model*")) == [f"model00000{k}.pt" for k in (2, 5, 6)]
+
+
+def test_unreadable_pictures_are_skipped_and_listed(make_loop, scenes, tmp_path, capsys):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    bad = sorted((tmp_path / "scenes").glob("leftImg8bit/train/*/*.png"))[2]
+    bad.write_bytes(bad.read_bytes()[:100])
+    flags = {"data_dir": tmp_path / "scenes", "total_steps": 4}
+    with pytest.raises(InputError, match=bad.name):
+        make_loop("stops", **flags).run()
+    assert make_loop("goes_on", on_bad_image="skip", **flags).run() == 4
+    said = capsys.readouterr().err
+    assert "1 unreadable file was skipped" in said and said.count(bad.name) == 1
+
+
+# -- stopping and resuming --------------------------------------------------------------------------------------------
 
 
 def test_a_run_that_ran_out_of_patience_stays_stopped(make_loop):
@@ -236,9 +316,26 @@ def test_weight_decay_follows_the_flag_on_resuming(make_loop):
     assert [group["weight_decay"] for group in loop.optimizer.param_groups] == [0.5]
 
 
+def test_an_optimizer_file_in_another_memory_layout_goes_on_alike(make_loop, tmp_path):
+    # Files of the family, and of sharded runs, have plain layouts; the network's is channels_last.
+    straight = make_loop("straight", total_steps=4)
+    straight.run()
+    make_loop(total_steps=2).run()
+    path = tmp_path / "run" / "opt000002.pt"
+    saved = torch.load(path, weights_only=True)
+    for values in saved["state"].values():
+        values |= {name: values[name].contiguous() for name in ("exp_avg", "exp_avg_sq")}
+    torch.save(saved, path)
+    (tmp_path / "run" / "manifest000002.json").unlink()
+    resumed = make_loop(total_steps=4, resume_checkpoint="auto")
+    resumed.run()
+    assert_same(weights_of(resumed), weights_of(straight))
+
+
 def test_an_average_of_another_network_is_refused(make_loop, tmp_path):
     make_loop(total_steps=1).run()
     torch.save({"out.2.weight": torch.zeros(1)}, tmp_path / "run" / "ema_0.9_000001.pt")
+    (tmp_path / "run" / "manifest000001.json").unlink()  # else the change would be found by its digest
     with pytest.raises(InputError, match=r"ema_0\.9_000001\.pt: missing key"):
         make_loop(resume_checkpoint="auto")
 
@@ -247,6 +344,7 @@ def test_an_average_of_another_network_is_refused(make_loop, tmp_path):
 def test_a_foreign_state_file_is_refused(make_loop, tmp_path, contents):
     make_loop(total_steps=1).run()
     torch.save(contents, tmp_path / "run" / "state000001.pt")
+    (tmp_path / "run" / "manifest000001.json").unlink()
     with pytest.raises(InputError, match="does not fit this run"):
         make_loop(resume_checkpoint="auto")
 

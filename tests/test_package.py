@@ -17,7 +17,7 @@ ROOT = Path(guided_diffusion.__file__).parent
 ORDER = [
     {"receive"},
     {"regenerate"},
-    {"build_link"},
+    {"build_link", "dry_run"},
     {"build", "measures"},
     {"report"},
     {"training"},

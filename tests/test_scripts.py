@@ -301,7 +301,7 @@ def test_the_wrappers_run_under_bash(scenes, tmp_path):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DATA_DIR": str(scenes),
                    "CHECKPOINT_DIR": str(tmp_path / "ckpt"), "MODEL_PATH": str(tmp_path / "ckpt"),
                    "RESULTS_PATH": str(tmp_path / "out")}  # fmt: skip
-    environment.pop("SLURM_SUBMIT_DIR", None)
+    environment = {name: value for name, value in environment.items() if not name.startswith("SLURM_")}
     off = {"precision": "fp32", "learn_sigma": False, "eval_interval": 0, "total_steps": 1, "use_checkpoint": False}
     for script, flags in (("train.sh", {**TINY, **TRAIN, **off}), ("sample.sh", {"timestep_respacing": 2, "num_samples": 1})):
         command = ["bash", str(ROOT / script), *as_arguments(flags)]

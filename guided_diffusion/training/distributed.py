@@ -1,4 +1,4 @@
-"""Devices and their precisions: the only module that knows what an accelerator is called."""
+"""Devices, their precisions and their backends: the only module that knows what an accelerator is called."""
 
 import contextlib
 
@@ -9,20 +9,36 @@ from ..errors import InputError
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def select_device(name="auto"):
-    """Return the torch device for --device auto | cpu | cuda[:N]. Raises InputError where there is none."""
+def select_device(name="auto", ranks=None):
+    """Return the torch device for --device auto | cpu | cuda[:N]. Raises InputError where there is none.
+
+    :param ranks: this process's `Ranks`; of several processes on a node each takes the GPU of its local rank (or the only
+        one that it is shown, as under srun's --gpus-per-task).
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: unknown; choose auto, cpu or cuda[:N]")
-    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():  # torch wraps 128 to -128
-        found = torch.cuda.device_count()
+    found = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and not 0 <= (device.index or 0) < found:  # torch wraps 128 to -128
         raise InputError(f"--device {name}: this machine shows {found} CUDA devices; choose another or cpu")
+    if device.type == "cuda" and ranks is not None and ranks.world_size > 1:
+        if device.index is not None:
+            raise InputError(f"--device {name}: {ranks.world_size} processes cannot share one GPU; use --device cuda or auto")
+        if ranks.local_rank >= found > 1:
+            raise InputError(f"process {ranks.local_rank + 1} of this node has no GPU left: {found} are shown; start fewer")
+        device = torch.device("cuda", ranks.local_rank if found > 1 else 0)
+        torch.cuda.set_device(device)  # collectives take the current one
     return device
+
+
+def backend_for(device):
+    """Return torch.distributed's name of the backends for tensors on a device and in host memory."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def usable_precision(device, precision):

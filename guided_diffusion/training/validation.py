@@ -6,8 +6,9 @@ import torch
 
 from ..diffusion.sampling import sample
 from ..metrics import colour_error
-from ..panels import picture_grid, save_picture, show_semantics, to_uint8
+from ..panels import picture_grid, show_semantics, to_uint8
 from .distributed import autocast
+from .group import Group
 
 
 class Validation:
@@ -25,15 +26,21 @@ class Validation:
         self.device, self.precision = device, precision
 
     @torch.no_grad()
-    def score(self, model, weights, count):
+    def score(self, model, weights, count, group=None):
         """Return the mean training loss of `count` items with the given weights (a dict of tensors).
 
         Item k is seen at the middle of the k-th of `count` equal parts of the time axis, and at that of the part half
         way round, with bank entries from (seed, k) alone.
+
+        :param group: the `Group` whose ranks share the items out, and all of whom must call this; None: alone.
         """
+        group = group or Group()
         losses, steps = [], self.diffusion.num_timesteps
+        rounds = -(-count // group.world_size)
         with _using(model, weights), autocast(self.device, self.precision):
-            for k in range(count):
+            for turn in range(rounds):
+                # A rank without an item left looks at the last one again: sharded weights need everybody in each pass.
+                k = min(turn * group.world_size + group.rank, count - 1)
                 batch = self.items[k % len(self.items)]
                 x_start = batch["image"].to(self.device)
                 y = self.rules.condition(batch).to(self.device)
@@ -41,11 +48,13 @@ class Validation:
                 for part in (k, (k + count // 2) % count):
                     t = torch.tensor([int((part + 0.5) / count * steps)], device=self.device)
                     losses.append(self.diffusion.training_losses(model, x_start, t, y=y, noise=noise)["loss"])
-        return float(torch.cat(losses).mean())
+        # In the items' order, so that the sum is the same for any number of ranks.
+        found = group.joined(torch.stack(losses).reshape(1, rounds, -1))  # (ranks, rounds, 2)
+        return float(found.transpose(0, 1).reshape(-1, found.shape[-1])[:count].mean())
 
     @torch.no_grad()
-    def preview(self, model, weights, count, path):
-        """Regenerate the first `count` items by deterministic DDIM and write original | label map | regenerated.
+    def preview(self, model, weights, count):
+        """Regenerate the first `count` items by deterministic DDIM: original | label map | regenerated.
 
         :return: the panel (H, W, 3) uint8, and the mean colour error (see `metrics.colour_error`).
         """
@@ -59,7 +68,6 @@ class Validation:
                 semantics = show_semantics(y, self.rules.num_classes, self.rules.one_hot)
                 rows.append([to_uint8(batch["image"])[0], semantics[0], to_uint8(regenerated)[0]])
         panel = picture_grid(rows, ["original", "label map and edges", "regenerated"])
-        save_picture(panel, path)
         return panel, float(torch.stack(errors).mean())
 
 

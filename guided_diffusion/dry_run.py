@@ -1,0 +1,60 @@
+"""--dry_run: look at data, flags and weights, and say what a run would take, without doing it."""
+
+import os
+
+import torch
+
+from . import build
+from .data.image_datasets import label_histogram
+from .report import describe_labels, describe_network
+from .training.checkpoint import load_weights, resume_point
+from .training.distributed import select_device
+
+
+def dry_run(config, say, weights=None):
+    """Check data, labels, sizes and (given a path) weights; say what was found, and what the run would take.
+
+    :param weights: path of the weights in sampling; None in training.
+    """
+    device = select_device(config.device)
+    precision = build.precision_of(config, device, say)
+    with torch.device("meta"):
+        model = build.model_from(config)
+    build.say_idle_attention(config, model, say)
+    build.diffusion_from(config)
+    build.semantic_coding(config)
+    training = weights is None
+    if not training and (config.role == "receive" or config.extractor != "gt"):
+        _check_weights(config, weights, say)
+        say("dry run: flags and weights were accepted; messages and extracted label maps are not looked at")
+        return
+    dataset = build.training_data(config, say)[0] if training else build.data_set(config, config.is_train, say)
+    height, width = build.picture_size(dataset, model, skips=training and config.on_bad_image == "skip")
+    if training:
+        start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial, say)
+        say(
+            f"checkpoints: {config.checkpoint_dir}, "
+            + ("starting afresh" if start is None else f"resuming from step {start[1]}")
+        )
+    say(f"pictures: {len(dataset)} of {height}x{width}" + ("" if dataset.has_images else ", labels alone"))
+    say("label histogram:")
+    for line in describe_labels(label_histogram(dataset, progress=True)):
+        say(line)
+    count = len(build.ema_rates(config.ema_rate)) if training else None
+    batch = config.batch_size
+    if training:
+        batch = build.pass_size(config, device)
+    for line in describe_network(lambda: build.model_from(config), height, width, batch, precision, count):
+        say(line)
+    if not training:
+        _check_weights(config, weights, say)
+    say("dry run: everything was accepted; nothing was trained, sampled or saved")
+
+
+def _check_weights(config, weights, say):
+    if not os.path.exists(weights):
+        say(f"--model_path {weights or '(empty)'}: does not exist yet, so the weights were not checked")
+        return
+    model = build.model_from(config)
+    load_weights(model, weights)
+    say(f"--model_path {weights}: fits the network")

@@ -1,0 +1,227 @@
+"""The processes of one training run: how they meet, what they agree on, and how they learn that one of them has failed."""
+
+import datetime
+import os
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+
+import torch
+import torch.distributed as dist
+
+from ..errors import InputError
+from .distributed import backend_for
+from .ranks import Ranks
+
+MEETING = datetime.timedelta(seconds=300)  # for all processes to have started
+COLLECTIVE = datetime.timedelta(minutes=60)  # a save of many GB may take long; that a process died is noticed by `_Watch`
+BEAT_S, SILENT_BEATS = 2.0, 15  # a process whose sign of life has not changed for so many looks is taken for dead
+FAILED = "failed"
+
+
+class LostPeer(OSError):
+    """Another process of the run failed or vanished."""
+
+
+class Group:
+    """The processes of one run. A single one needs no process group: everything here then costs nothing.
+
+    :param ranks: this process's `Ranks`.
+    :param device: its torch device.
+    """
+
+    def __init__(self, ranks=None, device=None):
+        ranks = ranks or Ranks()
+        self.rank, self.world_size, self.main = ranks.rank, ranks.world_size, ranks.rank == 0
+        self._watch = None
+        if self.world_size > 1:
+            self._meet(ranks, device)
+
+    def _meet(self, ranks, device):
+        values = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "MASTER_ADDR": ranks.address, "MASTER_PORT": ranks.port}
+        os.environ.update({name: str(value) for name, value in values.items()})
+        where = f"{ranks.address}:{ranks.port}"
+        try:
+            store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=MEETING))
+            dist.init_process_group(backend_for(device), store=dist.PrefixStore("run", store), rank=ranks.rank,
+                                    world_size=ranks.world_size, timeout=COLLECTIVE)  # fmt: skip
+            # A connection of its own: the main thread may be waiting on the other one.
+            own = dist.TCPStore(ranks.address, ranks.port, is_master=False, wait_for_workers=False, timeout=MEETING)
+        except (RuntimeError, OSError) as error:
+            reason = str(error).split("\n")[0][:200]
+            raise LostPeer(f"rank {self.rank}: the {self.world_size} processes did not meet at {where} ({reason});"
+                           " did all start? MASTER_ADDR and MASTER_PORT change the place") from None  # fmt: skip
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._watch = _Watch(dist.PrefixStore(f"watch{attempt}", own), self.rank, self.world_size)
+
+    # -- agreeing -------------------------------------------------------------------------------------------------------
+
+    def gather(self, value):
+        """Return the values (any plain Python object) of all ranks, in their order."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def largest(self, number):
+        """Return the largest of the ranks' integers."""
+        if self.world_size == 1:
+            return number
+        found = torch.tensor([number], dtype=torch.int64)  # host memory: no accelerator waits
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def mean(self, tensor):
+        """Return the mean of the ranks' tensors of one shape, on this tensor's device."""
+        if self.world_size == 1:
+            return tensor
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor / self.world_size
+
+    def joined(self, tensor):
+        """Return the ranks' tensors of one shape, concatenated in the order of the ranks."""
+        if self.world_size == 1:
+            return tensor
+        found = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(found, tensor.contiguous())
+        return torch.cat(found)
+
+    def barrier(self):
+        """Wait until all ranks are here."""
+        self.largest(0)
+
+    @contextmanager
+    def main_first(self):
+        """Run a block in rank 0 before it runs in the others."""
+        if not self.main:
+            self.barrier()
+        yield
+        if self.main:
+            self.barrier()
+
+    # -- ending ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def guarded(self):
+        """Leave together: what fails in one rank ends all of them with its message; a lost peer becomes `LostPeer`."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            self._close(together=False)  # all ranks agreed on it, or the user insisted
+            if not self.main:
+                sys.exit(getattr(stop, "code", 130))  # without a word: rank 0 speaks
+            raise
+        except BaseException as error:
+            if self.world_size == 1:
+                raise
+            told = self._told(error)
+            self._close(together=False)
+            raise told from (None if isinstance(told, InputError | OSError) else error)
+        else:
+            self._close(together=True)
+
+    def _told(self, error):
+        """Tell the other ranks of this one's error; or return theirs, where the error only came of it."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        if self._watch is None:
+            return error
+        if _is_connection_error(error):
+            reason = self._watch.reason(seconds=10)
+            return LostPeer(f"rank {self.rank} ends because {reason or 'it lost the connection to another; was one killed?'}")
+        self._watch.announce(f"rank {self.rank} failed: {text}")
+        if self.main:  # its process holds the announcement
+            time.sleep(2 * BEAT_S)
+        for kind in (InputError, OSError):
+            if isinstance(error, kind):
+                return kind(f"rank {self.rank}: {text}")
+        return error
+
+    def _close(self, together):
+        if self.world_size == 1:
+            return
+        if together:
+            self.barrier()
+        if self._watch is not None:
+            self._watch.stop()
+        if together and dist.is_initialized():
+            dist.destroy_process_group()  # after a failure this could wait for those that are gone
+
+
+def _is_connection_error(error):
+    words, text = ("gloo", "nccl", "connection closed", "connection reset"), str(error).lower()
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in text for word in words))
+
+
+class _Watch(threading.Thread):
+    """Gives signs of life, looks for those of the others and for a failure that one announced, and ends the process then.
+
+    A collective cannot be broken off from outside, so a rank that waits for a failed one in it has to be ended this way.
+    """
+
+    def __init__(self, store, rank, world_size):
+        super().__init__(daemon=True, name="watch")
+        self.store, self.rank = store, rank
+        # Rank 0 looks at all; the others look at rank 0, and learn of the rest from it.
+        self.peers = {peer: [None, 0] for peer in (range(1, world_size) if rank == 0 else [0])}  # last sign, looks since
+        self._stopped, self._lost, self._found = threading.Event(), 0, ""
+        self.start()
+
+    def run(self):
+        beats = 0
+        while not self._stopped.wait(BEAT_S):
+            beats += 1
+            try:
+                self.store.set(f"beat{self.rank}", str(beats))
+                self._look()
+                self._lost = 0
+            except RuntimeError:  # the store is gone, and with it rank 0 or the launcher
+                self._lost += 1
+                if self._lost == 5:
+                    self._end("rank 0 is gone; was it killed?")
+
+    def _look(self):
+        if self.store.check([FAILED]):
+            self._found = self.store.get(FAILED).decode()
+            self._end(self._found)
+        for peer, last in self.peers.items():
+            key = f"beat{peer}"
+            sign = self.store.get(key) if self.store.check([key]) else None
+            last[:] = (sign, 0) if sign != last[0] else (sign, last[1] + 1)
+            if last[1] == SILENT_BEATS:
+                reason = f"rank {peer} has given no sign of life for {SILENT_BEATS * BEAT_S:.0f} s; was it killed?"
+                self.announce(reason)
+                self._end(reason)
+
+    def _end(self, reason):
+        if self._stopped.wait(3 * BEAT_S):  # what the main thread says itself is better
+            return
+        print(f"{os.path.basename(sys.argv[0])}: error: rank {self.rank} ends because {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def announce(self, reason):
+        """Tell all ranks why the run ends; the first reason stays."""
+        with _quiet():
+            self.store.compare_set(FAILED, "", reason)
+
+    def reason(self, seconds):
+        """Return why another rank failed, waiting for it to say so; "" where none does."""
+        with _quiet():
+            for _ in range(int(seconds * 5)):
+                if not self._found and self.store.check([FAILED]):
+                    self._found = self.store.get(FAILED).decode()
+                if self._found:
+                    break
+                time.sleep(0.2)
+        return self._found
+
+    def stop(self):
+        """End the watch. Not from its own thread."""
+        self._stopped.set()
+        self.join(10)
+
+
+def _quiet():
+    return suppress(RuntimeError)  # no store, nobody to tell or to ask

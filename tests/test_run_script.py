@@ -1,0 +1,87 @@
+"""How the scripts end: one line, an exit code, and what signals do."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from guided_diffusion.errors import InputError
+from guided_diffusion.scripts import REQUEUE, Interrupted, Interrupts, run_script, say
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (InputError("a.png: bad\n  really"), 2, "train.py: error: a.png: bad really\n"),
+        (OSError("disk full"), 1, "train.py: error: disk full\n"),
+        (KeyboardInterrupt(), 130, "train.py: interrupted\n"),
+        (Interrupted(signal.SIGINT), 130, "train.py: interrupted\n"),
+        (Interrupted(signal.SIGUSR1), REQUEUE, "train.py: ended as told; exit code 75\n"),
+        (Interrupted(signal.SIGTERM), REQUEUE, "train.py: ended as told; exit code 75\n"),
+    ],
+)
+def test_run_script_says_one_line(monkeypatch, capsys, error, code, text):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/some/where/train.py"])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main)
+    assert stopped.value.code == code
+    assert capsys.readouterr().err == text
+
+
+def test_run_script_lets_programming_errors_through():
+    with pytest.raises(ZeroDivisionError):
+        run_script(lambda: 1 / 0)
+    assert run_script(lambda: None) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_are_noted_and_handlers_put_back(number):
+    before = signal.getsignal(number)
+    with Interrupts() as interrupts:
+        os.kill(os.getpid(), number)
+        time.sleep(0)
+        assert interrupts.seen == number
+        if number != signal.SIGINT:
+            os.kill(os.getpid(), number)  # once more changes nothing
+            time.sleep(0)
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_breaks_the_work():
+    with pytest.raises(Interrupted) as stopped, Interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert stopped.value.code == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_at_once_breaks_the_work_at_the_first_signal_only(number):
+    with Interrupts(at_once=True):
+        with pytest.raises(Interrupted) as stopped:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        os.kill(os.getpid(), number)  # while it cleans up
+        time.sleep(0)
+    assert stopped.value.code == REQUEUE
+
+
+def test_a_log_on_a_full_disk_ends_nothing():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    code = "from guided_diffusion.scripts import say; say('line'); print('went on')"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, text=True)
+    assert done.stdout == "went on\n"
+
+
+def test_say_writes_a_line(capsys):
+    say("line")
+    assert capsys.readouterr().err == "line\n"
