@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import random
+import re
 import shlex
 
 import pytest
@@ -535,3 +537,37 @@ def test_a_fresh_run_ignores_what_lies_in_its_folder(tmp_path, monkeypatch):
 def test_create_parser_keeps_flags_that_are_not_given_out():
     parsed = create_parser(TrainConfig, "test").parse_args(["--lr", "1"])
     assert vars(parsed) == {"lr": 1.0}
+
+
+# -- damaged and malicious config.json ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("contents", [b"[" * 10**6, b"\x80\x04c__builtin__\nexec\n(S'boom'\ntR.", b" " * 2**21 + b"{}", b"",
+                                      b'{"lr": ' + b"9" * 5000 + b"}", b"\xff\xfe"])  # fmt: skip
+def test_a_config_that_is_none_is_refused(tmp_path, contents):
+    path = tmp_path / "config.json"
+    path.write_bytes(contents)
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        load_config(path)
+
+
+def test_flipped_bits_in_a_config_are_recognised(tmp_path):
+    path, draw = tmp_path / "config.json", random.Random(0)
+    config = TrainConfig(noise_bank_seed=150, num_channels=64)
+    save_config(config, path)
+    good, refused = path.read_bytes(), 0
+    for _ in range(300):
+        bad = bytearray(good)
+        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
+        path.write_bytes(bad)
+        try:
+            # White space may change, or the digest's own name.
+            assert load_config(path).items() >= dataclasses.asdict(config).items()
+        except InputError:
+            refused += 1
+    assert refused > 200
+
+
+def test_a_config_without_a_digest_is_taken(tmp_path):
+    (tmp_path / "config.json").write_text('{"lr": 0.1}')
+    assert load_config(tmp_path / "config.json") == {"lr": 0.1}

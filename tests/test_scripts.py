@@ -272,7 +272,12 @@ def test_a_loss_is_not_switched_by_resuming(run, scenes, tmp_path):
 def test_a_config_with_an_invalid_value_is_named(run, scenes, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "copy")
     path = tmp_path / "copy" / "config.json"
-    path.write_text(path.read_text().replace('"unet_model": "unet"', '"unet_model": "foo"'))
+    values = json.loads(path.read_text()) | {"unet_model": "foo"}
+    path.write_text(json.dumps(values))
+    code, _, said = run("image_sample", *sample_flags(scenes, "copy", "out"))
+    assert code == 2 and "config.json: differs from its SHA-256" in said
+    del values["sha256"]
+    path.write_text(json.dumps(values))
     code, _, said = run("image_sample", *sample_flags(scenes, "copy", "out"))
     assert code == 2 and "config.json: unet_model is 'foo'" in said and "Traceback" not in said
 
