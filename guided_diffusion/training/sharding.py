@@ -29,10 +29,15 @@ def wrap(model, group, fsdp=False):
     return fully_shard(model, mesh=mesh)
 
 
+def is_sharded(model):
+    """Whether a model's parameters are sharded by `wrap`."""
+    return isinstance(model, FSDPModule)
+
+
 @contextmanager
 def syncing(network, last):
     """Average the gradients over the ranks in the block's backward pass only where it is the `last` of a step."""
-    if isinstance(network, FSDPModule):
+    if is_sharded(network):
         network.set_requires_gradient_sync(last)
         yield
     elif isinstance(network, DistributedDataParallel) and not last:

@@ -9,6 +9,7 @@ from ..metrics import colour_error
 from ..panels import picture_grid, show_semantics, to_uint8
 from .distributed import autocast
 from .group import Group
+from .sharding import is_sharded
 
 
 class Validation:
@@ -59,11 +60,14 @@ class Validation:
         :return: the panel (H, W, 3) uint8, and the mean colour error (see `metrics.colour_error`).
         """
         rows, errors = [], []
+        # Only the whole forward pass brings sharded weights together, not that of a single layer.
+        reuse = {"reuse_bytes": 0} if is_sharded(model) else {}
         with _using(model, weights), autocast(self.device, self.precision):
             for k, batch in enumerate(self.items[:count]):
                 y = self.rules.condition(batch)
                 noise = self.rules.noise([k], batch["image"].shape[1:]).to(self.device)
-                regenerated = sample(model, self.preview_diffusion, y.to(self.device), noise, "ddim").images.cpu()
+                result = sample(model, self.preview_diffusion, y.to(self.device), noise, "ddim", **reuse)
+                regenerated = result.images.cpu()
                 errors.append(colour_error(regenerated, batch["image"]))
                 semantics = show_semantics(y, self.rules.num_classes, self.rules.one_hot)
                 rows.append([to_uint8(batch["image"])[0], semantics[0], to_uint8(regenerated)[0]])
