@@ -56,7 +56,7 @@ def regenerate():
             print_config(config)
             dry_run(config, say=print, weights=weights)
         return
-    share, quiet = find_share(ranks), ranks.rank > 0  # one progress bar for each job is enough
+    share, quiet = find_share(ranks, config.share_array), ranks.rank > 0  # one progress bar for each job is enough
     from guided_diffusion import build_link
 
     if config.role == "receive":

@@ -33,6 +33,6 @@ if [ ! -f "$here/guided_diffusion/job.sh" ]; then echo "train.sh: $here is not t
 cd "$here"
 source guided_diffusion/job.sh
 
-# The run ends 30 seconds after the first of its processes, should the others hang.
-run_job --wait=30 image_train.py --preset cityscapes --data_dir "$DATA_DIR" --checkpoint_dir "$CHECKPOINT_DIR" \
+# Processes that fail end the others within a minute; should one hang, the run ends 15 minutes after the first (a save may take long).
+run_job --wait=900 image_train.py --preset cityscapes --data_dir "$DATA_DIR" --checkpoint_dir "$CHECKPOINT_DIR" \
   --resume_checkpoint auto "$@"

@@ -131,10 +131,10 @@ def diffusion_from(config, **changes):
     return create_diffusion(**{**{name: getattr(config, name) for name in _DIFFUSION_FLAGS}, **changes})
 
 
-def placed(model, device, sharded=False):
+def placed(model, device):
     """Put a network on its device, in the memory layout that it is fastest in."""
-    # Convolutions are faster on pixels than on planes, on CPUs and GPUs alike; FSDP2 shards plain layouts alone.
-    return model.to(device, memory_format=torch.contiguous_format if sharded else torch.channels_last)
+    # Convolutions are faster on pixels than on planes, on CPUs and GPUs alike.
+    return model.to(device, memory_format=torch.channels_last)
 
 
 # -- data and bank ----------------------------------------------------------------------------------------------------
@@ -197,7 +197,8 @@ def join_group(config):
     """Meet the other processes of this job, if it has any. Returns this process's `Group` and its torch device."""
     ranks = find_ranks()
     device = select_device(config.device, ranks)
-    return Group(ranks, device), device
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("data_dir", "num_workers")}
+    return Group(ranks, device, flags), device
 
 
 def training_loop(config, given, say, group=None, device=None):
@@ -235,9 +236,9 @@ def training_loop(config, given, say, group=None, device=None):
     settings = _loop_settings(config, rates, precision, device, group)
     sampler = create_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps).to(device)
     loop = TrainLoop(
-        placed(model, device, settings.fsdp), diffusion, sampler, rules,
+        model if settings.fsdp else placed(model, device), diffusion, sampler, rules,  # shards go there one by one
         lambda position: _training_batches(config, position, device, group),
-        _validation(config, validation_pictures, rules, diffusion, device, precision), settings, group,
+        _validation(config, validation_pictures, rules, diffusion, device, precision), settings, group, device,
     )  # fmt: skip
     if start is not None:
         missing = loop.resume(*start, partial=config.resume_partial)

@@ -164,6 +164,9 @@ class SampleFlags:
     stop_patience: int = flag(3, "early stop: so many consecutive steps")
     stop_min_steps: int = flag(1, "early stop: not before so many steps")
     panel_items: int = flag(8, "pictures in panel.png")
+    share_array: bool = flag(
+        True, "the tasks of a SLURM array share the pictures; False: each makes all (arrays over --snr ...)"
+    )
 
 
 @dataclass(kw_only=True)

@@ -41,7 +41,8 @@ run_job() {
   if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then # srun does not take it over by itself
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
   fi
-  if [ -z "${SLURM_JOB_ID:-}" ] || [ -n "${SLURM_STEP_ID:-}" ] || ! command -v srun >/dev/null 2>&1; then
+  # Steps from 4294967290 on are shells: salloc's interactive one, the batch script's.
+  if [ -z "${SLURM_JOB_ID:-}" ] || [ "${SLURM_STEP_ID:-4294967295}" -lt 4294967290 ] || ! command -v srun >/dev/null 2>&1; then
     use_environment
     exec "$PYTHON" "$@"
   fi

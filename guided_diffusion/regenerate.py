@@ -49,7 +49,7 @@ COLUMNS = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool", "sec
 # Flags that may change between two runs into the same folder.
 FREE = {"results_path", "num_samples", "batch_size", "num_workers", "device", "dry_run", "preset", "panel_items",
         "use_fp16", "noise_bank_cache", "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "add_noise",
-        "noise_to", "messages", "metrics", "fid_weights", "features", "baseline", "segmenter"}  # fmt: skip
+        "noise_to", "messages", "share_array", "metrics", "fid_weights", "features", "baseline", "segmenter"}  # fmt: skip
 
 ALONE = Share()
 

@@ -41,11 +41,11 @@ def run_script(main):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run; `code` is the exit code."""
+    """A signal ended the run; `code` is the exit code, `agreed` whether all processes of the run end together."""
 
-    def __init__(self, number):
+    def __init__(self, number, agreed=False):
         super().__init__(f"signal {number}")
-        self.code = 130 if number == signal.SIGINT else REQUEUE
+        self.code, self.agreed = 130 if number == signal.SIGINT else REQUEUE, agreed
 
 
 class Interrupts:

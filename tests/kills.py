@@ -7,6 +7,7 @@ every checkpoint that was reported as saved must be whole; at the end the weight
 import argparse
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,8 +44,8 @@ def kill_once(folder, scenes, steps, draw, log):
         while process.poll() is None and time.monotonic() < deadline and not (during_save and list(folder.glob("*.tmp"))):
             time.sleep(0.0005)
         process.kill()
-        if process.wait() == 0:
-            return None, False
+        if process.wait() != -signal.SIGKILL:
+            sys.exit(f"the run ended by itself with code {process.returncode}:\n{log.read_text()[-2000:]}")
     return [int(step) for step in re.findall(r"saved step (\d+)", log.read_text())], bool(list(folder.glob("*.tmp")))
 
 
@@ -63,9 +64,6 @@ def main():
     newest = 0
     while kills < arguments.kills:
         reported, in_save = kill_once(root / "killed", scenes, steps, draw, root / "killed.log")
-        if reported is None:
-            print("the run ended before it could be killed; more steps are needed")
-            break
         kills, torn, newest = kills + 1, torn + in_save, max([newest, *reported])
         for step in {newest, *reported[-3:]} - {0}:
             problem = problem_of(root / "killed", step)

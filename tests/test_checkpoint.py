@@ -17,6 +17,7 @@ from guided_diffusion.training.checkpoint import (
     newest_checkpoint,
     parse_checkpoint_path,
     problem_of,
+    resume_point,
     save_parts,
     sweep_temporary_files,
     with_legacy_keys,
@@ -98,12 +99,31 @@ def test_the_manifest_appears_last_and_the_state_before_it(tmp_path, monkeypatch
 
     def note(source, target):
         order.append(Path(target).name)
-        assert len(list(tmp_path.glob("*.tmp"))) == 7 - len(order)  # everything was written before the first took its name
+        assert len(list(tmp_path.glob("*.tmp"))) == 8 - len(order)  # everything was written before the first took its name
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", note)
     save_parts(tmp_path, 7, parts())
-    assert order[-2:] == ["state000007.pt", "manifest000007.json"] and len(order) == 6
+    assert order[-2:] == ["state000007.pt", "manifest000007.json"] and len(order) == 7
+    assert order[0] == "manifest000007.json"  # one that says that the rest is coming
+
+
+@pytest.mark.parametrize("renames", range(1, 7))
+def test_a_first_save_that_is_cut_short_is_no_checkpoint_yet(tmp_path, monkeypatch, renames):
+    def killed(source, target, count=[0], replace=os.replace):  # noqa: B006 - counts
+        count[0] += 1
+        if count[0] > renames:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_parts(tmp_path, 7, parts())
+    said = []
+    assert resume_point(tmp_path, "auto", say=said.append) is None and "starting afresh" in said[0]
+    save_parts(tmp_path, 7, parts())
+    assert resume_point(tmp_path, "auto") == (str(tmp_path), 7)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])

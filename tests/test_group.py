@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from guided_diffusion.errors import InputError
 from guided_diffusion.training import group as module
-from guided_diffusion.training.group import FAILED, Group, LostPeer, _is_connection_error, _Watch
+from guided_diffusion.training.group import FAILED, Group, LostPeer, _Watch, is_connection_error
 
 
 def test_alone_everything_agrees():
@@ -35,7 +35,7 @@ def test_alone_errors_are_left_as_they_are(error):
     (InputError("gloo"), False),
 ])  # fmt: skip
 def test_errors_that_only_come_of_a_lost_peer(error, lost):
-    assert _is_connection_error(error) == lost
+    assert is_connection_error(error) == lost
 
 
 # -- the watch, two ranks over one store --------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def test_errors_that_only_come_of_a_lost_peer(error, lost):
 @pytest.fixture
 def watches(monkeypatch):
     """Function rank -> a running `_Watch` of two ranks; `ended` lists (rank, reason) instead of ending the process."""
-    monkeypatch.setattr(module, "BEAT_S", 0.05)
+    monkeypatch.setattr(module, "BEAT_S", 0.1)
     ended, found, store = [], [], dist.HashStore()
     told = threading.Event()
 
@@ -67,7 +67,7 @@ def watches(monkeypatch):
 
 def test_ranks_that_live_are_left_alone(watches):
     watches(0), watches(1)
-    assert not watches.told.wait(2)  # forty looks
+    assert not watches.told.wait(3)  # thirty looks
 
 
 @pytest.mark.parametrize("silent", [0, 1])
@@ -97,6 +97,48 @@ def test_a_store_that_is_gone_is_noticed(watches, monkeypatch):
     watch.store = Gone()
     assert watches.told.wait(20) and watches.ended == [(1, "rank 0 is gone; was it killed?")]
     assert watch.reason(0.2) == ""
+
+
+def test_a_store_that_never_answers_is_noticed(watches):
+    class Hanging:
+        def __getattr__(self, name):
+            return lambda *_: threading.Event().wait()
+
+    watch = watches(1)
+    watch.store = Hanging()
+    assert watches.told.wait(20) and watches.ended == [(1, "rank 0 has not answered for 2 s; was it killed?")]
+    assert watch.reason(0.2) == ""  # nor does asking for the reason, or announcing one, wait for ever
+    watch.announce("rank 1 failed")
+
+
+def test_a_save_is_not_broken_off(monkeypatch, capsys):
+    monkeypatch.setattr(module, "BEAT_S", 0.02)
+    ended = []
+    monkeypatch.setattr(module.os, "_exit", ended.append)
+    watch = _Watch(dist.HashStore(), 1, 2)
+    watch.holding.set()
+    ending = threading.Thread(target=watch._end, args=("rank 0 is gone",), daemon=True)
+    ending.start()
+    ending.join(0.5)
+    assert ending.is_alive() and not ended
+    watch.holding.clear()
+    ending.join(20)
+    assert ended and "rank 1 ends because rank 0 is gone" in capsys.readouterr().err
+    watch.stop()
+
+
+FACTS = {"device": "cuda", "batch_size": 4}
+
+
+@pytest.mark.parametrize("found, words", [
+    ([(FACTS, "a 1"), (FACTS, "a 2"), (FACTS, "b 1")], ""),
+    ([({"device": "cpu"}, None), ({"device": "cpu"}, None)], ""),
+    ([(FACTS, "a 1"), (FACTS | {"batch_size": 8}, "a 2")], "--batch_size is 8 in rank 1 and 4 in rank 0"),
+    ([(FACTS, "a 1"), (FACTS | {"device": "cpu"}, None)], "--device is 'cpu' in rank 1 and 'cuda' in rank 0"),
+    ([(FACTS, "a 1"), (FACTS, "b 1"), (FACTS, "a 1")], "ranks 0 and 2 have the same GPU (a 1)"),
+])  # fmt: skip
+def test_what_keeps_processes_from_training_together(found, words):
+    assert module.difference(found).startswith(words) and bool(module.difference(found)) == bool(words)
 
 
 # -- how a rank ends ----------------------------------------------------------------------------------------------------
@@ -140,7 +182,7 @@ def test_a_bug_keeps_its_traceback():
 
 
 @pytest.mark.parametrize(("reason", "words"), [("rank 0 failed: no data", "rank 1 ends because rank 0 failed: no data"),
-                                               ("", "it lost the connection to another; was one killed")])  # fmt: skip
+                                               ("", "it lost the connection to another: was one killed. .gloo")])  # fmt: skip
 def test_a_lost_peer_is_said_with_its_reason(reason, words):
     watch = Watched(reason)
     with pytest.raises(LostPeer, match=words), second_of_two(watch).guarded():

@@ -1,3 +1,4 @@
+import errno
 import io
 
 import blobfile as bf
@@ -85,6 +86,27 @@ def test_missing_file_and_text_file(tmp_path):
     refuse(pictures.read_picture, tmp_path / "none.png", "cannot be read", "No such file")
     (tmp_path / "text.png").write_text("not a picture")
     refuse(pictures.picture_size, tmp_path / "text.png", "cannot be read")
+
+
+@pytest.mark.parametrize("failures", [2, 3, 4])
+def test_a_file_system_that_fails_for_a_moment_is_asked_again(tmp_path, monkeypatch, failures):
+    pixels, asked = noise(3, 5), []
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    real = Image.open
+
+    def stale(file):
+        asked.append(1)
+        if len(asked) <= failures:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(file)
+
+    monkeypatch.setattr(pictures.Image, "open", stale)
+    monkeypatch.setattr(pictures, "PAUSES_S", (0, 0, 0))
+    if failures <= 3:
+        assert np.array_equal(np.asarray(pictures.read_picture(tmp_path / "a.png")), pixels)
+    else:
+        refuse(pictures.read_picture, tmp_path / "a.png", "Stale file handle")
+    assert len(asked) == min(failures, 3) + 1
 
 
 def test_remote_files_are_read_through_blobfile(monkeypatch):

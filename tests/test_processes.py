@@ -63,6 +63,14 @@ def assert_same_training(folder, other, tolerance):
             torch.testing.assert_close(one[key], two[key], atol=tolerance, rtol=0, msg=f"{name} {key}")
 
 
+def assert_nearly_same_training(folder, other):
+    """The same but for the rounding of sums, which Adam blows up where a gradient is zero but for rounding."""
+    assert_same_training(folder, other, tolerance=2e-3)
+    one, two = (torch.load(where / "model000030.pt", weights_only=True) for where in (folder, other))
+    moved = torch.cat([(one[key] - two[key]).abs().flatten() for key in one])
+    assert (moved > 1e-5).float().mean() < 1e-3
+
+
 LAUNCHERS = {"torchrun": TORCHRUN, "mpiexec": ["mpiexec", "-n", "2", sys.executable]}
 
 
@@ -78,20 +86,16 @@ def test_two_processes_train_as_one_with_the_same_global_batch(alone, scenes, tm
 
 def test_sharded_training_is_the_same_and_its_checkpoints_are_anybodys(alone, scenes, tmp_path):
     folder = tmp_path / "sharded"
-    train(TORCHRUN, folder, scenes, batch_size=2, fsdp=True, total_steps=15)
+    train(TORCHRUN, folder, scenes, batch_size=2, microbatch=1, fsdp=True, total_steps=15)
     opt = torch.load(folder / "opt000015.pt", weights_only=True)
     whole = torch.load(alone / "opt000015.pt", weights_only=True)
     assert opt["state"].keys() == whole["state"].keys()
     assert all(opt["state"][k]["exp_avg"].shape == whole["state"][k]["exp_avg"].shape for k in whole["state"])
     shutil.copytree(folder, tmp_path / "one")
     train([sys.executable], tmp_path / "one", scenes, batch_size=4, resume_checkpoint="auto")  # another number of processes
-    train(TORCHRUN, folder, scenes, batch_size=2, fsdp=True, resume_checkpoint="auto")
-    # The pairs' sums differ in their rounding, which Adam blows up where a gradient is zero but for rounding.
+    train(TORCHRUN, folder, scenes, batch_size=2, microbatch=1, fsdp=True, resume_checkpoint="auto")
     for other in (folder, tmp_path / "one"):
-        assert_same_training(alone, other, tolerance=2e-3)
-        one, two = (torch.load(where / "model000030.pt", weights_only=True) for where in (alone, other))
-        moved = torch.cat([(one[key] - two[key]).abs().flatten() for key in one])
-        assert (moved > 1e-5).float().mean() < 1e-3
+        assert_nearly_same_training(alone, other)
 
 
 def test_resuming_with_another_number_of_processes_goes_on_alike(alone, scenes, tmp_path):
@@ -103,20 +107,27 @@ def test_resuming_with_another_number_of_processes_goes_on_alike(alone, scenes, 
     assert_same_training(alone, tmp_path / "two", tolerance=1e-5)
 
 
+def test_accumulation_in_two_processes(alone, scenes, tmp_path):
+    said = train(TORCHRUN, tmp_path / "two", scenes, batch_size=2, microbatch=1)
+    assert "global batch 4 = 1 × 2 processes × 2 accumulated" in said
+    assert_nearly_same_training(alone, tmp_path / "two")
+
+
 # -- failures: two processes that nobody watches over -------------------------------------------------------------------
 
 
 class Pair:
     """Two ranks that were started by hand, each with its own data folder."""
 
-    def __init__(self, folders, checkpoint_dir, **changes):
+    def __init__(self, folders, checkpoint_dir, per_rank=({}, {}), **changes):
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         self.processes, self.logs = [], []
         for rank, folder in enumerate(folders):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            flags = {"data_dir": folder, "checkpoint_dir": checkpoint_dir, **FLAGS, "total_steps": 10**6, **changes}
+            flags = {"data_dir": folder, "checkpoint_dir": checkpoint_dir, **FLAGS, "total_steps": 10**6}
+            flags |= changes | per_rank[rank]
             self.logs.append(checkpoint_dir.parent / f"rank{rank}.log")
             with open(self.logs[-1], "w") as log:
                 self.processes.append(subprocess.Popen(
@@ -156,6 +167,20 @@ def test_one_rank_without_its_data_ends_both_with_the_reason(scenes, tmp_path, b
     assert f"error: rank {bad}: --data_dir {tmp_path / 'nowhere'} does not exist" in said[bad]
     assert f"error: rank {1 - bad} ends because rank {bad} failed: --data_dir" in said[1 - bad]
     assert not any("Traceback" in text for text in said)
+
+
+def test_other_flags_in_one_rank_are_refused_by_both(scenes, tmp_path):
+    with Pair([scenes, scenes], tmp_path / "run", per_rank=({}, {"batch_size": 4})) as pair:
+        assert pair.codes() == [2, 2]
+        assert all("--batch_size is 4 in rank 1 and 2 in rank 0" in text for text in pair.said())
+
+
+def test_a_rank_that_hangs_ends_the_other(scenes, tmp_path):
+    with Pair([scenes, scenes], tmp_path / "run", save_interval=2) as pair:
+        pair.wait_for(tmp_path / "run" / "manifest000002.json")
+        pair.processes[0].send_signal(signal.SIGSTOP)  # as a node that is lost without a word: no connection closes
+        assert pair.processes[1].wait(timeout=120) == 1
+        assert "error: rank 1 ends because rank 0 has not answered for 30 s" in pair.said()[1]
 
 
 @pytest.mark.parametrize("killed", [0, 1])

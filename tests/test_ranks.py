@@ -109,8 +109,8 @@ def test_mpi_without_a_library_says_so(monkeypatch):
 
 
 def test_shares_of_ranks():
-    assert find_share(Ranks(), {}) == Share(0, 1)
-    assert find_share(Ranks(2, 3), {}) == Share(2, 3)
+    assert find_share(Ranks(), environment={}) == Share(0, 1)
+    assert find_share(Ranks(2, 3), environment={}) == Share(2, 3)
 
 
 def array(task, least, most, count):
@@ -121,13 +121,23 @@ def array(task, least, most, count):
 @pytest.mark.parametrize(("tasks", "ranks"), [(range(4), 1), (range(1, 4), 2), (range(3, 12, 4), 1), (range(5, 6), 3)])
 def test_array_tasks_and_ranks_share_without_gaps(tasks, ranks):
     found = [
-        find_share(Ranks(rank, ranks), array(task, tasks[0], tasks[-1], len(tasks)))
+        find_share(Ranks(rank, ranks), environment=array(task, tasks[0], tasks[-1], len(tasks)))
         for task, rank in itertools.product(tasks, range(ranks))
     ]
     assert found == [Share(k, len(tasks) * ranks) for k in range(len(tasks) * ranks)]
 
 
+def test_arrays_may_also_be_works_of_their_own():
+    assert find_share(Ranks(1, 2), arrays=False, environment=array(3, 0, 3, 4)) == Share(1, 2)
+
+
+@pytest.mark.parametrize("task", [0, 1, 4])
+def test_every_task_of_a_list_of_tasks_is_refused(task):
+    with pytest.raises(InputError, match="use --array=0-2"):
+        find_share(Ranks(), environment=array(task, 0, 4, 3) | {"SLURM_ARRAY_TASK_STEP": "1"})
+
+
 @pytest.mark.parametrize("tasks", [(0, 2, 5), (0, 1, 3)])
 def test_uneven_arrays_are_refused(tasks):
     with pytest.raises(InputError, match="use --array=0-2"):
-        find_share(Ranks(), array(tasks[1], tasks[0], tasks[-1], len(tasks)))
+        find_share(Ranks(), environment=array(tasks[1], tasks[0], tasks[-1], len(tasks)))

@@ -28,7 +28,8 @@ def sharded(tensor, mesh):
 
 def test_one_process_calls_the_model_itself():
     model, _ = tiny_network()
-    assert wrap(model, Group()) is model and wrap(model, Group(), fsdp=True) is model
+    cpu = torch.device("cpu")
+    assert wrap(model, Group(), cpu) is model and wrap(model, Group(), cpu, fsdp=True) is model
     with syncing(model, last=False), syncing(model, last=True):
         pass
 

@@ -4,7 +4,10 @@ Sizes are (width, height) in pixels, as in Pillow. The resizing rule is that of 
 halve by averaging while the picture is at least twice too large, then one bicubic step.
 """
 
+import errno
+import functools
 import struct
+import time
 import zlib
 from contextlib import contextmanager
 
@@ -31,6 +34,28 @@ READ_ERRORS = (
 )
 
 
+# What network file systems answer for a moment, and not of a bad file
+PASSING_ERRORS = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENOLCK)
+PAUSES_S = (0.5, 5.0, 30.0)
+
+
+def _patiently(read):
+    """Let a function that reads a file try again, three times, where the file system failed."""
+
+    @functools.wraps(read)
+    def reading(*arguments):
+        for pause in PAUSES_S:
+            try:
+                return read(*arguments)
+            except InputError as error:
+                if getattr(error.__cause__, "errno", None) not in PASSING_ERRORS:
+                    raise
+            time.sleep(pause)
+        return read(*arguments)
+
+    return reading
+
+
 @contextmanager
 def _opened(path):
     """Yield the Pillow image of a local or remote file; any failure becomes an InputError that names the file."""
@@ -44,12 +69,14 @@ def _opened(path):
         raise InputError(f"{path} cannot be read as a picture ({reason}); replace or remove it") from error
 
 
+@_patiently
 def read_picture(path):
     """Read a picture as an 8-bit RGB Pillow image; InputError if it is unreadable."""
     with _opened(path) as image:
         return image.convert("RGB")
 
 
+@_patiently
 def read_ids(path, kind="label"):
     """Read a label or instance map as a Pillow image whose pixels are ids, up to 16 bits or more.
 
@@ -66,6 +93,7 @@ def read_ids(path, kind="label"):
         return image.convert("I") if image.mode == "I;16B" else image.copy()
 
 
+@_patiently
 def picture_size(path):
     """Return (width, height) from the file's header alone; InputError if it is unreadable."""
     with _opened(path) as image:

@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..files import whole_file
 from .manifest import (
     PARTS,
+    UNFINISHED,
     HashedWriter,
     contents_problem,
     file_name,
@@ -28,6 +29,7 @@ from .manifest import (
     problem_of,
     read_manifest,
     saved_steps,
+    unfinished_text,
     weights_entry,
 )
 from .safe_reading import check_contents
@@ -71,6 +73,9 @@ def save_parts(directory, step, parts, facts=None):
             manifest.write(manifest_text(step, entries, facts))
             manifest.flush()
             os.fsync(manifest.fileno())
+            if not path.exists():  # tells what is cut short from here on from what an older version left
+                with whole_file(path) as f:
+                    f.write(unfinished_text(step))
     except (OSError, RuntimeError) as error:
         reason = (writer and writer.error) or error
         raise OSError(f"{path}: cannot be written ({reason}); free space or change --checkpoint_dir") from None
@@ -154,11 +159,14 @@ def newest_checkpoint(directory, partial=False, say=None):
 
     :param partial: be content with a readable model file, but not with one that differs from its manifest.
     :param say: function of a line, told of newer steps that are damaged, and of a step that could not be verified.
-    :raises InputError: there are checkpoints, but none is whole.
+    :raises InputError: there are checkpoints, but none is whole. A first save that was cut short is no checkpoint yet.
     """
     say, passed = say or (lambda line: None), []
     for step in sorted(saved_steps(directory), reverse=True):
         problem = problem_of(directory, step)
+        if problem == UNFINISHED and not partial and not passed and saved_steps(directory) == {step}:
+            say(f"checkpoint {step} in {directory}: {problem}, and it was the first: starting afresh")
+            return None
         if problem and (not partial or _model_problem(directory, step)):
             passed.append((step, problem))
             continue
@@ -315,14 +323,16 @@ def parse_checkpoint_path(path):
     return path.parent, int(match[1])
 
 
-def load_parts(directory, step, ema_rates, partial=False):
-    """Read all parts of one checkpoint, each verified by the manifest where there is one.
+def load_parts(directory, step, ema_rates, partial=False, take=None):
+    """Read all parts of one checkpoint, the model first, each verified by the manifest where there is one.
 
     :param partial: go on without the parts other than the model that are missing or damaged.
-    :return: dict from kind to contents, and the list of the file names that were missing or damaged.
+    :param take: function (kind, contents) that is given each part as it comes, so that only one is in memory at a time.
+    :return: dict from kind to contents, empty with `take`; and the list of the file names that were missing or damaged.
     :raises InputError: naming the missing or damaged file.
     """
     parts, missing = {}, []
+    take = take or parts.__setitem__
     entries = _entries(directory, step, partial)
     for kind in ["model", "opt", "state", *(f"ema_{rate}_" for rate in ema_rates)]:
         path = Path(directory) / file_name(kind, step)
@@ -331,11 +341,13 @@ def load_parts(directory, step, ema_rates, partial=False):
             missing.append(path.name)
             continue
         try:
-            parts[kind] = load_file(path, (entries or {}).get(path.name))
+            contents = load_file(path, (entries or {}).get(path.name))
         except InputError:
             if kind == "model" or not partial:
                 raise
             missing.append(path.name)
+        else:
+            take(kind, contents)
     if missing and not partial:
         raise InputError(
             f"{directory}: checkpoint {step} lacks {', '.join(missing)}; restore them, or start those parts afresh"

@@ -1,6 +1,7 @@
 """Devices, their precisions and their backends: the only module that knows what an accelerator is called."""
 
 import contextlib
+import socket
 
 import torch
 
@@ -39,6 +40,14 @@ def select_device(name="auto", ranks=None):
 def backend_for(device):
     """Return torch.distributed's name of the backends for tensors on a device and in host memory."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def device_identity(device):
+    """Return a text that tells a GPU from all others of a job, or None for a CPU."""
+    if device.type != "cuda":
+        return None
+    facts = torch.cuda.get_device_properties(device)
+    return f"{socket.gethostname()} {getattr(facts, 'uuid', None) or torch.cuda.current_device()}"
 
 
 def usable_precision(device, precision):

@@ -1,6 +1,7 @@
 """The processes of one training run: how they meet, what they agree on, and how they learn that one of them has failed."""
 
 import datetime
+import json
 import os
 import sys
 import threading
@@ -11,12 +12,13 @@ import torch
 import torch.distributed as dist
 
 from ..errors import InputError
-from .distributed import backend_for
+from .distributed import backend_for, device_identity
 from .ranks import Ranks
 
 MEETING = datetime.timedelta(seconds=300)  # for all processes to have started
 COLLECTIVE = datetime.timedelta(minutes=60)  # a save of many GB may take long; that a process died is noticed by `_Watch`
 BEAT_S, SILENT_BEATS = 2.0, 15  # a process whose sign of life has not changed for so many looks is taken for dead
+HOLD_S = 900.0  # longest time for which a save goes on after another process is lost
 FAILED = "failed"
 
 
@@ -29,21 +31,24 @@ class Group:
 
     :param ranks: this process's `Ranks`.
     :param device: its torch device.
+    :param flags: dict of what must be the same in all of them; JSON must be able to hold it.
+    :raises InputError: flags or kinds of device differ, or two processes have the same GPU. LostPeer: they did not meet.
     """
 
-    def __init__(self, ranks=None, device=None):
+    def __init__(self, ranks=None, device=None, flags=None):
         ranks = ranks or Ranks()
         self.rank, self.world_size, self.main = ranks.rank, ranks.world_size, ranks.rank == 0
         self._watch = None
         if self.world_size > 1:
-            self._meet(ranks, device)
+            self._meet(ranks, device, flags or {})
 
-    def _meet(self, ranks, device):
+    def _meet(self, ranks, device, flags):
         values = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "MASTER_ADDR": ranks.address, "MASTER_PORT": ranks.port}
         os.environ.update({name: str(value) for name, value in values.items()})
         where = f"{ranks.address}:{ranks.port}"
         try:
             store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=MEETING))
+            self._compare(dist.PrefixStore("facts", store), {**flags, "device": device.type}, device_identity(device))
             dist.init_process_group(backend_for(device), store=dist.PrefixStore("run", store), rank=ranks.rank,
                                     world_size=ranks.world_size, timeout=COLLECTIVE)  # fmt: skip
             # A connection of its own: the main thread may be waiting on the other one.
@@ -54,6 +59,14 @@ class Group:
                            " did all start? MASTER_ADDR and MASTER_PORT change the place") from None  # fmt: skip
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._watch = _Watch(dist.PrefixStore(f"watch{attempt}", own), self.rank, self.world_size)
+
+    def _compare(self, store, facts, identity):
+        store.set(str(self.rank), json.dumps([facts, identity]))
+        problem = difference([json.loads(store.get(str(rank))) for rank in range(self.world_size)])
+        if problem:
+            if self.main:  # its process holds what the others are reading
+                time.sleep(2 * BEAT_S)
+            raise InputError(problem)
 
     # -- agreeing -------------------------------------------------------------------------------------------------------
 
@@ -110,7 +123,7 @@ class Group:
         try:
             yield
         except KeyboardInterrupt as stop:
-            self._close(together=False)  # all ranks agreed on it, or the user insisted
+            self._close(together=getattr(stop, "agreed", False))
             if not self.main:
                 sys.exit(getattr(stop, "code", 130))  # without a word: rank 0 speaks
             raise
@@ -128,9 +141,9 @@ class Group:
         text = " ".join(str(error).split()) or type(error).__name__
         if self._watch is None:
             return error
-        if _is_connection_error(error):
-            reason = self._watch.reason(seconds=10)
-            return LostPeer(f"rank {self.rank} ends because {reason or 'it lost the connection to another; was one killed?'}")
+        if is_connection_error(error):
+            reason = self._watch.reason(seconds=10) or f"it lost the connection to another: was one killed? ({text[:300]})"
+            return LostPeer(f"rank {self.rank} ends because {reason}")
         self._watch.announce(f"rank {self.rank} failed: {text}")
         if self.main:  # its process holds the announcement
             time.sleep(2 * BEAT_S)
@@ -138,6 +151,18 @@ class Group:
             if isinstance(error, kind):
                 return kind(f"rank {self.rank}: {text}")
         return error
+
+    @contextmanager
+    def held(self):
+        """Let this process finish a block (a save) although another one is lost meanwhile."""
+        if self._watch is None:
+            yield
+            return
+        self._watch.holding.set()
+        try:
+            yield
+        finally:
+            self._watch.holding.clear()
 
     def _close(self, together):
         if self.world_size == 1:
@@ -150,7 +175,25 @@ class Group:
             dist.destroy_process_group()  # after a failure this could wait for those that are gone
 
 
-def _is_connection_error(error):
+def difference(found):
+    """Say what keeps processes from training together, "" if nothing does.
+
+    :param found: for each rank, a dict of what must be the same, and the text that tells its GPU from others, or None.
+    """
+    first, seen = found[0][0], {}
+    for rank, (facts, place) in enumerate(found):
+        for name in first:
+            if facts.get(name) != first[name]:
+                return (f"--{name} is {facts.get(name)!r} in rank {rank} and {first[name]!r} in rank 0: give all processes the"
+                        " same flags and the same kind of device")  # fmt: skip
+        if place is not None and seen.setdefault(place, rank) != rank:
+            return (f"ranks {seen[place]} and {rank} have the same GPU ({place}): give each process of a node its own (such as"
+                    " --gres=gpu:4 with --ntasks-per-node=4), or start fewer")  # fmt: skip
+    return ""
+
+
+def is_connection_error(error):
+    """Whether an error is torch.distributed's, which mostly only tells that another process is gone."""
     words, text = ("gloo", "nccl", "connection closed", "connection reset"), str(error).lower()
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in text for word in words))
 
@@ -166,15 +209,16 @@ class _Watch(threading.Thread):
         self.store, self.rank = store, rank
         # Rank 0 looks at all; the others look at rank 0, and learn of the rest from it.
         self.peers = {peer: [None, 0] for peer in (range(1, world_size) if rank == 0 else [0])}  # last sign, looks since
-        self._stopped, self._lost, self._found = threading.Event(), 0, ""
+        self.holding = threading.Event()  # something must not be broken off
+        self._stopped, self._lost, self._found, self._looks = threading.Event(), 0, "", 0
         self.start()
+        threading.Thread(target=self._watch_the_watch, daemon=True, name="watch of the watch").start()
 
     def run(self):
-        beats = 0
         while not self._stopped.wait(BEAT_S):
-            beats += 1
+            self._looks += 1
             try:
-                self.store.set(f"beat{self.rank}", str(beats))
+                self.store.set(f"beat{self.rank}", str(self._looks))
                 self._look()
                 self._lost = 0
             except RuntimeError:  # the store is gone, and with it rank 0 or the launcher
@@ -195,7 +239,18 @@ class _Watch(threading.Thread):
                 self.announce(reason)
                 self._end(reason)
 
+    def _watch_the_watch(self):
+        # A store whose process hangs, or whose node is gone without a word, answers nothing, and asking it waits for ever.
+        last, waited = None, 0
+        while not self._stopped.wait(BEAT_S):
+            last, waited = (self._looks, 0) if self._looks != last else (last, waited + 1)
+            if waited == SILENT_BEATS:
+                self._end(f"rank 0 has not answered for {SILENT_BEATS * BEAT_S:.0f} s; was it killed?")
+
     def _end(self, reason):
+        for _ in range(int(HOLD_S / BEAT_S)):
+            if not self.holding.is_set() or self._stopped.wait(BEAT_S):
+                break
         if self._stopped.wait(3 * BEAT_S):  # what the main thread says itself is better
             return
         print(f"{os.path.basename(sys.argv[0])}: error: rank {self.rank} ends because {reason}", file=sys.stderr, flush=True)
@@ -203,25 +258,34 @@ class _Watch(threading.Thread):
 
     def announce(self, reason):
         """Tell all ranks why the run ends; the first reason stays."""
-        with _quiet():
-            self.store.compare_set(FAILED, "", reason)
+        _within(5, lambda: self.store.compare_set(FAILED, "", reason))
 
     def reason(self, seconds):
         """Return why another rank failed, waiting for it to say so; "" where none does."""
-        with _quiet():
-            for _ in range(int(seconds * 5)):
-                if not self._found and self.store.check([FAILED]):
+
+        def ask():
+            while not self._found and not self._stopped.is_set():
+                if self.store.check([FAILED]):
                     self._found = self.store.get(FAILED).decode()
-                if self._found:
-                    break
                 time.sleep(0.2)
+
+        _within(seconds, ask)
         return self._found
 
     def stop(self):
-        """End the watch. Not from its own thread."""
+        """End the watch."""
         self._stopped.set()
-        self.join(10)
+        if threading.current_thread() is not self:
+            self.join(2 * BEAT_S)  # it may be waiting for a store that does not answer
 
 
-def _quiet():
-    return suppress(RuntimeError)  # no store, nobody to tell or to ask
+def _within(seconds, action):
+    """Run an action that asks the store, but wait no longer than that for it: a lost store may never answer."""
+
+    def run():
+        with suppress(RuntimeError):  # no store, nobody to tell or to ask
+            action()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)

@@ -73,13 +73,14 @@ class TrainLoop:
     :param validation: a `Validation`, or None.
     :param settings: `LoopSettings`.
     :param group: the `Group` of processes that train together; None: this one alone.
+    :param device: where to train, if the model is not there yet (it is to be sharded); None: where it is.
     """
 
-    def __init__(self, model, diffusion, sampler, rules, loader, validation, settings, group=None):
+    def __init__(self, model, diffusion, sampler, rules, loader, validation, settings, group=None, device=None):
         self.model, self.diffusion, self.sampler, self.rules = model, diffusion, sampler, rules
         self.loader, self.validation, self.settings, self.group = loader, validation, settings, group or Group()
-        self.device = next(model.parameters()).device
-        self.network = wrap(model, self.group, settings.fsdp)
+        self.device = device or next(model.parameters()).device
+        self.network = wrap(model, self.group, self.device, settings.fsdp)
         self.batch_size = settings.batch_size * self.group.world_size  # of all ranks
         self.step, self.position = 0, 0  # steps taken, and samples seen by all ranks: the place in the data order
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
@@ -189,7 +190,7 @@ class TrainLoop:
             logger.close()
         if told:
             self.group.barrier()
-            raise Interrupted(told)
+            raise Interrupted(told, agreed=True)
         return self.step
 
     @property
@@ -234,8 +235,9 @@ class TrainLoop:
         s, parts, failed = self.settings, run_state.parts_of(self), 0
         if self.group.main:
             try:
-                removed = run_state.save(self, parts)
-                logger.say(f"saved step {self.step} in {s.checkpoint_dir}" + (f", removed {removed}" if removed else ""))
+                with self.group.held():
+                    removed = run_state.save(self, parts)
+                logger.say(f"saved step {self.step} in {s.checkpoint_dir}{removed}")
             except OSError as error:
                 self.failed_saves += 1
                 if must or self.failed_saves >= s.save_failures:
@@ -254,7 +256,8 @@ class TrainLoop:
         s = self.settings
         if self.validation is None or not s.eval_interval or self.step % s.eval_interval:
             return {}
-        self.newest_score = self.validation.score(self.model, self._averages(), s.eval_items, self.group)
+        score = self.validation.score(self.model, self._averages(), s.eval_items, self.group)
+        self.newest_score = self.group.gather(score)[0]  # on unlike GPUs the last bit might differ, and so the decision
         self.early_stopping.update(self.newest_score, self.step)
         return {"val_score": self.newest_score}
 

@@ -14,6 +14,7 @@ from ..errors import InputError
 PARTS = ("model", "opt", "state")  # and ema_{rate}_, one or more
 MAX_BYTES = 2**24  # a manifest has some kilobytes; more is no manifest, and not read
 CHUNK = 2**20
+UNFINISHED = "its save was cut short"
 STEP_FILE = re.compile(r"(model|opt|state|manifest)(\d{6,})\.(pt|json)")
 WEIGHTS_FILE = re.compile(r"(?:model|ema_.+_)(\d{6,})\.pt")
 
@@ -61,6 +62,11 @@ def manifest_text(step, entries, facts=None):
     :param facts: what else to note, a dict that JSON can hold.
     """
     return _sealed(json.loads(_plain({"step": step, "files": entries, **(facts or {})})))
+
+
+def unfinished_text(step):
+    """Return the text of a manifest that stands in while a save gives its files their names."""
+    return manifest_text(step, {}, {"unfinished": True})
 
 
 def _plain(contents):
@@ -163,7 +169,9 @@ def problem_of(directory, step, ema_rates=None, digests=True):
         lost = [name for name in needed if not (directory / name).exists()]
         if lost:
             return f"{lost[0]} is missing"
-        return "" if predates_manifests(directory, step) else "it has no manifest: its save was cut short"
+        return "" if predates_manifests(directory, step) else f"it has no manifest: {UNFINISHED}"
+    if manifest.get("unfinished"):
+        return UNFINISHED
     unlisted = [name for name in needed if name not in manifest["files"]]
     if unlisted:
         return f"the manifest lists no {unlisted[0]}"

@@ -128,15 +128,19 @@ def _from_mpi(size):
     return ranks
 
 
-def find_share(ranks, environment=os.environ):
+def find_share(ranks, arrays=True, environment=os.environ):
     """Return this process's `Share` of independent items: its rank, within its task of a SLURM array if it is in one.
+
+    :param arrays: False where each task of an array does all of a work of its own.
 
     :raises InputError: the array's tasks are not evenly numbered, so that no task knows its place among them.
     """
-    if not environment.get("SLURM_ARRAY_TASK_ID"):
+    if not arrays or not environment.get("SLURM_ARRAY_TASK_ID"):
         return Share(ranks.rank, ranks.world_size)
     task, least, most, count = (_number(environment, f"SLURM_ARRAY_TASK_{what}") for what in ("ID", "MIN", "MAX", "COUNT"))
     step = max(1, (most - least) // max(1, count - 1))
+    if environment.get("SLURM_ARRAY_TASK_STEP"):  # 1 for a list such as 0,1,4
+        step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP"))
     if (task - least) % step or (most - least) != step * (count - 1):
         raise InputError(f"--array: its {count} tasks from {least} to {most} are not evenly numbered, so that task {task}"
                          f" cannot know its place; use --array=0-{count - 1}")  # fmt: skip

@@ -4,6 +4,7 @@ import torch
 
 from ..errors import InputError
 from .checkpoint import check_weights, file_name, load_parts, prune_checkpoints, save_parts, with_legacy_keys
+from .group import is_connection_error
 from .legacy_optimizer import MOMENTS, fitted_state
 from .sharding import like, take_over, whole
 
@@ -23,11 +24,14 @@ def parts_of(loop):
 
 
 def save(loop, parts):
-    """Write a checkpoint of the current step, and remove older ones beyond --keep_checkpoints; return their steps."""
+    """Write a checkpoint of the current step, and remove older ones beyond --keep_checkpoints; say what was removed."""
     s = loop.settings
     save_parts(s.checkpoint_dir, loop.step, parts, {"config": s.config, "val_score": loop.newest_score})
-    removed = prune_checkpoints(s.checkpoint_dir, s.keep_checkpoints)
-    return ", ".join(map(str, removed))
+    try:
+        removed = prune_checkpoints(s.checkpoint_dir, s.keep_checkpoints)
+    except OSError as error:  # the new one is safe all the same
+        return f"; older ones could not be removed ({error})"
+    return f", removed {', '.join(map(str, removed))}" if removed else ""
 
 
 def _state(loop):
@@ -47,28 +51,38 @@ def _state(loop):
 
 def resume(loop, directory, step, partial=False):
     """Let a `TrainLoop` take over checkpoint `step` of a folder. Returns the names of missing parts (`partial` only)."""
-    parts, missing = load_parts(directory, step, loop.settings.ema_rates, partial)
-    name = f"{directory}/{file_name('model', step)}"
-    take_over(loop.model.state_dict(), check_weights(loop.model, parts["model"], name))
+    names = {}  # of the weights, in the file's order, without their values
+
+    def take(kind, contents):
+        where = f"{directory}/{file_name(kind, step)}"
+        try:
+            if kind == "opt":
+                _restore_optimizer(loop, contents, names, where)
+            elif kind == "state":
+                _restore(loop, contents, where)
+            else:
+                _take_weights(loop, kind, check_weights(loop.model, contents, where))
+            if kind == "model":
+                names.update({name: value.to("meta") for name, value in contents.items()})
+        except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+            if isinstance(error, InputError) or is_connection_error(error):
+                raise
+            raise InputError(f"{where}: it does not fit this run ({error}); check the flags") from None
+
     loop.step, loop.position = step, step * loop.batch_size
-    for rate, ema in loop.emas.items():
-        kind = f"ema_{rate}_" if f"ema_{rate}_" in parts else "model"
-        take_over(ema, check_weights(loop.model, parts[kind], f"{directory}/{file_name(kind, step)}"))
-    try:
-        if "opt" in parts:
-            _restore_optimizer(loop, parts, f"{directory}/{file_name('opt', step)}")
-        if "state" in parts:
-            _restore(loop, parts["state"], name)
-    except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{name}: its opt or state file does not fit this run ({error}); check the flags") from None
-    return missing
+    return load_parts(directory, step, loop.settings.ema_rates, partial, take)[1]
 
 
-def _restore_optimizer(loop, parts, where):
-    optimizer = loop.optimizer
-    state, parameters = fitted_state(parts["opt"], parts["model"], loop.model, where), list(loop.model.parameters())
+def _take_weights(loop, kind, weights):
+    """Take over the model's weights, also as averages until these come; or those of an average."""
+    own = [ema for rate, ema in loop.emas.items() if kind in ("model", f"ema_{rate}_")]
+    for state in [loop.model.state_dict(), *own] if kind == "model" else own:
+        take_over(state, weights)
+
+
+def _restore_optimizer(loop, saved, names, where):
+    optimizer, parameters = loop.optimizer, list(loop.model.parameters())
+    state = fitted_state(saved, names, loop.model, where)
     for k, values in state.items():
         for name in MOMENTS:  # in the parameter's own memory layout, which the fused optimizer relies on without a look
             values[name] = torch.empty_like(parameters[k]).copy_(like(values[name], parameters[k]))

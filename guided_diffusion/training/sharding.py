@@ -10,14 +10,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
-def wrap(model, group, fsdp=False):
+def wrap(model, group, device, fsdp=False):
     """Return what to call for the forward pass so that gradients become the mean over the group's ranks.
 
-    :param fsdp: shard the model's own parameters, block by block.
+    :param fsdp: shard the model's own parameters, block by block, and put the shards on the device.
     """
     if group.world_size == 1:
         return model
-    device = next(model.parameters()).device
     if not fsdp:
         own = [device.index] if device.index is not None else None
         return DistributedDataParallel(model, device_ids=own, gradient_as_bucket_view=True)
