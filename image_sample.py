@@ -15,14 +15,18 @@ from guided_diffusion.config import (
 )
 from guided_diffusion.errors import InputError
 from guided_diffusion.files import check_folder
-from guided_diffusion.scripts import Interrupts, run_script, say
+from guided_diffusion.scripts import Interrupted, Interrupts, run_script, say
 from guided_diffusion.training.ranks import find_ranks, find_share
 
 
 def main():
     """Parse flags, take the architecture from the checkpoint, build, regenerate."""
     with Interrupts(at_once=True):  # what is done is on the disk already
-        regenerate()
+        try:
+            regenerate()
+        except Interrupted:
+            say("stopped; the same command goes on with what is missing")
+            raise
 
 
 def regenerate():

@@ -257,6 +257,11 @@ def ineffective_flags(config, given):
             ("min_delta", not config.patience, "it belongs to --patience"),
             ("eval_items", not config.eval_interval, "it belongs to --eval_interval"),
             ("microbatch", config.microbatch >= config.batch_size <= 2, "it is no smaller than the batch"),
+            (
+                "total_steps",
+                0 < config.lr_anneal_steps < config.total_steps,
+                f"training ends with --lr_anneal_steps {config.lr_anneal_steps}",
+            ),
             ("preview_steps", not config.preview_items, "it belongs to --preview_items"),
             ("resume_partial", not config.resume_checkpoint, "it belongs to --resume_checkpoint"),
         ]
@@ -370,7 +375,7 @@ def adopt_resumed(config, given):
     lines = adopt_training_config(config, given, trained, path, also=("use_kl", "rescale_learned_sigmas", "timestep_respacing"))
     watched = {f.name for group in (TrainFlags, ChannelFlags, DataFlags) for f in dataclasses.fields(group)}
     watched |= {"precision", "dropout"}
-    watched -= {"resume_checkpoint", "resume_partial", "checkpoint_dir", "total_steps", "num_workers"}
+    watched -= {"resume_checkpoint", "resume_partial", "checkpoint_dir", "total_steps", "num_workers", "batch_size"}
     changed = [name for name in sorted(watched & trained.keys()) if getattr(config, name) != trained[name]]
     return lines + [f"resuming with --{name} {getattr(config, name)}; the earlier run had {trained[name]}" for name in changed]
 

@@ -28,9 +28,11 @@ def whole_file(path, mode="w"):
             os.fsync(f.fileno())
         os.replace(temporary, path)
         sync_folder(os.path.dirname(path) or ".")
-    except BaseException:
+    except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = os.fspath(path)
         raise
 
 

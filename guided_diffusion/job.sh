@@ -26,7 +26,7 @@ requeue() {
   if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
   state=$(squeue --noheader --format=%T --jobs="$id") || state=unknown
   if [ "$state" != RUNNING ]; then
-    echo "stopped with code $1; job $id is $state: not requeued" >&2
+    echo "stopped with code $1; job $id is $state (cancelled?): not requeued" >&2
   elif scontrol requeue "$id"; then
     echo "stopped with code $1; job $id is back in the queue and will resume" >&2
   else

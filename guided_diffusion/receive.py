@@ -22,6 +22,7 @@ from .results import (
     settings_of,
     share_out,
 )
+from .scripts import bar_options
 
 ENDING = ".dgo"
 
@@ -65,7 +66,7 @@ class Receiving:
         todo = [k for k in self.own if k not in rows]
         if len(todo) < len(self.own):
             print(f"{len(self.own) - len(todo)} of {len(self.own)} pictures are done already", file=sys.stderr)
-        with tqdm(total=len(todo), unit="picture", file=sys.stderr, dynamic_ncols=True, disable=self.quiet) as bar:
+        with tqdm(total=len(todo), unit="picture", **bar_options(), disable=self.quiet) as bar:
             for k in todo:
                 own[k] = self._picture(k)
                 self.results.write_own(own)

@@ -38,6 +38,7 @@ from .results import (
     share_out,
     unique_names,
 )
+from .scripts import bar_options
 from .training.distributed import autocast
 from .training.ranks import Share
 
@@ -124,7 +125,7 @@ class Regeneration:
 
     def _work_off(self, batches, count, rows):
         """Make `count` pictures, in batches, and put theirs beside the rows of this share's table."""
-        with tqdm(total=count, unit="picture", file=sys.stderr, dynamic_ncols=True, disable=self.quiet) as bar:
+        with tqdm(total=count, unit="picture", **bar_options(), disable=self.quiet) as bar:
             self.on_step = _StepCounter(bar)
             for batch in batches:
                 found = self._without_bank(batch) if self.bank is None else self._cross(batch)

@@ -18,6 +18,11 @@ def say(text):
         print(text, file=sys.stderr, flush=True)
 
 
+def bar_options():
+    """Return how all progress bars are shown: seldom where they go to a log."""
+    return {"file": sys.stderr, "dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
+
+
 def run_script(main):
     """Run a script's main function; print bad input as one line and exit with code 2, and system errors with code 1."""
     warnings.simplefilter("once")
@@ -57,7 +62,7 @@ class Interrupts:
     """
 
     def __init__(self, at_once=False):
-        self.seen, self.at_once, self._before = 0, at_once, {}  # seen: the signal's number
+        self.seen, self.at_once, self._raised, self._before = 0, at_once, False, {}  # seen: the signal's number
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
@@ -71,9 +76,24 @@ class Interrupts:
 
     def _note(self, number, frame):
         again = number == self.seen == signal.SIGINT
-        first, self.seen = not self.seen, number
-        if again or (self.at_once and first):
-            raise Interrupted(number)
+        self.seen = number
+        if not again and (not self.at_once or self._raised):
+            return
+        if _importing(frame):  # compiled modules abort the process when an exception comes while they are loaded
+            later = threading.Timer(0.1, os.kill, (os.getpid(), number))
+            later.daemon = True
+            later.start()
+            return
+        self._raised = True
+        raise Interrupted(number)
+
+
+def _importing(frame):
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _complain(error, code):

@@ -1,5 +1,6 @@
 """What processes agree on and how they end. Real processes are in test_processes."""
 
+import signal
 import threading
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from guided_diffusion.errors import InputError
+from guided_diffusion.scripts import Interrupted
 from guided_diffusion.training import group as module
 from guided_diffusion.training.group import FAILED, Group, LostPeer, _Watch, is_connection_error
 
@@ -172,6 +174,14 @@ def test_an_error_is_announced_and_named_after_its_rank(error, kind):
     with pytest.raises(kind, match=r"^rank 1: no data$"), second_of_two(watch).guarded():
         raise error
     assert watch.announced == ["rank 1 failed: no data"] and watch.stopped
+
+
+@pytest.mark.parametrize("reason", ["rank 0 failed: no data", ""])
+def test_being_told_to_end_after_another_failed_is_no_success(reason):
+    # torchrun ends the others by a signal when one has failed.
+    with pytest.raises(LostPeer if reason else SystemExit) as found, second_of_two(Watched(reason)).guarded():
+        raise Interrupted(signal.SIGTERM)
+    assert reason in str(found.value) if reason else found.value.code == 75
 
 
 def test_a_bug_keeps_its_traceback():

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from guided_diffusion.errors import InputError
-from guided_diffusion.scripts import REQUEUE, Interrupted, Interrupts, run_script, say
+from guided_diffusion.scripts import REQUEUE, Interrupted, Interrupts, bar_options, run_script, say
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,23 @@ def test_a_log_on_a_full_disk_ends_nothing():
 def test_say_writes_a_line(capsys):
     say("line")
     assert capsys.readouterr().err == "line\n"
+
+
+def test_no_exception_comes_into_an_import(tmp_path, monkeypatch):
+    # Compiled modules abort the process when one does.
+    lines = "import os, signal, time", "os.kill(os.getpid(), signal.SIGTERM)", "time.sleep(0.3)", "done = 1"
+    (tmp_path / "slow_module.py").write_text("\n".join(lines))
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.3)\ndone = 1\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with Interrupts(at_once=True) as interrupts:
+        with pytest.raises(Interrupted):
+            import slow_module
+
+            assert slow_module.done == 1 and interrupts.seen == signal.SIGTERM
+            time.sleep(5)
+        assert slow_module.done == 1
+
+
+def test_a_bar_in_a_log_is_drawn_seldom():
+    assert bar_options()["mininterval"] == 10.0  # the tests' standard error is no terminal

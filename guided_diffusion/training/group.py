@@ -123,6 +123,11 @@ class Group:
         try:
             yield
         except KeyboardInterrupt as stop:
+            agreed = self.world_size == 1 or getattr(stop, "agreed", False)
+            reason = "" if agreed else self._watch.reason(1)
+            if reason:  # torchrun tells the others to end when one has failed
+                self._close(together=False)
+                raise LostPeer(f"rank {self.rank} ends because {reason}") from None
             self._close(together=getattr(stop, "agreed", False))
             if not self.main:
                 sys.exit(getattr(stop, "code", 130))  # without a word: rank 0 speaks

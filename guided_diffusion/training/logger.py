@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..files import whole_file
+from ..scripts import bar_options
 
 COLUMNS = ("step", "images", "loss", "mse", "vb", "grad_norm", "lr", "images_per_second", "seconds", "skipped_steps",
            "val_score", "colour_error")  # fmt: skip
@@ -34,7 +35,8 @@ class RunLogger:
         self.path = Path(directory) / "progress.csv"
         self._length = self._keep_rows(start_step)  # bytes of whole lines in the file
         self._waiting, self._lost, self._failing = deque(maxlen=WAITING), 0, False
-        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", file=_StandardError(), dynamic_ncols=True)
+        self.bar = tqdm(total=total_steps, initial=start_step, unit="step",
+                        **(bar_options() | {"file": _StandardError()}))  # fmt: skip
         self._catch_up()
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 

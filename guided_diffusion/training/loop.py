@@ -241,7 +241,8 @@ class TrainLoop:
             except OSError as error:
                 self.failed_saves += 1
                 if must or self.failed_saves >= s.save_failures:
-                    raise
+                    raise OSError(f"{error}; saves that failed in a row: {self.failed_saves}; the last checkpoint is of step"
+                                  f" {self.saved}, go on from it with --resume_checkpoint auto") from None  # fmt: skip
                 failed = 1
                 logger.say(f"warning: step {self.step} could not be saved ({error}); the last checkpoint is of step"
                            f" {self.saved}; going on ({self.failed_saves} of {s.save_failures} failures in a row)")  # fmt: skip
