@@ -9,12 +9,12 @@ from guided_diffusion.config import (
     SampleConfig,
     adopt_training_config,
     check_bank,
-    ineffective_flags,
     parse_config,
     print_config,
 )
 from guided_diffusion.errors import InputError
 from guided_diffusion.files import check_folder
+from guided_diffusion.idle_flags import ineffective_flags
 from guided_diffusion.scripts import Interrupted, Interrupts, run_script, say
 from guided_diffusion.training.ranks import find_ranks, find_share
 

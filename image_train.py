@@ -9,12 +9,12 @@ from pathlib import Path
 from guided_diffusion.config import (
     TrainConfig,
     adopt_resumed,
-    ineffective_flags,
     parse_config,
     print_config,
     save_config,
 )
 from guided_diffusion.files import check_folder
+from guided_diffusion.idle_flags import ineffective_flags
 from guided_diffusion.scripts import Interrupts, run_script, say
 
 

@@ -26,6 +26,7 @@ ORDER = [
     {"data"},
     {"baselines", "segmenters"},
     {"metrics", "panels", "results"},
+    {"idle_flags"},
     {"config"},
     {"flags"},
     {"presets"},

@@ -91,8 +91,6 @@ def test_no_exception_comes_into_an_import(tmp_path, monkeypatch):
     # Compiled modules abort the process when one does.
     lines = "import os, signal, time", "os.kill(os.getpid(), signal.SIGTERM)", "time.sleep(0.3)", "done = 1"
     (tmp_path / "slow_module.py").write_text("\n".join(lines))
-        "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.3)\ndone = 1\n"
-    )
     monkeypatch.syspath_prepend(str(tmp_path))
     with Interrupts(at_once=True) as interrupts:
         with pytest.raises(Interrupted):
