@@ -12,7 +12,7 @@ from PIL import Image
 from guided_diffusion.errors import InputError
 from guided_diffusion.scripts import Interrupted, Interrupts
 from guided_diffusion.training import run_state
-from guided_diffusion.training.loop import MAX_SKIPPED
+from guided_diffusion.training.loop import MAX_SKIPPED, MAX_SKIPPED_SCALED
 
 
 def weights_of(loop):
@@ -156,6 +156,42 @@ def test_a_step_without_finite_loss_leaves_weights_and_counts(make_loop):
     assert int(loop.skipped) == 1 and loop.step == 2
     loop.train_step(next(batches))
     assert any(not torch.equal(before[key], value) for key, value in weights_of(loop).items())
+
+
+def with_scaler(loop):
+    """Give a loop the loss scale that fp16 has on a GPU."""
+    loop.scaler, loop.max_skipped = torch.amp.GradScaler("cpu", init_scale=2.0**10), MAX_SKIPPED_SCALED
+    return loop
+
+
+def test_a_loss_scale_changes_nothing_and_its_overflows_are_counted(make_loop):
+    plain, scaled = make_loop("plain"), with_scaler(make_loop("scaled"))
+    for loop in (plain, scaled):
+        batches = iter(loop.loader(0))
+        broken, good = next(batches), next(batches)
+        broken["image"][0, 0, 0, 0] = float("nan")
+        before = weights_of(loop)
+        loop.train_step(broken)
+        assert_same(weights_of(loop), before)
+        assert int(loop.skipped) == int(loop.skipped_now) == 1
+        loop.train_step(good)
+        assert int(loop.skipped) == 1 and int(loop.skipped_now) == 0
+    assert scaled.scaler.get_scale() == 2.0**9
+    assert_same(weights_of(scaled), weights_of(plain))
+
+
+def test_a_scaled_run_resumes_its_scale(make_loop):
+    loop = with_scaler(make_loop())
+    broken = next(iter(loop.loader(0)))
+    broken["image"][:] = float("nan")
+    for _ in range(MAX_SKIPPED + 1):
+        loop.train_step(broken)
+    loop._check_finite()  # more overflows than a run without a scale may have
+    run_state.save(loop, run_state.parts_of(loop))
+    resumed = with_scaler(make_loop("other"))
+    resumed.resume(loop.settings.checkpoint_dir, loop.step)
+    assert resumed.scaler.get_scale() == loop.scaler.get_scale() == 2.0 ** (10 - MAX_SKIPPED - 1)
+    assert int(resumed.skipped) == int(resumed.skipped_now) == MAX_SKIPPED + 1
 
 
 def test_losses_that_stay_broken_stop_the_run_and_name_the_pictures(make_loop, tmp_path):
