@@ -196,9 +196,13 @@ def noise_bank(config, height, width):
 def join_group(config):
     """Meet the other processes of this job, if it has any. Returns this process's `Group` and its torch device."""
     ranks = find_ranks()
-    device = select_device(config.device, ranks)
+    device, problem = torch.device("cpu"), ""
+    try:
+        device = select_device(config.device, ranks)
+    except InputError as error:
+        problem = str(error)
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("data_dir", "num_workers")}
-    return Group(ranks, device, flags), device
+    return Group(ranks, device, flags, problem), device
 
 
 def training_loop(config, given, say, group=None, device=None):

@@ -13,6 +13,11 @@ from guided_diffusion.training import group as module
 from guided_diffusion.training.group import FAILED, Group, LostPeer, _Watch, is_connection_error
 
 
+def test_alone_a_problem_is_an_error():
+    with pytest.raises(InputError, match=r"^no GPU$"):
+        Group(problem="no GPU")
+
+
 def test_alone_everything_agrees():
     group, tensor = Group(), torch.arange(3.0)
     assert (group.rank, group.world_size, group.main) == (0, 1, True)
@@ -133,11 +138,12 @@ FACTS = {"device": "cuda", "batch_size": 4}
 
 
 @pytest.mark.parametrize("found, words", [
-    ([(FACTS, "a 1"), (FACTS, "a 2"), (FACTS, "b 1")], ""),
-    ([({"device": "cpu"}, None), ({"device": "cpu"}, None)], ""),
-    ([(FACTS, "a 1"), (FACTS | {"batch_size": 8}, "a 2")], "--batch_size is 8 in rank 1 and 4 in rank 0"),
-    ([(FACTS, "a 1"), (FACTS | {"device": "cpu"}, None)], "--device is 'cpu' in rank 1 and 'cuda' in rank 0"),
-    ([(FACTS, "a 1"), (FACTS, "b 1"), (FACTS, "a 1")], "ranks 0 and 2 have the same GPU (a 1)"),
+    ([(FACTS, "a 1", ""), (FACTS, "a 2", ""), (FACTS, "b 1", "")], ""),
+    ([({"device": "cpu"}, None, ""), ({"device": "cpu"}, None, "")], ""),
+    ([(FACTS, "a 1", ""), (FACTS | {"batch_size": 8}, "a 2", "")], "--batch_size is 8 in rank 1 and 4 in rank 0"),
+    ([(FACTS, "a 1", ""), (FACTS | {"device": "cpu"}, None, "")], "--device is 'cpu' in rank 1 and 'cuda' in rank 0"),
+    ([(FACTS, "a 1", ""), (FACTS, "b 1", ""), (FACTS, "a 1", "")], "ranks 0 and 2 have the same GPU (a 1)"),
+    ([(FACTS, "a 1", ""), (FACTS | {"device": "cpu"}, None, "no GPU")], "rank 1: no GPU"),
 ])  # fmt: skip
 def test_what_keeps_processes_from_training_together(found, words):
     assert module.difference(found).startswith(words) and bool(module.difference(found)) == bool(words)

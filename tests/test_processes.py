@@ -21,7 +21,7 @@ FLAGS = {**TINY, **TRAIN, "lr": 1e-4, "total_steps": 30, "save_interval": 15, "e
          "schedule_sampler": "loss-second-moment", "diffusion_steps": 2}  # fmt: skip
 ALONE = {name: value for name, value in os.environ.items()
          if not name.startswith(("SLURM_", "PMI_", "OMPI_")) and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}  # fmt: skip
-ENVIRONMENT = {**ALONE, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**ALONE, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint",
             "localhost:0"]  # fmt: skip
 
@@ -169,10 +169,14 @@ def test_one_rank_without_its_data_ends_both_with_the_reason(scenes, tmp_path, b
     assert not any("Traceback" in text for text in said)
 
 
-def test_other_flags_in_one_rank_are_refused_by_both(scenes, tmp_path):
-    with Pair([scenes, scenes], tmp_path / "run", per_rank=({}, {"batch_size": 4})) as pair:
+@pytest.mark.parametrize(("flag", "words"), [
+    ({"batch_size": 4}, "--batch_size is 4 in rank 1 and 2 in rank 0"),
+    ({"device": "cuda"}, "rank 1: --device cuda: this machine shows 0 CUDA devices"),
+])  # fmt: skip
+def test_what_one_rank_cannot_or_does_otherwise_is_refused_by_both(scenes, tmp_path, flag, words):
+    with Pair([scenes, scenes], tmp_path / "run", per_rank=({}, flag)) as pair:
         assert pair.codes() == [2, 2]
-        assert all("--batch_size is 4 in rank 1 and 2 in rank 0" in text for text in pair.said())
+        assert all(words in text for text in pair.said())
 
 
 def test_a_rank_that_hangs_ends_the_other(scenes, tmp_path):

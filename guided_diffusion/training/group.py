@@ -32,23 +32,28 @@ class Group:
     :param ranks: this process's `Ranks`.
     :param device: its torch device.
     :param flags: dict of what must be the same in all of them; JSON must be able to hold it.
-    :raises InputError: flags or kinds of device differ, or two processes have the same GPU. LostPeer: they did not meet.
+    :param problem: why this process cannot take part, so that the others need not wait for it; "" if it can.
+    :raises InputError: one has a problem, flags or kinds of device differ, or two processes have the same GPU.
+    :raises LostPeer: they did not meet.
     """
 
-    def __init__(self, ranks=None, device=None, flags=None):
+    def __init__(self, ranks=None, device=None, flags=None, problem=""):
         ranks = ranks or Ranks()
         self.rank, self.world_size, self.main = ranks.rank, ranks.world_size, ranks.rank == 0
         self._watch = None
         if self.world_size > 1:
-            self._meet(ranks, device, flags or {})
+            self._meet(ranks, device, flags or {}, problem)
+        elif problem:
+            raise InputError(problem)
 
-    def _meet(self, ranks, device, flags):
+    def _meet(self, ranks, device, flags, problem):
         values = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "MASTER_ADDR": ranks.address, "MASTER_PORT": ranks.port}
         os.environ.update({name: str(value) for name, value in values.items()})
         where = f"{ranks.address}:{ranks.port}"
         try:
             store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=MEETING))
-            self._compare(dist.PrefixStore("facts", store), {**flags, "device": device.type}, device_identity(device))
+            facts = {**flags, "device": device.type}
+            self._compare(dist.PrefixStore("facts", store), facts, device_identity(device), problem)
             dist.init_process_group(backend_for(device), store=dist.PrefixStore("run", store), rank=ranks.rank,
                                     world_size=ranks.world_size, timeout=COLLECTIVE)  # fmt: skip
             # A connection of its own: the main thread may be waiting on the other one.
@@ -60,8 +65,8 @@ class Group:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._watch = _Watch(dist.PrefixStore(f"watch{attempt}", own), self.rank, self.world_size)
 
-    def _compare(self, store, facts, identity):
-        store.set(str(self.rank), json.dumps([facts, identity]))
+    def _compare(self, store, facts, identity, problem):
+        store.set(str(self.rank), json.dumps([facts, identity, problem]))
         problem = difference([json.loads(store.get(str(rank))) for rank in range(self.world_size)])
         if problem:
             if self.main:  # its process holds what the others are reading
@@ -183,10 +188,14 @@ class Group:
 def difference(found):
     """Say what keeps processes from training together, "" if nothing does.
 
-    :param found: for each rank, a dict of what must be the same, and the text that tells its GPU from others, or None.
+    :param found: for each rank, a dict of what must be the same, the text that tells its GPU from others, or None, and the
+        problem that it has itself, or "".
     """
     first, seen = found[0][0], {}
-    for rank, (facts, place) in enumerate(found):
+    for rank, (_, _, problem) in enumerate(found):
+        if problem:
+            return f"rank {rank}: {problem}"
+    for rank, (facts, place, _) in enumerate(found):
         for name in first:
             if facts.get(name) != first[name]:
                 return (f"--{name} is {facts.get(name)!r} in rank {rank} and {first[name]!r} in rank 0: give all processes the"
