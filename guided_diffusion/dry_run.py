@@ -41,9 +41,7 @@ def dry_run(config, say, weights=None):
     for line in describe_labels(label_histogram(dataset, progress=True)):
         say(line)
     count = len(build.ema_rates(config.ema_rate)) if training else None
-    batch = config.batch_size
-    if training:
-        batch = build.pass_size(config, device)
+    batch = build.pass_size(config, device) if training else config.batch_size
     for line in describe_network(lambda: build.model_from(config), height, width, batch, precision, count):
         say(line)
     if not training:

@@ -13,14 +13,33 @@ REQUEUE = 75  # exit code (EX_TEMPFAIL) of a run that was told to end and can go
 
 
 def say(text):
-    """Print one line of progress to standard error. A log on a full disk must not end a run."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+    """Print one line of progress to standard error."""
+    print(text, file=StandardError(), flush=True)
+
+
+class StandardError:
+    """The standard error of the moment, whose writes do not raise: a log on a full disk must not end a run."""
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name):
+        return getattr(sys.stderr, name)
+
+    def __eq__(self, other):  # tqdm asks whether a line goes to where the bar is
+        return isinstance(other, StandardError)
+
+    __hash__ = None
 
 
 def bar_options():
     """Return how all progress bars are shown: seldom where they go to a log."""
-    return {"file": sys.stderr, "dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
+    return {"file": StandardError(), "dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
 
 
 def run_script(main):

@@ -161,10 +161,10 @@ def newest_checkpoint(directory, partial=False, say=None):
     :param say: function of a line, told of newer steps that are damaged, and of a step that could not be verified.
     :raises InputError: there are checkpoints, but none is whole. A first save that was cut short is no checkpoint yet.
     """
-    say, passed = say or (lambda line: None), []
-    for step in sorted(saved_steps(directory), reverse=True):
+    say, passed, steps = say or (lambda line: None), [], saved_steps(directory)
+    for step in sorted(steps, reverse=True):
         problem = problem_of(directory, step)
-        if problem == UNFINISHED and not partial and not passed and saved_steps(directory) == {step}:
+        if problem == UNFINISHED and not partial and steps == {step}:
             say(f"checkpoint {step} in {directory}: {problem}, and it was the first: starting afresh")
             return None
         if problem and (not partial or _model_problem(directory, step)):
@@ -175,8 +175,8 @@ def newest_checkpoint(directory, partial=False, say=None):
         if problem:
             say(f"checkpoint {step} in {directory} is damaged or incomplete ({problem}); --resume_partial True goes on"
                 " from what is left of it")  # fmt: skip
-        elif not (Path(directory) / manifest_name(step)).exists():
-            say(f"checkpoint {step} in {directory} has no manifest (an older version wrote it) and could not be verified")
+        else:
+            _say_whether_verified(directory, step, say)
         return step
     if passed:
         damaged, why = passed[0]
@@ -231,9 +231,13 @@ def resume_point(directory, asked, partial=False, say=None):
     if problem:
         other = "use --resume_checkpoint auto to go on from the newest whole one" if same else "name an older model file"
         raise InputError(f"--resume_checkpoint {asked}: the checkpoint is damaged or incomplete ({problem}); {other}")
-    if say and not (folder / manifest_name(step)).exists():
-        say(f"checkpoint {step} in {folder} has no manifest (an older version wrote it) and could not be verified")
+    _say_whether_verified(folder, step, say or (lambda line: None))
     return str(folder), step
+
+
+def _say_whether_verified(directory, step, say):
+    if not (Path(directory) / manifest_name(step)).exists():
+        say(f"checkpoint {step} in {directory} has no manifest (an older version wrote it) and could not be verified")
 
 
 def prune_checkpoints(directory, keep):
@@ -309,7 +313,7 @@ def _ema_problem(path, step):
     except InputError as error:
         return str(error)
     if manifest is None:
-        return "" if predates_manifests(path.parent, step) else f"{path.name} has no manifest: its save was cut short"
+        return "" if predates_manifests(path.parent, step) else f"{path.name} has no manifest: {UNFINISHED}"
     entry = manifest["files"].get(path.name)
     return file_problem(path, entry) if entry else f"the manifest lists no {path.name}"
 

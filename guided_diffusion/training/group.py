@@ -149,8 +149,6 @@ class Group:
     def _told(self, error):
         """Tell the other ranks of this one's error; or return theirs, where the error only came of it."""
         text = " ".join(str(error).split()) or type(error).__name__
-        if self._watch is None:
-            return error
         if is_connection_error(error):
             reason = self._watch.reason(seconds=10) or f"it lost the connection to another: was one killed? ({text[:300]})"
             return LostPeer(f"rank {self.rank} ends because {reason}")
@@ -179,9 +177,8 @@ class Group:
             return
         if together:
             self.barrier()
-        if self._watch is not None:
-            self._watch.stop()
-        if together and dist.is_initialized():
+        self._watch.stop()
+        if together:
             dist.destroy_process_group()  # after a failure this could wait for those that are gone
 
 
@@ -289,8 +286,7 @@ class _Watch(threading.Thread):
     def stop(self):
         """End the watch."""
         self._stopped.set()
-        if threading.current_thread() is not self:
-            self.join(2 * BEAT_S)  # it may be waiting for a store that does not answer
+        self.join(2 * BEAT_S)  # it may be waiting for a store that does not answer
 
 
 def _within(seconds, action):

@@ -3,7 +3,6 @@
 import csv
 import io
 import os
-import sys
 import threading
 from collections import deque
 from contextlib import suppress
@@ -12,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..files import whole_file
-from ..scripts import bar_options
+from ..scripts import StandardError, bar_options
 
 COLUMNS = ("step", "images", "loss", "mse", "vb", "grad_norm", "lr", "images_per_second", "seconds", "skipped_steps",
            "val_score", "colour_error")  # fmt: skip
@@ -35,8 +34,7 @@ class RunLogger:
         self.path = Path(directory) / "progress.csv"
         self._length = self._keep_rows(start_step)  # bytes of whole lines in the file
         self._waiting, self._lost, self._failing = deque(maxlen=WAITING), 0, False
-        self.bar = tqdm(total=total_steps, initial=start_step, unit="step",
-                        **(bar_options() | {"file": _StandardError()}))  # fmt: skip
+        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", **bar_options())
         self._catch_up()
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -80,7 +78,7 @@ class RunLogger:
 
     def say(self, text):
         """Print a line without breaking the progress bar."""
-        self.bar.write(text, file=_StandardError())
+        self.bar.write(text, file=StandardError())
 
     def close(self):
         """Write what still waits, and close the files; the bar stays as it stands."""
@@ -166,26 +164,6 @@ class SilentLogger:
 
     def close(self):
         """Close nothing."""
-
-
-class _StandardError:
-    """The standard error of the moment, whose writes do not raise where it goes to a full disk."""
-
-    def write(self, text):
-        with suppress(OSError):
-            sys.stderr.write(text)
-
-    def flush(self):
-        with suppress(OSError):
-            sys.stderr.flush()
-
-    def __getattr__(self, name):
-        return getattr(sys.stderr, name)
-
-    def __eq__(self, other):  # tqdm asks whether a line goes to where the bar is
-        return isinstance(other, _StandardError)
-
-    __hash__ = None
 
 
 def _line(values, **options):

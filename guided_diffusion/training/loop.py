@@ -195,19 +195,19 @@ class TrainLoop:
 
     @property
     def _done(self):
-        return self.step == self.settings.last_step or self.early_stopping.exhausted
+        last = self.settings.last_step
+        return self.early_stopping.exhausted or (last is not None and self.step >= last)
 
     def _say_idle(self, logger):
-        s = self.settings
-        if self.early_stopping.exhausted or (s.last_step is not None and self.step >= s.last_step):
-            why = "--patience" if self.early_stopping.exhausted else f"the last step {s.last_step}"
+        if self._done:
+            why = "--patience" if self.early_stopping.exhausted else f"the last step {self.settings.last_step}"
             logger.say(f"nothing to do: step {self.step} already met {why}")
 
     def _train(self, logger, interrupts):
         """Take the steps; return the number of the signal that ended them, or 0."""
         s, told, batches = self.settings, 0, None
         window, started = Window(self.group), time.monotonic()
-        while not (self._done or told or (s.last_step is not None and self.step > s.last_step)):
+        while not self._done:
             told = self.group.largest(interrupts.seen)
             if told:
                 if self.step > self.saved:
