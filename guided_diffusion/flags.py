@@ -27,6 +27,9 @@ class RunFlags:
                           ("", "fp32", "bf16", "fp16"))  # fmt: skip
     use_fp16: bool = flag(False, "the family's flag for --precision fp16; a CPU then uses bf16 and says so")
     seed: int = flag(0, "seed of everything but the noise bank: data order, crops, flips, timesteps, channel noise")
+    compile: bool = flag(
+        False, "torch.compile the network: the first pass takes minutes, the others less (needs a C++ compiler)"
+    )
 
 
 @dataclass(kw_only=True)
@@ -37,6 +40,7 @@ class DataFlags:
     dataset_mode: str = flag("cityscapes", "folder layout and label ids", ("cityscapes", "ade20k", "coco"))
     is_train: bool = flag(True, "True reads the training split, False the validation split")
     num_workers: int = flag(2, "processes that load pictures; 0 loads in the main process")
+    cache_dir: str = flag("", "keep the resized pictures and maps in a memory-mapped file there, made once; empty: no cache")
 
 
 @dataclass(kw_only=True)
@@ -156,7 +160,11 @@ class SampleFlags:
     results_path: str = flag("", "where pictures, panel and results.csv go")
     num_samples: int = flag(10000, "at most so many pictures; each picture of the split once")
     batch_size: int = flag(1, "pictures per batch")
-    use_ddim: bool = flag(False, "DDIM instead of ancestral sampling")
+    use_ddim: bool = flag(False, "the family's flag for --sampler ddim")
+    sampler: str = flag("", "ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M: few steps, such as --timestep_respacing 20);"
+                        " empty: ddim with --use_ddim True, else ddpm", ("", "ddpm", "ddim", "dpm++"))  # fmt: skip
+    label_memory: float = flag(2.0, "GiB that may hold what follows from label maps alone; beyond, it is computed anew at"
+                               " every step")  # fmt: skip
     eta: float = flag(0.0, "share of fresh noise in DDIM, 0...1")
     clip_denoised: bool = flag(True, "clip the predicted picture to the valid range at every step")
     s: float = flag(1.0, "guidance scale, at least 1; above 1 doubles the cost")

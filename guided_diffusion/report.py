@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .diffusion.sampling import REUSE_BYTES
+from .diffusion.conditioning import REUSE_BYTES
 from .diffusion.unet import ResBlock
 
 

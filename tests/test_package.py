@@ -15,6 +15,7 @@ ROOT = Path(guided_diffusion.__file__).parent
 
 # The house, from the roof down. A module may import from lower rows and from its own folder.
 ORDER = [
+    {"benchmark"},
     {"receive"},
     {"regenerate"},
     {"build_link", "dry_run"},

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..diffusion.sampling import REUSE_BYTES, Conditioning, EarlyStop, fresh_noise, sample
+from ..diffusion.conditioning import REUSE_BYTES, Conditioning
+from ..diffusion.sampling import EarlyStop, fresh_noise, sample
 from ..errors import InputError
 from ..metrics import mse
 from ..random_streams import generator

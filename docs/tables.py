@@ -1,4 +1,4 @@
-"""Print a Markdown table of several results folders: python docs/tabulate.py FOLDER[=CAPTION]..."""
+"""Print a Markdown table of several results folders: python docs/tables.py FOLDER[=CAPTION]..."""
 
 import json
 import sys
