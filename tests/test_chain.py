@@ -5,10 +5,11 @@ import torch
 from conftest import tiny_network
 
 from guided_diffusion import EarlyStop, InputError, sample
-from guided_diffusion.diffusion.gaussian_diffusion import GaussianDiffusion, create_gaussian_diffusion
 from guided_diffusion.diffusion.conditioning import Conditioning
-from guided_diffusion.diffusion.sampling import ancestral_step, ddim_step, fresh_noise
+from guided_diffusion.diffusion.gaussian_diffusion import GaussianDiffusion, create_gaussian_diffusion
+from guided_diffusion.diffusion.sampling import fresh_noise
 from guided_diffusion.diffusion.schedules import beta_schedule
+from guided_diffusion.diffusion.solvers import ancestral_step, ddim_step
 
 SIZE, T = (8, 16), 8
 SEEDS = [3, 4, 5]

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from guided_diffusion import InputError, create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.diffusion.nn import AttentionBlock
-from guided_diffusion.diffusion.unet import LabelMaps, ResBlock, SPADEGroupNorm, SPADEResBlock, check_size
+from guided_diffusion.diffusion.spade import LabelMaps, SPADEGroupNorm
+from guided_diffusion.diffusion.unet import ResBlock, SPADEResBlock, check_size
 
 TINY = {
     "image_size": 32, "num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1, "num_head_channels": 32,
@@ -309,8 +310,8 @@ def test_stored_modulations_equal_the_plain_path(places, updown):
     plain = run(model, x, t, y)
     torch.testing.assert_close(run(model, x, t, stored), plain, rtol=0, atol=1e-6)
     torch.testing.assert_close(run(model, x / 2, t + 1, stored), run(model, x / 2, t + 1, y), rtol=0, atol=1e-6)
-    assert len(stored) == sum(isinstance(module, SPADEGroupNorm) for module in model.modules())
-    tensors = [tensor for pair in stored.values() for tensor in pair]
+    assert len(stored.pairs) == sum(isinstance(module, SPADEGroupNorm) for module in model.modules())
+    tensors = [tensor for pair in stored.pairs for tensor in pair]
     assert model.modulation_bytes(2, *SIZE) == sum(4 * tensor.numel() for tensor in tensors)
 
 
@@ -321,7 +322,7 @@ def test_stored_modulations_spare_the_label_convolutions():
     stored = model.modulations(y)
     once = len(calls)
     run(model, x, t, stored)
-    assert once == len(stored) and len(calls) == once
+    assert once == len(stored.pairs) and len(calls) == once
     run(model, x, t, y)
     assert len(calls) == 2 * once
 

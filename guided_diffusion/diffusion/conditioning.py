@@ -3,8 +3,8 @@
 import torch
 
 from ..errors import InputError
-from .gaussian_diffusion import guided_denoiser
-from .unet import LabelMaps
+from .gaussian_diffusion import check_scale, guide, guided_denoiser
+from .spade import GuidedMaps
 
 REUSE_BYTES = 2**31  # memory that a chain may take for what it computes once from the label map
 
@@ -12,7 +12,8 @@ REUSE_BYTES = 2**31  # memory that a chain may take for what it computes once fr
 class Conditioning:
     """A label map made ready for a model: what follows from it alone is computed once, where the memory suffices.
 
-    :param model: callable (x, timesteps, y).
+    :param model: callable (x, timesteps, y). A `UNetModel` runs both halves of guidance in one batch of two, and its
+        encoder, where that has no SPADE, for one of them only.
     :param y: (N, C, H, W) conditioning; (1, C, H, W) serves any number of samples.
     :param s: guidance scale that it will be used with.
     :param reuse_bytes: bound on the memory; 0 computes everything at every step.
@@ -20,26 +21,34 @@ class Conditioning:
 
     @torch.no_grad()
     def __init__(self, model, y, s=1.0, reuse_bytes=REUSE_BYTES):
-        self.model, self.s, self.shape = model, s, y.shape
-        self.y, self.empty = y, torch.zeros_like(y[:1]) if s > 1 else None  # the empty one is the same for all samples
-        networked = hasattr(model, "modulations")
-        self.stored = networked and model.modulation_bytes(len(y) + (s > 1), *y.shape[2:]) <= reuse_bytes
-        if self.stored:
-            self.y = model.modulations(y)
-            self.empty = model.modulations(self.empty) if s > 1 else None
-        elif networked and len(y) == 1:
-            self.y = LabelMaps(y)
-            self.empty = LabelMaps(self.empty) if s > 1 else None
-        self.broadcasts = networked and (self.stored or len(y) == 1)
+        check_scale(s)
+        self.model, self.s, self.y, self.shape = model, s, y, y.shape
+        self.maps = self.empty = None
+        self.is_stored = False
+        if not hasattr(model, "modulations"):
+            return
+        half = torch.is_autocast_enabled(y.device.type)
+        needed = model.modulation_bytes(len(y) + (s > 1), *y.shape[2:], itemsize=2 if half else 4)
+        self.is_stored = needed <= reuse_bytes
+        ready = model.modulations if self.is_stored else model.label_maps
+        self.maps = ready(y)
+        if s > 1:
+            self.empty = ready(torch.zeros_like(y[:1]))  # the same for all samples
 
     def denoiser(self, diffusion, s, n, rows=None):
         """Return the denoiser of n samples, those at `rows` (n,) where not all are left."""
         if s != self.s:
             raise InputError(f"--s {s:g}: this conditioning was made ready for {self.s:g}")
-        if not self.broadcasts:
-            y = self.y.expand(n, -1, -1, -1) if len(self.y) == 1 else self.y if rows is None else self.y[rows]
-            return guided_denoiser(self.model, diffusion, y, s)  # the empty one is as large as y
-        y = self.y
-        if rows is not None and self.shape[0] > 1:
-            y = {spade: (gamma[rows], beta[rows]) for spade, (gamma, beta) in y.items()}
-        return guided_denoiser(self.model, diffusion, y, s, self.empty)
+        some = rows is not None and len(self.y) > 1
+        if self.maps is None:
+            y = self.y.expand(n, -1, -1, -1) if len(self.y) == 1 else self.y[rows] if some else self.y
+            return guided_denoiser(self.model, diffusion, y, s)
+        maps = self.maps.rows(rows) if some else self.maps
+        if s == 1:
+            return guided_denoiser(self.model, diffusion, maps)
+        maps = GuidedMaps(maps, self.empty)
+
+        def guided(x, t):
+            return guide(*self.model(x, diffusion.model_timesteps(t), maps).chunk(2), s)
+
+        return guided

@@ -180,7 +180,7 @@ class GaussianDiffusion(nn.Module):
         return nats_to_bits(torch.where(t == 0, nll, kl))
 
 
-def guided_denoiser(model, diffusion, y, s=1.0, empty=None):
+def guided_denoiser(model, diffusion, y, s=1.0):
     """Close over conditioning and guidance (classifier-free guidance, arXiv 2207.12598, towards the empty label map).
 
     The mean output is out(0) + s (out(m) - out(0)); the variance channels stay the conditional ones. Prediction "x0" and
@@ -188,23 +188,33 @@ def guided_denoiser(model, diffusion, y, s=1.0, empty=None):
 
     :param y: (N, C, H, W) conditioning m, or whatever else the model takes for it.
     :param s: guidance scale; 1 is plain conditional denoising and costs one evaluation instead of two.
-    :param empty: the empty conditioning; all zero by default.
     :return: denoiser(x, t) -> (N, 3 or 6, H, W).
     """
-    if not s >= 1:
-        raise InputError(f"--s {s}: the guidance scale must be at least 1")
-    if s > 1 and empty is None:
-        empty = torch.zeros_like(y)
+    check_scale(s)
+    empty = torch.zeros_like(y) if s > 1 else None
 
     def conditional(x, t):
         return model(x, diffusion.model_timesteps(t), y)
 
     def guided(x, t):
-        output, baseline = conditional(x, t), model(x, diffusion.model_timesteps(t), empty)
-        mean = baseline[:, :3] + s * (output[:, :3] - baseline[:, :3])
-        return torch.cat([mean, output[:, 3:]], dim=1)
+        return guide(conditional(x, t), model(x, diffusion.model_timesteps(t), empty), s)
 
     return guided if s > 1 else conditional
+
+
+def check_scale(s):
+    """Raise InputError unless s is a guidance scale."""
+    if not s >= 1:
+        raise InputError(f"--s {s}: the guidance scale must be at least 1")
+
+
+def guide(output, baseline, s):
+    """Return out(0) + s (out(m) - out(0)) for the mean channels, and the variance channels of out(m).
+
+    :param output, baseline: (N, 3 or 6, H, W), the network's outputs for m and for the empty label map.
+    """
+    mean = torch.lerp(baseline[:, :3], output[:, :3], s)
+    return torch.cat([mean, output[:, 3:]], dim=1) if output.shape[1] > 3 else mean
 
 
 def create_gaussian_diffusion(*, diffusion_steps, noise_schedule, timestep_respacing="", prediction="eps",

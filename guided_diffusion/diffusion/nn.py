@@ -63,6 +63,16 @@ class Downsample(nn.Module):
         return self.op(x)  # (N, C, H/2, W/2)
 
 
+class Pointwise(nn.Conv1d):
+    """A 1x1 convolution, with its parameters' shapes, on tokens (N, L, C)."""
+
+    def __init__(self, channels, out_channels):
+        super().__init__(channels, out_channels, 1)
+
+    def forward(self, tokens):
+        return nn.functional.linear(tokens, self.weight[..., 0], self.bias)
+
+
 class AttentionBlock(nn.Module):
     """Multi-head self-attention over all positions, with a residual.
 
@@ -74,18 +84,19 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.num_heads, self.new_order = num_heads, new_order
         self.norm = normalization(channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+        self.qkv = Pointwise(channels, 3 * channels)
+        self.proj_out = zero_module(Pointwise(channels, channels))
 
     def forward(self, x):
-        n, c, *size = x.shape
-        flat = x.reshape(n, c, -1)  # (N, C, L)
-        qkv = self.qkv(self.norm(flat))  # (N, 3C, L)
+        n, c, height, width = x.shape
+        # Channels last, as torch's fused attention wants its heads; free where the network runs in that layout.
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)
+        qkv = self.qkv(tokens)  # (N, L, 3C)
         if self.new_order:
-            qkv = qkv.view(n, 3, self.num_heads, c // self.num_heads, -1).transpose(1, 2)
+            q, k, v = qkv.view(n, -1, 3, self.num_heads, c // self.num_heads).unbind(2)
         else:
-            qkv = qkv.view(n, self.num_heads, 3, c // self.num_heads, -1)
-        q, k, v = qkv.transpose(-1, -2).unbind(2)  # each (N, heads, L, C/heads)
+            q, k, v = qkv.view(n, -1, self.num_heads, 3, c // self.num_heads).unbind(3)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # each (N, heads, L, C/heads)
         attended = nn.functional.scaled_dot_product_attention(q, k, v)
-        attended = attended.transpose(-1, -2).reshape(n, c, -1)  # (N, C, L)
-        return (flat + self.proj_out(attended)).view(n, c, *size)
+        attended = self.proj_out(attended.transpose(1, 2).reshape(n, -1, c))  # (N, L, C)
+        return x + attended.view(n, height, width, c).permute(0, 3, 1, 2)

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from .nn import AttentionBlock, Downsample, Upsample, normalization, timestep_embedding, zero_module
+from .spade import GuidedMaps, LabelMaps, SPADEGroupNorm, StoredMaps
 
 DEFAULT_CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -19,48 +20,6 @@ DEFAULT_CHANNEL_MULT = {
 
 # Which parts carry SPADE blocks: (encoder, decoder). The middle always does.
 SPADE_PLACES = {"unet": (False, True), "spadeboth": (True, True), "enconly": (True, False)}
-
-
-class SPADEGroupNorm(nn.Module):
-    """GroupNorm whose scale and shift are maps computed from the label map (SPADE, arXiv 1903.07291, eq. 1).
-
-    :param channels: width of the normalised tensor, a multiple of 32.
-    :param label_channels: planes of the conditioning y.
-    :param stride: by how much this layer's tensor is smaller than the picture.
-    """
-
-    hidden = 128
-
-    def __init__(self, channels, label_channels, stride):
-        super().__init__()
-        self.stride = stride
-        self.norm = nn.GroupNorm(32, channels, affine=False)
-        self.mlp_shared = nn.Sequential(nn.Conv2d(label_channels, self.hidden, 3, padding=1), nn.ReLU())
-        self.mlp_gamma = nn.Conv2d(self.hidden, channels, 3, padding=1)
-        self.mlp_beta = nn.Conv2d(self.hidden, channels, 3, padding=1)
-
-    def gamma_beta(self, y):
-        """Return (gamma, beta), each (N, channels, h, w), for y already at this layer's size (N, C, h, w)."""
-        hidden = self.mlp_shared(y)
-        return self.mlp_gamma(hidden), self.mlp_beta(hidden)
-
-    def forward(self, x, maps):
-        gamma, beta = maps[self]
-        return torch.addcmul(beta, self.norm(x).to(gamma.dtype), 1 + gamma)
-
-
-class LabelMaps:
-    """`maps[spade]` -> (gamma, beta), computed when asked for. A dict of stored pairs serves in its place."""
-
-    def __init__(self, y):
-        self.at_stride = {1: y}
-
-    def __getitem__(self, spade):
-        stride = spade.stride
-        if stride not in self.at_stride:
-            # Nearest resizing by a whole factor takes the first pixel of each block.
-            self.at_stride[stride] = self.at_stride[1][..., ::stride, ::stride].contiguous()
-        return spade.gamma_beta(self.at_stride[stride])
 
 
 class ResBlock(nn.Module):
@@ -101,12 +60,13 @@ class ResBlock(nn.Module):
         h = self.resample(self.norm_in(x, maps))
         x = self.resample(x)
         h = self.in_layers[-1](h)  # (N, out_channels, H', W')
-        emb = self.emb_layers(emb)[..., None, None].to(h.dtype)
+        emb = self.emb_layers(emb)[..., None, None]
         if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.norm_out(h, maps) * (1 + scale) + shift
+            h = self.norm_out(h, maps)
+            scale, shift = emb.to(h.dtype).chunk(2, dim=1)
+            h = torch.addcmul(shift, h, 1 + scale)
         else:
-            h = self.norm_out(h + emb, maps)
+            h = self.norm_out(h + emb.to(h.dtype), maps)
         return self.skip_connection(x) + self.out_layers[-3:](h)
 
 
@@ -205,32 +165,37 @@ class UNetModel(nn.Module):
         self.output_blocks = nn.ModuleList(decoder)
         out_conv = zero_module(nn.Conv2d(widths[0], out_channels, 3, padding=1))
         self.out = nn.Sequential(normalization(widths[0]), nn.SiLU(), out_conv)
+        self.spades = [module for module in self.modules() if isinstance(module, SPADEGroupNorm)]
+        for number, spade in enumerate(self.spades):
+            spade.number = number
+        self.encoder_sees_labels = spade_encoder
 
     def modulations(self, y):
-        """Return every SPADE layer's (gamma, beta): all that the network computes from the label map alone.
+        """Return every SPADE layer's scale and shift: all that the network computes from the label map alone.
 
         :param y: (N, C, H, W) conditioning.
-        :return: a dict that `forward` takes in place of y, to be reused over a whole reverse chain.
+        :return: `StoredMaps`, which `forward` takes in place of y, to be reused over a whole reverse chain.
         """
+        maps = self.label_maps(y)
+        return StoredMaps([maps.scale_shift(spade) for spade in self.spades])
+
+    def label_maps(self, y):
+        """Return `LabelMaps` of y (N, C, H, W), which `forward` takes in place of y: computed at every call."""
         self._check_labels(y)
-        maps = LabelMaps(y)
-        return {spade: maps[spade] for spade in self._spades()}
+        return LabelMaps(y)
 
-    def modulation_bytes(self, n, height, width):
-        """Return the memory, in bytes, that `modulations` takes in float32 for n pictures."""
-        elements = sum(2 * spade.mlp_gamma.out_channels / spade.stride**2 for spade in self._spades())
-        return int(4 * n * height * width * elements)
-
-    def _spades(self):
-        return [module for module in self.modules() if isinstance(module, SPADEGroupNorm)]
+    def modulation_bytes(self, n, height, width, itemsize=4):
+        """Return the memory, in bytes, that `modulations` takes for n pictures, with `itemsize` bytes for a number."""
+        elements = sum(2 * spade.mlp_gamma.out_channels / spade.stride**2 for spade in self.spades)
+        return int(itemsize * n * height * width * elements)
 
     def forward(self, x, t, y):
         """Predict the noise (or x_0, or v), and the variance where it is learned.
 
         :param x: (N, 3, H, W) noisy picture; the downsampling must divide H and W.
         :param t: (N,) original timesteps, 0...999 for 1000 steps; may be fractional.
-        :param y: (N, C, H, W) conditioning, or the result of `modulations(y)`.
-        :return: (N, 3 or 6, H, W) float32.
+        :param y: (N, C, H, W) conditioning, or the result of `modulations(y)`, or `GuidedMaps`.
+        :return: (N, 3 or 6, H, W) float32; with `GuidedMaps` (2N, ...), the conditional predictions first.
         """
         check_size(x.shape[2], x.shape[3], self.downsampling)
         if y is None or torch.is_tensor(y):
@@ -239,12 +204,18 @@ class UNetModel(nn.Module):
         embedded = timestep_embedding(t, self.model_channels).to(self.time_embed[0].weight.dtype)
         emb = self.time_embed(embedded)  # (N, emb_channels)
         h, skips = x, []
+        twice = isinstance(maps, GuidedMaps)
+        if twice and self.encoder_sees_labels:
+            h, emb, twice = _twice(h), _twice(emb), False
         for stage in self.input_blocks:
             h = stage(h, emb, maps, self.use_checkpoint)
             skips.append(h)
+        if twice:  # an encoder without SPADE gives both halves of guidance the same
+            h, emb = _twice(h), _twice(emb)
         h = self.middle_block(h, emb, maps, self.use_checkpoint)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb, maps, self.use_checkpoint)
+            skip = skips.pop()
+            h = stage(torch.cat([h, _twice(skip) if twice else skip], dim=1), emb, maps, self.use_checkpoint)
         return self.out(h).float()
 
     def _check_labels(self, y, x=None):
@@ -288,6 +259,10 @@ def _decoder(blocks, widths, skips, num_res_blocks, attention_strides, spade, nu
                 stride //= 2
             stages.append(TimestepSequential(*layers))
     return stages
+
+
+def _twice(x):
+    return torch.cat([x, x])  # not `repeat`, which forgets the memory layout
 
 
 def check_size(height, width, divisor):
