@@ -124,13 +124,14 @@ def test_holding_the_prediction_equals_the_naive_loop(parts, options, count):
     torch.testing.assert_close(result.images, x, rtol=0, atol=5e-5)
 
 
-def test_holding_in_deterministic_ddim_is_the_respaced_chain(parts):
+@pytest.mark.parametrize("method", ["ddim", "dpm++"])
+def test_holding_in_a_deterministic_chain_is_the_respaced_chain(parts, method):
     model, _, y, noise = parts
     betas = beta_schedule("cosine", 40)
     fine = GaussianDiffusion(betas, prediction="v", learn_sigma=True)
     coarse = GaussianDiffusion(betas, [7, 15, 23, 31, 39], prediction="v", learn_sigma=True)
-    held = sample(model, fine, y, noise, "ddim", network_steps=5).images
-    torch.testing.assert_close(held, sample(model, coarse, y, noise, "ddim").images, rtol=0, atol=1e-4)
+    held = sample(model, fine, y, noise, method, network_steps=5).images
+    torch.testing.assert_close(held, sample(model, coarse, y, noise, method).images, rtol=0, atol=1e-4)
 
 
 # -- noise and variance -----------------------------------------------------------------------------------------------

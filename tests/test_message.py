@@ -53,6 +53,7 @@ KINDS = [
     {"edge_levels": 256, "edge_scale": 4, "label_scale": 2, "stop_step": 17, "steps": "ddim50", "method": "ddim", "eta": 0.3},
     {"edge_plane": False, "one_hot": False, "height": 23, "width": 37, "label_scale": 4, "num_classes": 183, "s": 1.7},
     {"bank_size": 1, "bank_seed": -(2**63), "clip_denoised": False, "precision": "bf16", "tail_steps": 9, "num_classes": 1},
+    {"method": "dpm++", "steps": "logsnr20", "tail_steps": 3},
     {"start_sent": False, **SELECTED, "selected_steps": 20, "step_atoms": 1, "edge_levels": 3, "edge_scale": 8},
 ]
 
@@ -108,6 +109,27 @@ def test_both_ends_use_the_rounded_guidance():
     assert (found.s, found.eta) == (message.header.s, message.header.eta)
 
 
+@pytest.mark.parametrize(
+    ("fields", "flags"),
+    [
+        ({}, 0b0001_1011),
+        ({"method": "ddim"}, 0b0011_1011),
+        (SELECTED, 0b0101_1011),
+        ({"one_hot": False, "boundaries": True, "clip_denoised": False, "start_sent": False}, 0b0000_0110),
+        ({"method": "dpm++"}, 0b1001_1011),
+    ],
+)
+def test_the_bits_of_the_flag_byte(fields, flags):
+    assert make(**fields).to_bytes()[9] == flags  # behind magic, version, height, width and classes
+
+
+def test_two_samplers_at_once_mean_nothing():
+    data = bytearray(make(method="ddim").to_bytes())
+    data[9] |= 128
+    with pytest.raises(InputError, match="bits that mean nothing"):
+        read_header(reseal(data))
+
+
 def test_an_empty_boundary_plane_costs_nothing():
     message = make(boundaries=True)
     empty = dataclasses.replace(message, boundary=np.zeros_like(message.boundary))
@@ -156,6 +178,8 @@ def test_long_boundaries_beside_edges():
         ({**SELECTED, "bank_size": 255}, "4 atoms of 256 candidates in a bank of 255"),
         ({**SELECTED, "step_candidates": 3}, "4 atoms of 3 candidates"),
         ({**SELECTED, "step_atoms": 0}, "0 atoms of 256 candidates"),
+        ({"method": "dpm++", "eta": 0.5}, r"dpm\+\+ with eta 0.5 and 0 selected steps; both must be 0"),
+        ({**SELECTED, "method": "dpm++", "step_variance": "model"}, "with eta 0 and 12 selected steps; both must be 0"),
         ({"fingerprint": b"short"}, "fingerprint of 5 bytes"),
         ({"version": 2}, "version 2"),
     ],

@@ -60,6 +60,7 @@ def pixels(folder):
         {},
         {"use_ddim": True, "eta": 0.3, "s": 1.7, "edge_levels": 2, "label_scale": 2},
         {"noise_index": "best", "candidates": 3, "tail_steps": 1},
+        {"sampler": "dpm++", "noise_index": "best", "candidates": 6, "feedback_steps": 1},
         {"selection": "per_step", "step_candidates": 8, "step_atoms": 2},
         {"selection": "both", "candidates": 2, "step_candidates": 8},
         {"timestep_respacing": 6, "stop_tol": 10, "stop_patience": 1},

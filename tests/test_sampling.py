@@ -9,7 +9,7 @@ from conftest import tiny_network
 
 from guided_diffusion import EarlyStop, InputError, sample
 from guided_diffusion.diffusion.gaussian_diffusion import create_gaussian_diffusion
-from guided_diffusion.diffusion.sampling import ancestral_step, ddim_step
+from guided_diffusion.diffusion.solvers import ancestral_step, ddim_step
 
 PICTURE = (3, 4, 6)  # where nothing depends on the size
 
@@ -169,7 +169,8 @@ def conditions(n=4):
     return (normals(n, 5, *SIZE, seed=7) > 0.8).float(), normals(n, 3, *SIZE, seed=8)
 
 
-@pytest.mark.parametrize("options", [{"method": "ddpm", "s": 1.5}, {"method": "ddim", "eta": 0.5}])
+@pytest.mark.parametrize("options", [{"method": "ddpm", "s": 1.5}, {"method": "ddim", "eta": 0.5},
+                                     {"method": "dpm++", "s": 1.5}])  # fmt: skip
 def test_a_batch_of_four_equals_four_batches_of_one(unet, options):
     (y, noise), seeds = conditions(), torch.tensor([5, 2**40, 7, 5])
     together = sample(*unet, y, noise, seeds=seeds, **options).images
@@ -204,10 +205,10 @@ def test_label_maps_are_computed_once_or_never(unet):
     assert counts == [2, 2, 2 * 6]
 
 
-@pytest.mark.parametrize("s, reuse_bytes", [(1.0, 0), (2.0, 2**31)])
-def test_early_stop_with_a_network_leaves_the_other_samples_alone(unet, s, reuse_bytes):
+@pytest.mark.parametrize("method, s, reuse_bytes", [("ddim", 1.0, 0), ("ddim", 2.0, 2**31), ("dpm++", 1.0, 2**31)])
+def test_early_stop_with_a_network_leaves_the_other_samples_alone(unet, method, s, reuse_bytes):
     (y, noise), predictions = conditions(), []
-    options = {"method": "ddim", "s": s, "reuse_bytes": reuse_bytes}
+    options = {"method": method, "s": s, "reuse_bytes": reuse_bytes}
     full = sample(*unet, y, noise, on_step=lambda t, x, out: predictions.append(out["pred_xstart"]), **options)
     moves = (predictions[7] - predictions[6]).square().mean(dim=(1, 2, 3)).sqrt()
     between = moves.sort().values[1:3].mean().item()  # two samples move less at the eighth step, two more
@@ -273,7 +274,7 @@ def run_drifting(method="ddpm", **options):
     return sample(drifting, process(T, prediction="x0"), y, noise, method, seeds=range(len(SETTLES)), **options)
 
 
-@pytest.mark.parametrize("method, eta", [("ddpm", 0), ("ddim", 1)])
+@pytest.mark.parametrize("method, eta", [("ddpm", 0), ("ddim", 1), ("dpm++", 0)])
 @pytest.mark.parametrize(
     "rule", [EarlyStop(0.01, patience=3, min_steps=1), EarlyStop(0.01, patience=1, min_steps=12), EarlyStop(0.01, patience=2)]
 )
@@ -378,11 +379,12 @@ def test_without_seeds_the_global_generator_is_used():
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
-def test_deterministic_ddim_draws_nothing():
+@pytest.mark.parametrize("method", ["ddim", "dpm++"])
+def test_deterministic_samplers_draw_nothing(method):
     state = torch.get_rng_state()
-    first, _ = chain(process(10), method="ddim")
+    first, _ = chain(process(10), method=method)
     assert torch.equal(torch.get_rng_state(), state)
-    seeded, _ = chain(process(10), method="ddim", seeds=[1, 2, 3], step_noise=lambda t, x, out: pytest.fail("called"))
+    seeded, _ = chain(process(10), method=method, seeds=[1, 2, 3], step_noise=lambda t, x, out: pytest.fail("called"))
     assert torch.equal(first.images, seeded.images)
 
 
@@ -443,7 +445,7 @@ def test_clipping_keeps_pictures_in_range():
         return torch.full_like(x, 1.5)
 
     arguments = (bright, process(10, prediction="x0"), torch.zeros(1, 1, 4, 6), normals(1, *PICTURE))
-    for method in ("ddpm", "ddim"):
+    for method in ("ddpm", "ddim", "dpm++"):
         clipped = sample(*arguments, method, seeds=[0]).images
         torch.testing.assert_close(clipped, torch.ones_like(clipped))
         free = sample(*arguments, method, seeds=[0], clip_denoised=False).images
@@ -467,7 +469,7 @@ def test_ddim_recomputes_eps_from_the_clipped_x0():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"method": "plms"}, "'plms'.*ddpm, ddim"),
+        ({"method": "plms"}, "'plms'.*ddpm, ddim, dpm"),
         ({"eta": -0.1}, "--eta -0.1"),
         ({"eta": 1.1}, "--eta 1.1"),
         ({"eta": float("nan")}, "--eta nan"),

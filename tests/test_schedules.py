@@ -56,14 +56,14 @@ def test_schedule_errors(name, steps, words):
 
 @pytest.mark.parametrize("text", ["", " ", "1000", "ddim1000"])
 def test_all_steps(text):
-    assert space_timesteps(1000, text) == list(range(1000))
+    assert space_timesteps(beta_schedule("cosine", 1000), text) == list(range(1000))
 
 
 def test_ddim_takes_a_whole_stride_from_zero():
-    assert space_timesteps(1000, "ddim50") == list(range(0, 1000, 20))
-    assert space_timesteps(1000, "ddim5") == [0, 200, 400, 600, 800]
-    assert space_timesteps(100, "ddim1") == [0]
-    assert space_timesteps(10, "ddim4") == [0, 3, 6, 9]  # the smallest stride that gives four
+    assert space_timesteps(beta_schedule("cosine", 1000), "ddim50") == list(range(0, 1000, 20))
+    assert space_timesteps(beta_schedule("cosine", 1000), "ddim5") == [0, 200, 400, 600, 800]
+    assert space_timesteps(beta_schedule("cosine", 100), "ddim1") == [0]
+    assert space_timesteps(beta_schedule("cosine", 10), "ddim4") == [0, 3, 6, 9]  # the smallest stride that gives four
 
 
 def _by_addition(steps, counts):
@@ -85,24 +85,24 @@ def _by_addition(steps, counts):
 )
 def test_sections_equal_the_public_loop(steps, text):
     counts = [int(count) for count in text.split(",")]
-    chosen = space_timesteps(steps, text)
+    chosen = space_timesteps(beta_schedule("cosine", steps), text)
     assert chosen == _by_addition(steps, counts)
     assert len(chosen) == sum(counts)
 
 
 def test_even_spacing_includes_both_ends():
-    chosen = space_timesteps(1000, "250")
+    chosen = space_timesteps(beta_schedule("cosine", 1000), "250")
     assert (chosen[0], chosen[-1], len(set(chosen))) == (0, 999, 250)
     assert set(np.diff(chosen)) == {4, 5}
 
 
 def test_sections_have_their_own_counts():
-    chosen = np.array(space_timesteps(1000, "10,20,30"))  # sections of 334, 333 and 333 steps
+    chosen = np.array(space_timesteps(beta_schedule("cosine", 1000), "10,20,30"))  # sections of 334, 333 and 333 steps
     assert [((chosen >= low) & (chosen < high)).sum() for low, high in ((0, 334), (334, 667), (667, 1000))] == [10, 20, 30]
 
 
 def test_a_number_serves_as_well_as_a_text():
-    assert space_timesteps(100, 10) == space_timesteps(100, "10")
+    assert space_timesteps(beta_schedule("cosine", 100), 10) == space_timesteps(beta_schedule("cosine", 100), "10")
 
 
 @pytest.mark.parametrize(
@@ -124,13 +124,13 @@ def test_a_number_serves_as_well_as_a_text():
 )
 def test_respacing_errors_name_the_flag(text, words):
     with pytest.raises(InputError, match=f"--timestep_respacing {text}: .*{words}"):
-        space_timesteps(100, text)
+        space_timesteps(beta_schedule("cosine", 100), text)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 @pytest.mark.parametrize("text", ["", "250", "10,20,30", "ddim50", "1"])
 def test_respaced_betas_keep_alpha_bar(name, text):
-    betas, kept = beta_schedule(name, 1000), space_timesteps(1000, text)
+    betas, kept = beta_schedule(name, 1000), space_timesteps(beta_schedule("cosine", 1000), text)
     shorter = respaced_betas(betas, kept)
     assert shorter.dtype == np.float64 and len(shorter) == len(kept)
     np.testing.assert_allclose(np.cumprod(1 - shorter), np.cumprod(1 - betas)[kept], rtol=1e-9)
@@ -139,3 +139,27 @@ def test_respaced_betas_keep_alpha_bar(name, text):
 def test_respacing_to_all_steps_changes_nothing():
     betas = beta_schedule("linear", 1000)
     np.testing.assert_allclose(respaced_betas(betas, range(1000)), betas, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("count", [1, 2, 5, 20, 100, 1000])
+def test_logsnr_takes_distinct_steps_from_the_noisiest_on(name, count):
+    chosen = space_timesteps(beta_schedule(name, 1000), f"logsnr{count}")
+    assert len(chosen) == count and chosen == sorted({*chosen}) and chosen[-1] == 999
+    assert count == 1 or chosen[0] == 0
+
+
+def test_logsnr_is_even_in_the_logarithm_of_the_signal_to_noise_ratio():
+    betas = beta_schedule("linear", 1000)
+    alphas_cumprod = np.cumprod(1 - betas)
+    level = np.log(alphas_cumprod / (1 - alphas_cumprod))[space_timesteps(betas, "logsnr10")]
+    np.testing.assert_allclose(np.diff(level), (level[-1] - level[0]) / 9, rtol=0.15)
+    assert np.ptp(np.diff(np.log(alphas_cumprod / (1 - alphas_cumprod))[space_timesteps(betas, "10")])) > 2
+
+
+@pytest.mark.parametrize(
+    "text, words", [("logsnr", "expected a count"), ("logsnr0", "at least 1"), ("logsnr11", "has 10 steps")]
+)
+def test_bad_logsnr(text, words):
+    with pytest.raises(InputError, match=words):
+        space_timesteps(beta_schedule("linear", 10), text)

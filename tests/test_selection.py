@@ -103,7 +103,7 @@ def test_the_label_map_work_is_done_once_per_search(unet, make_chain):
     assert len(calls) == 2  # the label map and the empty one
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpm++"])
 def test_halving_equals_the_plain_rule(make_chain, method):
     chain, alive = make_chain(method=method), list(range(20))
     assert halving_rungs(20, T, 2, finalists=2) == [(2, 5), (4, 2), (None, 1)]
@@ -372,8 +372,10 @@ def test_more_atoms_come_nearer_and_the_masked_bank_is_as_good_as_fresh_codebook
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"method": "ddim"}, "per-step selection with ddim, eta 0: it needs ancestral sampling, or eta 1"),
+        ({"method": "ddim"}, "per-step selection with ddim, eta 0: it needs ancestral sampling, or DDIM with eta 1"),
         ({"method": "ddim", "eta": 0.5}, "eta 0.5"),
+        ({"method": "dpm++"}, r"per-step selection with dpm\+\+"),
+        ({"method": "dpm++", "eta": 1.0}, r"per-step selection with dpm\+\+"),
         ({"early_stop": EarlyStop()}, "drop early stopping"),
         ({"selected_steps": T}, "--selected_steps 10: expected 0 .* to 9"),
         ({"selected_steps": -1}, "--selected_steps -1"),

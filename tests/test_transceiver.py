@@ -106,6 +106,8 @@ OPERATIONS = {
     "random": {},
     "ddim": {"method": "ddim"},
     "ddim, eta": {"method": "ddim", "eta": 0.3},  # not a single-precision number
+    "dpm++": {"method": "dpm++"},
+    "dpm++, best": {"method": "dpm++", "choose": "best", "s": 1.7},
     "guided": {"s": 1.7},
     "tail": {"tail_steps": 2},
     "best": {"choose": "best"},
@@ -144,7 +146,7 @@ def test_after_an_error_free_channel_the_pictures_are_equal_bit_for_bit(network,
     assert (other - sent.choice.picture).abs().max() > 1e-3  # the index matters
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpm++"])
 @pytest.mark.parametrize("min_steps", [2, 4, T])
 def test_the_receiver_stops_where_the_transmitter_did(network, method, min_steps):
     header = dataclasses.replace(TEMPLATE, height=SIZE[0], width=SIZE[1], method=method)

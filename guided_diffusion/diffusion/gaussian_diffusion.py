@@ -221,5 +221,5 @@ def create_gaussian_diffusion(*, diffusion_steps, noise_schedule, timestep_respa
                               learn_sigma=False, loss_type="mse", rescale_timesteps=False):  # fmt: skip
     """Build a process from a named schedule and a respacing (see `schedules`)."""
     betas = beta_schedule(noise_schedule, diffusion_steps)
-    kept = space_timesteps(diffusion_steps, timestep_respacing)
+    kept = space_timesteps(betas, timestep_respacing)
     return GaussianDiffusion(betas, kept, prediction, learn_sigma, loss_type, rescale_timesteps)

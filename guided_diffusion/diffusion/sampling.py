@@ -1,4 +1,4 @@
-"""The reverse process: ancestral sampling (DDPM, algorithm 2) and DDIM (arXiv 2010.02502), with early stopping per sample."""
+"""The reverse process: any of the step rules of `solvers`, with guidance, seeded noise and early stopping per sample."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,9 +9,7 @@ from torch import nn
 from ..errors import InputError
 from ..random_streams import generator
 from .conditioning import REUSE_BYTES, Conditioning
-
-METHODS = ("ddpm", "ddim")
-VARIANCES = ("model", "posterior")
+from .solvers import StepRule
 
 
 @dataclass(frozen=True)
@@ -48,31 +46,15 @@ class _Settled:
         self.count = torch.zeros(n, dtype=torch.int64, device=device)
 
     def update(self, pred_xstart, taken):
-        """Return a mask (n,) of the samples that are done after `taken` steps."""
+        """Return a mask (n,), on the host, of the samples that are done after `taken` steps."""
         if self.previous is not None:
             moved = (pred_xstart - self.previous).flatten(1).square().mean(1).sqrt()
             self.count = torch.where(moved < self.rule.tol, self.count + 1, 0)
         self.previous = pred_xstart
-        return (self.count >= self.rule.patience) & (taken >= self.rule.min_steps)
+        return ((self.count >= self.rule.patience) & (taken >= self.rule.min_steps)).cpu()
 
     def keep(self, rows):
         self.count, self.previous = self.count[rows], self.previous[rows]
-
-
-def ancestral_step(diffusion, out, x, t, z):
-    """x_{t-1} = mean + sigma z, with no noise at t = 0 (DDPM, algorithm 2, line 4)."""
-    noisy = (t != 0).float()[:, None, None, None]
-    return out["mean"] + noisy * (0.5 * out["log_variance"]).exp() * z
-
-
-def ddim_step(diffusion, out, x, t, z, eta=0.0):
-    """One DDIM step (arXiv 2010.02502, eq. 12); eta = 0 is deterministic, eta = 1 has the posterior's variance."""
-    x_start = out["pred_xstart"]
-    eps = diffusion.predict_eps(x_start, x, t)  # from the clipped x_0
-    abar, previous = diffusion.at("alphas_cumprod", t), diffusion.at("alphas_cumprod_prev", t)
-    sigma = eta * ((1 - previous) / (1 - abar) * (1 - abar / previous)).sqrt()
-    mean = previous.sqrt() * x_start + (1 - previous - sigma**2).clamp(min=0).sqrt() * eps
-    return mean if z is None else mean + sigma * z  # sigma is 0 at t = 0
 
 
 @torch.no_grad()
@@ -86,91 +68,66 @@ def sample(model, diffusion, y, noise, method="ddpm", s=1.0, eta=0.0, seeds=None
     :param y: (N, C, H, W) conditioning, as received; (1, C, H, W) serves all samples, with the label-map work done once;
         or a `Conditioning`, to share that work between calls.
     :param noise: (N, 3, H, W) standard normal, such as bank entries.
-    :param method: "ddpm" (ancestral) or "ddim".
+    :param method: "ddpm" (ancestral), "ddim" or "dpm++" (DPM-Solver++ 2M, deterministic: for 10 to 25 steps).
     :param s: guidance scale, at least 1.
-    :param eta: share of fresh noise in DDIM, 0...1.
+    :param eta: share of fresh noise in DDIM, 0...1; 0 with the others.
     :param seeds: (N,) integers. Sample k's fresh noise at a step follows from seeds[k] and the original timestep alone,
         whatever the batch. Without it, torch's global generator is used.
     :param step_noise: function (t, x, out) -> z (n, 3, H, W), or None for the usual noise. n counts the samples still
-        running; out["rows"] (n,) says which they are.
+        running; out["rows"] (n,), on the host, says which they are.
     :param early_stop: an `EarlyStop`: finished samples leave the batch with their predicted x_0 as the answer.
     :param clip_denoised: clip the predicted x_0 to [-1, 1] at every step.
     :param on_step: function (t, x, out), called at every step with the step number, x_t and the prediction.
     :param reuse_bytes: compute what depends on the conditioning alone once for the whole chain if it takes no more memory
         than this; 0 computes it at every step.
     :param variance: of ancestral steps: "model" (fixed or learned), or "posterior" (beta-tilde of the respaced chain).
-    :param tail_steps: the last so many steps are DDIM's with eta = 0, whatever the method.
+    :param tail_steps: the last so many steps take no noise: they are DDIM's with eta = 0, or the solver's as ever.
     :param network_steps: run the network at so many of the steps only, evenly spread, and hold the predicted x_0 between
-        them. The noises stay those of the whole chain, so it gives a cheap look at the same picture.
+        them ("dpm++": its extrapolation). The noises stay those of the whole chain: a cheap look at the same picture.
     :return: `SampleResult`.
     """
-    _check_arguments(method, eta, noise, y, seeds)
+    _check_arguments(noise, y, seeds)
     evaluated = _network_steps(diffusion.num_timesteps, network_steps, early_stop)
-    update = _Update(diffusion, method, eta, variance, tail_steps)
-    x, rows = noise, torch.arange(len(noise), device=noise.device)
-    images, steps = torch.zeros_like(noise), torch.zeros_like(rows)
+    update = StepRule(diffusion, method, eta, variance, tail_steps, evaluated)
+    draw = _noise_source(diffusion, seeds, step_noise)
+    x, rows = noise, torch.arange(len(noise))  # rows on the host: asking the device would wait for it at every step
+    images, steps = torch.zeros_like(noise), torch.zeros(len(noise), dtype=torch.int64, device=noise.device)
+    times = torch.arange(diffusion.num_timesteps, device=noise.device)
     settled = _Settled(early_stop, len(x), x.device) if early_stop else None
     with _evaluating(model):
         condition = y if isinstance(y, Conditioning) else Conditioning(model, y, s, reuse_bytes)
         denoiser = condition.denoiser(diffusion, s, len(x))
         for taken, step in enumerate(reversed(range(diffusion.num_timesteps)), 1):
-            t = torch.full((len(x),), step, dtype=torch.int64, device=x.device)
+            t = times[step].expand(len(x))
             if step in evaluated:
                 output, held = denoiser(x, t), None
             out = update.posterior(output, x, t, clip_denoised, held)
-            held = out["pred_xstart"]
-            out["rows"] = rows
+            held, out["rows"] = out["pred_xstart"], rows
             if on_step is not None:
                 on_step(step, x, out)
-            if settled is not None:
-                done = settled.update(out["pred_xstart"], taken)
-                if done.any():
-                    images[rows[done]], steps[rows[done]] = out["pred_xstart"][done], taken
-                    x, t, rows, out = x[~done], t[~done], rows[~done], {k: v[~done] for k, v in out.items()}
-                    settled.keep(~done)
-                    if not len(x):
-                        break
-                    denoiser = condition.denoiser(diffusion, s, len(x), rows)
-            z = None
-            if update.is_noisy(step):
-                z = step_noise(step, x, out) if step_noise is not None else None
-                z = fresh_noise(x, rows, seeds, diffusion.kept[step]) if z is None else z
+            if settled is not None and (done := settled.update(out["pred_xstart"], taken)).any():
+                images[rows[done]], steps[rows[done]] = out["pred_xstart"][done], taken
+                x, t, rows, out = x[~done], t[~done], rows[~done], {k: v[~done] for k, v in out.items()}
+                if not len(x):
+                    break
+                settled.keep(~done)
+                update.keep(~done)
+                denoiser = condition.denoiser(diffusion, s, len(x), rows)
+            z = draw(step, x, out) if update.is_noisy(step) else None
             x = update(step, out, x, t, z)
     images[rows], steps[rows] = x, taken
     return SampleResult(images, steps)
 
 
-class _Update:
-    """One step of the chosen sampler: which posterior, whether there is noise, and x_{t-1}."""
+def _noise_source(diffusion, seeds, step_noise):
+    """Return a function (t, x, out) -> z (n, 3, H, W): what `step_noise` gives, or else the usual noise."""
+    seeds = seeds.tolist() if isinstance(seeds, torch.Tensor) else seeds
 
-    def __init__(self, diffusion, method, eta, variance, tail_steps):
-        if variance not in VARIANCES:
-            raise InputError(f"variance {variance!r}: unknown; choose one of {', '.join(VARIANCES)}")
-        if variance == "posterior" and method != "ddpm":
-            raise InputError(f"variance 'posterior' belongs to ancestral sampling; {method} has eta")
-        if not 0 <= tail_steps <= diffusion.num_timesteps:
-            raise InputError(f"--tail_steps {tail_steps}: expected 0 to {diffusion.num_timesteps}, the chain's steps")
-        self.diffusion, self.method, self.eta = diffusion, method, eta
-        self.variance, self.tail_steps = variance, tail_steps
+    def draw(t, x, out):
+        z = step_noise(t, x, out) if step_noise is not None else None
+        return fresh_noise(x, out["rows"], seeds, diffusion.kept[t]) if z is None else z
 
-    def posterior(self, output, x, t, clip_denoised, held=None):
-        """Turn a denoiser's output into p(x_{t-1} | x_t); with the x_0 `held` from an earlier step in place of its own."""
-        out = self.diffusion.posterior(output, x, t, clip_denoised)
-        if held is not None:
-            out["pred_xstart"], out["mean"] = held, self.diffusion.q_posterior(held, x, t)[0]
-        if self.variance == "posterior":
-            out["variance"] = self.diffusion.at("posterior_variance", t).expand_as(x)
-            out["log_variance"] = self.diffusion.at("posterior_log_variance", t).expand_as(x)
-        return out
-
-    def is_noisy(self, step):
-        """Whether step number `step` takes a noise; the last one never does."""
-        return step >= max(1, self.tail_steps) and (self.method == "ddpm" or self.eta > 0)
-
-    def __call__(self, step, out, x, t, z):
-        if self.method == "ddim" or step < self.tail_steps:
-            return ddim_step(self.diffusion, out, x, t, z, self.eta if z is not None else 0.0)
-        return ancestral_step(self.diffusion, out, x, t, torch.zeros_like(x) if z is None else z)
+    return draw
 
 
 def fresh_noise(x, rows, seeds, timestep):
@@ -179,16 +136,11 @@ def fresh_noise(x, rows, seeds, timestep):
     if seeds is None:
         return torch.randn_like(x)
     streams = (generator(int(seeds[row]), "chain", timestep) for row in rows.tolist())
-    return torch.stack([torch.randn(x.shape[1:], generator=stream) for stream in streams]).to(x)
+    noise = torch.stack([torch.randn(x.shape[1:], generator=stream) for stream in streams])
+    return noise.to(x, non_blocking=True)  # the next step's noise is drawn while the device still works
 
 
-def _check_arguments(method, eta, noise, y, seeds):
-    if method not in METHODS:
-        raise InputError(f"sampling method {method!r}: unknown; choose one of {', '.join(METHODS)}")
-    if eta and method == "ddpm":
-        raise InputError(f"eta {eta}: it belongs to DDIM; ancestral sampling has its own noise")
-    if not 0 <= eta <= 1:
-        raise InputError(f"--eta {eta}: expected 0 (deterministic) to 1 (as much fresh noise as ancestral sampling)")
+def _check_arguments(noise, y, seeds):
     if y.shape[0] not in (1, len(noise)) or noise.shape[2:] != y.shape[2:]:
         raise InputError(f"noise {tuple(noise.shape)} and conditioning {tuple(y.shape)} differ in N, H or W")
     if seeds is not None and len(seeds) != len(noise):

@@ -30,28 +30,32 @@ def beta_schedule(name, steps):
     return np.minimum(betas, MAX_BETA)
 
 
-def space_timesteps(steps, respacing):
+def space_timesteps(betas, respacing):
     """Choose which of the original steps a shorter chain uses (improved diffusion, section 4).
 
-    :param steps: number of original steps.
-    :param respacing: "" (all of them), "250" (evenly spaced), "10,20,30" (so many in each of three equal sections) or
-        "ddim50" (a fixed whole stride from step 0, as in the DDIM paper).
+    :param betas: (T,) of the original process.
+    :param respacing: "" (all of them), "250" (evenly spaced), "10,20,30" (so many in each of three equal sections),
+        "ddim50" (a fixed whole stride from step 0, as in the DDIM paper) or "logsnr20" (evenly spaced in the logarithm of
+        the signal-to-noise ratio, as DPM-Solver's steps are, arXiv 2206.00927, section 3.4).
     :return: ascending list of original step numbers.
     """
+    steps = len(betas)
     text = str(respacing).strip()
     if not text:
         return list(range(steps))
-    ddim = text.startswith("ddim")
+    kind = next((kind for kind in ("ddim", "logsnr") if text.startswith(kind)), "")
     try:
-        counts = [int(text[len("ddim") :])] if ddim else [int(part) for part in text.split(",")]
+        counts = [int(text[len(kind) :])] if kind else [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(
-            f'--timestep_respacing {text}: expected a count ("250"), counts per section ("10,20,30") or "ddim50"'
+            f'--timestep_respacing {text}: expected a count ("250"), counts per section ("10,20,30"), "ddim50" or "logsnr20"'
         ) from None
-    if ddim:
+    if kind == "ddim":
         return _fixed_stride(steps, counts[0])
     if min(counts) < 1:
         raise InputError(f"--timestep_respacing {text}: every count must be at least 1")
+    if kind == "logsnr":
+        return _even_in_logsnr(betas, counts[0], text)
     chosen, start = [], 0
     for i, count in enumerate(counts):
         size = steps // len(counts) + (i < steps % len(counts))
@@ -68,6 +72,19 @@ def _fixed_stride(steps, wanted):
         if len(range(0, steps, stride)) == wanted:
             return list(range(0, steps, stride))
     raise InputError(f"--timestep_respacing ddim{wanted}: no whole stride takes {wanted} of {steps} steps")
+
+
+def _even_in_logsnr(betas, count, text):
+    if count > len(betas):
+        raise InputError(f"--timestep_respacing {text}: the process has {len(betas)} steps")
+    alphas_cumprod = np.cumprod(1 - np.asarray(betas, dtype=np.float64))
+    logsnr = np.log(alphas_cumprod / (1 - alphas_cumprod))  # falls
+    wanted = np.linspace(logsnr[-1], logsnr[0], count)
+    chosen = np.abs(logsnr[:, None] - wanted).argmin(0)[::-1]  # ascending
+    # Near t = 0 one step is worth several points: each takes the next one that is free.
+    for k in range(1, count):
+        chosen[k] = max(chosen[k], chosen[k - 1] + 1)
+    return np.minimum(chosen, len(betas) - count + np.arange(count)).tolist()
 
 
 def respaced_betas(betas, kept):

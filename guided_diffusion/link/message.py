@@ -24,13 +24,13 @@ _MAGIC = b"DG"
 _FIELDS = struct.Struct("<2sB HHH BBB qI Hff HHHHH 8s 3s3s3s")
 HEADER_BYTES = _FIELDS.size + CRC_BYTES
 
-# Fields that are one bit each, the lowest first, and what that bit says
-_FLAGS = (("one_hot", (False, True)), ("edge_plane", (False, True)), ("boundaries", (False, True)),
-          ("clip_denoised", (False, True)), ("start_sent", (False, True)), ("method", ("ddpm", "ddim")),
-          ("step_variance", ("model", "posterior")))  # fmt: skip
+# Fields of the flag byte: the bits of each value
+_FLAGS = (("one_hot", {False: 0, True: 1}), ("edge_plane", {False: 0, True: 2}), ("boundaries", {False: 0, True: 4}),
+          ("clip_denoised", {False: 0, True: 8}), ("start_sent", {False: 0, True: 16}),
+          ("method", {"ddpm": 0, "ddim": 32, "dpm++": 128}), ("step_variance", {"model": 0, "posterior": 64}))  # fmt: skip
 # Fields of two bits each
 _CHOICES = (("label_scale", (1, 2, 4, 8)), ("edge_scale", (1, 2, 4, 8)), ("precision", ("fp32", "bf16", "fp16")))
-_STEPS = ("", "{}", "ddim{}")
+_STEPS = ("", "{}", "ddim{}", "logsnr{}")
 _RANGES = (("height", 1, source_coding.MAX_SIDE), ("width", 1, source_coding.MAX_SIDE), ("num_classes", 1, 256),
            ("edge_levels", 0, 256), ("bank_seed", -(2**63), 2**63 - 1), ("bank_size", 1, 2**32 - 1), ("eta", 0, 1),
            ("s", 1, 1e6), ("stop_step", 0, 2**16 - 1), ("selected_steps", 0, 2**16 - 1),
@@ -49,8 +49,9 @@ class Header:
     :param label_scale, edge_scale: 1, 2, 4 or 8 pixels to one that is sent.
     :param edge_levels: values of an image-edge pixel, 2...256; 0: image edges are not sent.
     :param bank_seed, bank_size: the noise bank.
-    :param method: "ddpm" or "ddim", with eta and guidance scale s in single precision: both ends use the rounded values.
-    :param steps: respacing of the chain: "" (all), "50" or "ddim50".
+    :param method: "ddpm", "ddim" or "dpm++"; eta and the guidance scale s are in single precision: both ends use the
+        rounded values.
+    :param steps: respacing of the chain: "" (all), "50", "ddim50" or "logsnr20".
     :param stop_step: 0, or the answer is the predicted x_0 after so many steps.
     :param start_sent: the index of x_T is in the message; otherwise it is entry 0.
     :param selected_steps: so many steps' noise is in the message: step_atoms of step_candidates entries each.
@@ -108,7 +109,7 @@ class Header:
                 raise InputError(f"message header: {name} is {getattr(self, name)}; must be {low} to {high}")
         for name, values in (*_FLAGS, *_CHOICES):
             if getattr(self, name) not in values:
-                raise InputError(f"message header: {name} is {getattr(self, name)!r}; must be one of {values}")
+                raise InputError(f"message header: {name} is {getattr(self, name)!r}; must be one of {tuple(values)}")
         if self.height * self.width > source_coding.MAX_PIXELS:
             raise InputError(f"message header: {self.width}x{self.height} pixels; must be at most {source_coding.MAX_PIXELS}")
         if self.edge_levels == 1 or ((self.boundaries or self.edge_levels) and not self.edge_plane):
@@ -124,6 +125,9 @@ class Header:
         if (self.step_variance == "posterior") != (self.selected_steps > 0 and self.method == "ddpm"):
             raise InputError(f"message header: {self.selected_steps} selected {self.method} steps, {self.step_variance};"
                              " selected ancestral steps have the posterior's, others the model's")  # fmt: skip
+        if self.method == "dpm++" and (self.eta or self.selected_steps):
+            raise InputError(f"message header: dpm++ with eta {self.eta:g} and {self.selected_steps} selected steps; both must"
+                             " be 0, for it takes no noise")  # fmt: skip
         if self.version != VERSION or len(self.fingerprint) != 8:
             raise InputError(f"message header: version {self.version}, fingerprint of {len(self.fingerprint)} bytes;"
                              f" must be {VERSION} and 8 bytes")  # fmt: skip
@@ -140,7 +144,8 @@ def _split_steps(steps):
         if found and int(found[1]) < 2**16:
             return kind, int(found[1])
     if steps:
-        raise InputError(f"--timestep_respacing {steps}: sections cannot be sent in a message; give N or ddimN, up to 65535")
+        raise InputError(f"--timestep_respacing {steps}: sections cannot be sent in a message; give N, ddimN or logsnrN, up to"
+                         " 65535")  # fmt: skip
     return 0, 0
 
 
@@ -150,7 +155,7 @@ def _write_header(header, lengths):
     if max(lengths) >= 2**24:
         raise InputError(f"a message part has {max(lengths)} bytes; must be below {2**24}: raise --label_scale or --edge_scale")
     kind, steps = _split_steps(header.steps)
-    flags = sum(values.index(getattr(header, name)) << k for k, (name, values) in enumerate(_FLAGS))
+    flags = sum(values[getattr(header, name)] for name, values in _FLAGS)
     choices = sum(values.index(getattr(header, name)) << 2 * k for k, (name, values) in enumerate(_CHOICES)) | kind << 6
     levels = max(0, header.edge_levels - 1)  # 0, or 2...256
     return _sealed(_FIELDS.pack(
@@ -158,6 +163,12 @@ def _write_header(header, lengths):
         header.bank_size, steps, header.eta, header.s, header.stop_step, header.selected_steps, header.step_candidates,
         header.step_atoms, header.tail_steps, header.fingerprint, *(length.to_bytes(3, "little") for length in lengths),
     ))  # fmt: skip
+
+
+def _flagged(values, flags):
+    """Return the one of `values`, a dict from value to bits, whose bits the flag byte has, or None."""
+    own = flags & sum(values.values())
+    return next((value for value, bits in values.items() if bits == own), None)
 
 
 def read_header(data):
@@ -172,9 +183,9 @@ def read_header(data):
     fields = _FIELDS.unpack(_opened("header", data[:HEADER_BYTES]))
     (_, _, height, width, num_classes, flags, choices, levels, bank_seed, bank_size, steps, eta, s, stop_step, selected_steps,
      step_candidates, step_atoms, tail_steps, fingerprint, *lengths) = fields  # fmt: skip
-    if flags >= 1 << len(_FLAGS) or choices >> 4 & 3 == 3 or choices >> 6 == 3 or (choices < 64 and steps):
+    named = {name: _flagged(values, flags) for name, values in _FLAGS}
+    if None in named.values() or choices >> 4 & 3 == 3 or (choices < 64 and steps):
         raise InputError("message header: bits that mean nothing are set; send it again")
-    named = {name: values[flags >> k & 1] for k, (name, values) in enumerate(_FLAGS)}
     named |= {name: values[choices >> 2 * k & 3] for k, (name, values) in enumerate(_CHOICES)}
     header = Header(
         height=height, width=width, num_classes=num_classes, edge_levels=levels + (levels > 0), bank_seed=bank_seed,

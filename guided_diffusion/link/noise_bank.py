@@ -1,6 +1,7 @@
 """The noise bank NB(eta) that transmitter and receiver share by sharing one seed (Diff-GOn, arXiv 2412.06980, section III)."""
 
 import math
+import time
 from collections import OrderedDict
 
 import torch
@@ -17,13 +18,15 @@ class NoiseBank:
     Equal, bit for bit, to `torch.manual_seed(seed); torch.randn(size, *shape)` on the CPU where 3HW is a multiple of 16;
     otherwise to drawing entry after entry. CPUs without AVX2 may differ in the last bits (up to 2e-6).
 
-    The first use runs once over the generator's stream and keeps its state at every entry (every few entries in banks of
-    more than 1,900), so the bank itself is never in memory.
+    The generator's stream is run over once, as far as entries are asked for, and its state kept at every entry (every few
+    entries in banks of more than 1,900), so the bank itself is never in memory.
 
     :param shape: shape of one entry, such as (3, 256, 512).
     :param size: number of entries eta, at least 1.
     :param seed: the shared seed.
     :param cache_entries: keep so many entries in memory, most recently used first, for searches over many.
+
+    `seconds` is the time that this pass has taken so far, up to the highest entry asked for.
     """
 
     def __init__(self, shape=(3, 256, 512), size=1000, seed=150, cache_entries=0):
@@ -33,7 +36,7 @@ class NoiseBank:
         self.stride = math.ceil(self.size / MAX_STATES)
         self._walker = torch.Generator().manual_seed(self.seed)
         self._states, self._walked, self._buffer = None, 0, None
-        self._siblings = {}
+        self._siblings, self._seconds = {}, 0.0
         self._cache, self._cache_entries = OrderedDict(), cache_entries
 
     def __len__(self):
@@ -43,6 +46,11 @@ class NoiseBank:
     def index_bits(self):
         """Bits that one index costs: ceil(log2(size))."""
         return (self.size - 1).bit_length()
+
+    @property
+    def seconds(self):
+        """Seconds spent so far on running over the stream, for entries of all shapes."""
+        return self._seconds + sum(bank.seconds for bank in self._siblings.values())
 
     def __getitem__(self, index):
         """Return entry `index` as a float32 CPU tensor of `shape`. Raises IndexError outside 0...size-1."""
@@ -87,20 +95,22 @@ class NoiseBank:
     def _state(self, k):
         if self._states is None:
             self._states = torch.empty(math.ceil(self.size / self.stride), len(self._walker.get_state()), dtype=torch.uint8)
+        started = time.monotonic()
         while self._walked <= k:
             self._states[self._walked] = self._walker.get_state()
             self._walked += 1
             for _ in range(self.stride):
                 self._skip(self._walker)
+        self._seconds += time.monotonic() - started
         return self._states[k].clone()  # set_state does not accept a view into a larger tensor
 
     def _skip(self, stream):
-        # Where normals are drawn in whole blocks of 16, uniforms advance the stream as far and are several times
-        # cheaper; one float64 takes the place of two float32. The buffer stays: freeing it fragments the heap.
+        # Where normals are drawn in whole blocks of 16, any numbers advance the stream as far, and integers are the
+        # cheapest; one of 64 bits takes the place of two float32. The buffer stays: freeing it fragments the heap.
         if self._buffer is None:
             count = math.prod(self.shape)
-            self._buffer = torch.empty(count) if count % 16 else torch.empty(count // 2, dtype=torch.float64)
-        if self._buffer.dtype == torch.float64:
-            self._buffer.uniform_(generator=stream)
+            self._buffer = torch.empty(count) if count % 16 else torch.empty(count // 2, dtype=torch.int64)
+        if self._buffer.dtype == torch.int64:
+            self._buffer.random_(-(2**63), None, generator=stream)
         else:
             self._buffer.normal_(generator=stream)

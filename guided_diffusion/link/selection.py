@@ -52,8 +52,9 @@ class Chain:
     def __post_init__(self):
         if self.selected_steps is None:
             return
-        if self.method != "ddpm" and self.eta != 1:
-            raise InputError(f"per-step selection with {self.method}, eta {self.eta:g}: it needs ancestral sampling, or eta 1")
+        if self.method == "dpm++" or (self.method == "ddim" and self.eta != 1):
+            raise InputError(f"per-step selection with {self.method}, eta {self.eta:g}: it needs ancestral sampling, or DDIM"
+                             " with eta 1")  # fmt: skip
         if self.early_stop is not None:
             raise InputError("per-step selection steers the predicted x_0 at every step: drop early stopping (--stop_tol)")
         available = self.diffusion.num_timesteps - max(1, self.tail_steps)

@@ -1,0 +1,118 @@
+"""Steps of the reverse chain: ancestral (DDPM, algorithm 2), DDIM (arXiv 2010.02502), DPM-Solver++(2M) (arXiv 2211.01095)."""
+
+import math
+
+import torch
+
+from ..errors import InputError
+
+METHODS = ("ddpm", "ddim", "dpm++")
+VARIANCES = ("model", "posterior")
+
+
+def ancestral_step(diffusion, out, x, t, z):
+    """x_{t-1} = mean + sigma z, with no noise at t = 0 (DDPM, algorithm 2, line 4)."""
+    noisy = (t != 0).float()[:, None, None, None]
+    return out["mean"] + noisy * (0.5 * out["log_variance"]).exp() * z
+
+
+def ddim_step(diffusion, out, x, t, z, eta=0.0):
+    """One DDIM step (arXiv 2010.02502, eq. 12); eta = 0 is deterministic, eta = 1 has the posterior's variance."""
+    x_start = out["pred_xstart"]
+    eps = diffusion.predict_eps(x_start, x, t)  # from the clipped x_0
+    abar, previous = diffusion.at("alphas_cumprod", t), diffusion.at("alphas_cumprod_prev", t)
+    sigma = eta * ((1 - previous) / (1 - abar) * (1 - abar / previous)).sqrt()
+    mean = previous.sqrt() * x_start + (1 - previous - sigma**2).clamp(min=0).sqrt() * eps
+    return mean if z is None else mean + sigma * z  # sigma is 0 at t = 0
+
+
+class DPMSolver:
+    """DPM-Solver++(2M): the probability-flow ODE by second-order steps, each with one prediction (algorithm 2).
+
+    x_{t-1} = (sigma_{t-1} / sigma_t) x_t + alpha_{t-1} (1 - e^{-h}) D, where h is the step in lambda = log(alpha / sigma) and
+    D extrapolates x_0's predictions to the middle of the step. The first and the last step are of first order: they are
+    DDIM's, and the last one ends at x_0 itself.
+
+    :param diffusion: the (respaced) `GaussianDiffusion`.
+    :param evaluated: step numbers at which the network runs; D is held between them, so that the chain goes through the same
+        points as the one of these steps alone.
+    """
+
+    def __init__(self, diffusion, evaluated):
+        # Python numbers in float64, once per chain: a step reads nothing from the device.
+        abar = [1.0, *diffusion.alphas_cumprod.tolist()]  # of the step's end, then of its start
+        alpha, sigma = [math.sqrt(a) for a in abar], [math.sqrt(1 - a) for a in abar]
+        keeps = [sigma[t] / sigma[t + 1] for t in range(diffusion.num_timesteps)]
+        self.weights = [(keep, alpha[t] - keep * alpha[t + 1]) for t, keep in enumerate(keeps)]  # of x_t and D
+        points = sorted(evaluated, reverse=True)
+        level = [math.log(alpha[t + 1] / sigma[t + 1]) for t in points]
+        self.extrapolation = dict.fromkeys(points, 0.0)  # 1 / (2 r), r = h_last / h
+        for k in range(1, len(points) - 1):
+            self.extrapolation[points[k]] = (level[k + 1] - level[k]) / (level[k] - level[k - 1]) / 2
+        self.previous = self.direction = None
+
+    def step(self, x, x_start, step):
+        """Return x_{t-1} from x_t and the prediction of x_0, each (N, 3, H, W), at step number t."""
+        weight = self.extrapolation.get(step)
+        if weight is not None:
+            self.direction = x_start if weight == 0 else x_start + weight * (x_start - self.previous)
+            self.previous = x_start
+        keep, pull = self.weights[step]
+        return keep * x + pull * self.direction
+
+    def keep(self, rows):
+        """Keep the history of the samples at `rows`, a mask (N,), alone."""
+        if self.previous is not None:
+            self.previous = self.previous[rows]
+
+
+class StepRule:
+    """One step of the chosen sampler: which posterior, whether there is noise, and x_{t-1} (parameters as `sample`'s).
+
+    :param evaluated: step numbers at which the network runs.
+    """
+
+    def __init__(self, diffusion, method, eta, variance, tail_steps, evaluated):
+        if method not in METHODS:
+            raise InputError(f"sampling method {method!r}: unknown; choose one of {', '.join(METHODS)}")
+        if eta and method != "ddim":
+            noise = "ancestral sampling has its own noise" if method == "ddpm" else "DPM-Solver++ takes no noise"
+            raise InputError(f"eta {eta}: it belongs to DDIM; {noise}")
+        if not 0 <= eta <= 1:
+            raise InputError(f"--eta {eta}: expected 0 (deterministic) to 1 (as much fresh noise as ancestral sampling)")
+        if variance not in VARIANCES:
+            raise InputError(f"variance {variance!r}: unknown; choose one of {', '.join(VARIANCES)}")
+        if variance == "posterior" and method != "ddpm":
+            raise InputError(f"variance 'posterior' belongs to ancestral sampling, not to {method}")
+        if not 0 <= tail_steps <= diffusion.num_timesteps:
+            raise InputError(f"--tail_steps {tail_steps}: expected 0 to {diffusion.num_timesteps}, the chain's steps")
+        self.diffusion, self.method, self.eta = diffusion, method, eta
+        self.variance, self.tail_steps = variance, tail_steps
+        self.solver = DPMSolver(diffusion, evaluated) if method == "dpm++" else None
+
+    def posterior(self, output, x, t, clip_denoised, held=None):
+        """Turn a denoiser's output into p(x_{t-1} | x_t); with the x_0 `held` from an earlier step in place of its own."""
+        out = self.diffusion.posterior(output, x, t, clip_denoised)
+        if held is not None:
+            out["pred_xstart"], out["mean"] = held, self.diffusion.q_posterior(held, x, t)[0]
+        if self.variance == "posterior":
+            out["variance"] = self.diffusion.at("posterior_variance", t).expand_as(x)
+            out["log_variance"] = self.diffusion.at("posterior_log_variance", t).expand_as(x)
+        return out
+
+    def is_noisy(self, step):
+        """Whether step number `step` takes a noise; the last one never does."""
+        return step >= max(1, self.tail_steps) and (self.method == "ddpm" or self.eta > 0)
+
+    def keep(self, rows):
+        """Go on with the samples at `rows`, a mask (N,), alone."""
+        if self.solver is not None:
+            self.solver.keep(rows)
+
+    def __call__(self, step, out, x, t, z):
+        """Return x_{t-1} (N, 3, H, W) from step number `step`, the posterior `out`, x_t, t (N,) and a noise z or None."""
+        if self.solver is not None:
+            return self.solver.step(x, out["pred_xstart"], step)
+        if self.method == "ddim" or step < self.tail_steps:
+            return ddim_step(self.diffusion, out, x, t, z, self.eta if z is not None else 0.0)
+        return ancestral_step(self.diffusion, out, x, t, torch.zeros_like(x) if z is None else z)
