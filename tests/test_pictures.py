@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import io
 
 import blobfile as bf
@@ -160,3 +161,25 @@ def test_picture_array():
     assert array.shape == (3, 3, 5) and array.dtype == np.float32
     assert np.allclose(array, pixels.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
     assert pictures.picture_array(Image.new("RGB", (1, 1), (0, 0, 255))).ravel().tolist() == [-1, -1, 1]
+
+
+def test_8_bit_pixels_in_any_order_become_ranges():
+    pixels = np.arange(256, dtype=np.uint8).reshape(2, 16, 8)
+    for view in (pixels, pixels[..., ::-1], pixels.transpose(2, 0, 1)):
+        for found, expected in (
+            (pictures.centred(view), np.asarray(view, np.float32) / 127.5 - 1.0),
+            (pictures.unit_range(view), np.asarray(view, np.float32) / 255.0),
+        ):
+            assert found.dtype == np.float32 and found.flags.c_contiguous and np.array_equal(found, expected)
+
+
+def test_edges_of_a_mirrored_picture_are_its_mirrored_edges():
+    picture = Image.fromarray(noise(33, 50))
+    mirrored = pictures.edge_pixels(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    assert np.array_equal(mirrored, pictures.edge_pixels(picture)[:, ::-1])
+
+
+def test_digest_of_a_file(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"abc" * 2**20)
+    assert pictures.file_digest(tmp_path / "a.png") == hashlib.sha256(b"abc" * 2**20).hexdigest()
+    refuse(pictures.file_digest, tmp_path / "none.png", "No such file")

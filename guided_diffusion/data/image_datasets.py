@@ -1,19 +1,24 @@
 """Scenes as tensors; flip and crop follow from (seed, position in the data order), the order itself is in `loading`."""
 
 import math
+import os
+import re
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..files import check_folder
 from ..random_streams import integer, uniform
 from . import pictures
-from .loading import Positions, SceneBatches, collate
-from .pairing import dataset_facts, find_pairs
+from .cache import open_cache
+from .loading import check_loading, collate, scene_batches
+from .pairing import dataset_facts, find_pairs, is_remote
 
 SMALLEST_CROP = 0.8  # of the picture's short side
 
@@ -44,6 +49,8 @@ class SceneDataset(Dataset):
     :param no_instance: leave instance maps aside.
     :param augment: flip and crop at random in `item(index, position)`, as `random_flip` and `random_crop` say.
     :param seed: seed of the augmentation.
+    :param cache_dir: keep the resized pictures and maps in a memory-mapped file there, made when the first dataset asks for
+        it ("": no cache). Samples are the same. Without effect where `crops`: those are cut from the pictures themselves.
     :raises InputError: for every bad flag, folder or (in `item`) file.
     """
 
@@ -59,6 +66,7 @@ class SceneDataset(Dataset):
         random_flip=True,
         random_crop=True,
         seed=0,
+        cache_dir="",
     ):
         if image_size < 1:
             raise InputError(f"--image_size is {image_size}; give at least 1 pixel")
@@ -73,6 +81,7 @@ class SceneDataset(Dataset):
         self.random_flip = random_flip
         self.random_crop = random_crop
         self.seed = seed
+        self.cache = self._cache(dataset_mode, data_dir, no_instance, cache_dir) if cache_dir and not self.crops else None
 
     def __len__(self):
         return len(self.pairs)
@@ -97,19 +106,13 @@ class SceneDataset(Dataset):
         label); position (the index where none is given).
         """
         pair = self.pairs[index]
-        label = pictures.read_ids(pair.label, "label")
-        view = self._view(label.size, position)
-        sample = {"label": torch.from_numpy(self._classes(pair.label, label, view))[None]}  # (1, H, W)
+        arrays = self._arrays(index, position)
+        sample = {"label": torch.from_numpy(self._classes(pair.label, arrays["label"]))[None]}  # (1, H, W)
         if pair.image:
-            picture = pictures.read_picture(pair.image)
-            _check_same_size(pair.image, picture.size, pair.label, label.size)
-            picture = _cut(pictures.resize_picture(picture, view.size, view.short), view)
-            sample["image"] = torch.from_numpy(pictures.picture_array(picture))  # (3, H, W)
-            sample["image_edge"] = torch.from_numpy(pictures.image_edges(picture))[None]  # (1, H, W)
+            sample["image"] = torch.from_numpy(pictures.centred(arrays["image"]))  # (3, H, W)
+            sample["image_edge"] = torch.from_numpy(pictures.unit_range(arrays["edge"]))[None]  # (1, H, W)
         if pair.instance:
-            instance = pictures.read_ids(pair.instance, "instance")
-            _check_same_size(pair.instance, instance.size, pair.label, label.size)
-            sample["instance"] = torch.from_numpy(pictures.ids_array(_resize_ids(instance, view)))[None]  # (1, H, W)
+            sample["instance"] = torch.from_numpy(pictures.ids_array(arrays["instance"]))[None]  # (1, H, W)
         sample["path"] = self.path(index)
         sample["position"] = index if position is None else position
         return sample
@@ -143,10 +146,53 @@ class SceneDataset(Dataset):
         self._check_ids(pair.label, ids)
         return np.bincount(ids.ravel())
 
+    def _arrays(self, index, position):
+        """Return a scene's pixels and ids, resized, cut and mirrored: from the cache where they are there, else read."""
+        arrays = self.cache.arrays(index) if self.cache else None
+        if arrays is None:
+            return self._read(index, position)
+        if self._flips(position):
+            # Edges, too: the filter treats left and right alike
+            return {name: array[..., ::-1] for name, array in arrays.items()}
+        return arrays
+
+    def _read(self, index, position=None):
+        """Read a scene's files: dict of label and instance (H, W), of the file's integers, image (3, H, W), edge (H, W)."""
+        pair = self.pairs[index]
+        label = pictures.read_ids(pair.label, "label")
+        view = self._view(label.size, position)
+        arrays = {"label": np.asarray(_resize_ids(label, view))}  # (H, W)
+        if pair.image:
+            picture = pictures.read_picture(pair.image)
+            _check_same_size(pair.image, picture.size, pair.label, label.size)
+            picture = _cut(pictures.resize_picture(picture, view.size, view.short), view)
+            arrays |= {"image": pictures.planes(picture), "edge": pictures.edge_pixels(picture)}  # (3, H, W), (H, W)
+        if pair.instance:
+            instance = pictures.read_ids(pair.instance, "instance")
+            _check_same_size(pair.instance, instance.size, pair.label, label.size)
+            arrays["instance"] = np.asarray(_resize_ids(instance, view))  # (H, W)
+        return arrays
+
+    def _cache(self, dataset_mode, data_dir, no_instance, folder):
+        """Open or build the cache of what `_read` gives without augmentation."""
+        if is_remote(folder):
+            raise InputError(f"--cache_dir {folder} is remote, and cannot be mapped into memory; name a folder of this machine")
+        check_folder(folder, "cache_dir")
+        split = "train" if self.is_train else "val"
+        name = os.path.basename(os.fspath(data_dir).rstrip("/") if is_remote(data_dir) else os.path.abspath(data_dir))
+        name = f"{name}_{dataset_mode}_{split}_{self.image_size}" + ("_no_instance" if no_instance else "") + ".cache"
+        recipe = {"dataset_mode": dataset_mode, "split": split, "image_size": self.image_size, "Pillow": PIL.__version__}
+        sources = [[path for path in pair[:3] if path] for pair in self.pairs]
+        return open_cache(os.path.join(folder, re.sub(r"[^\w.-]", "_", name)), recipe, data_dir, sources, self._read)
+
+    def _flips(self, position):
+        wanted = self.augment and self.random_flip and position is not None
+        return wanted and uniform(self.seed, "flip", position) < 0.5
+
     def _view(self, size, position):
         """Choose the `View` of a scene of this (width, height)."""
         augment = self.augment and position is not None
-        flip = augment and self.random_flip and uniform(self.seed, "flip", position) < 0.5
+        flip = self._flips(position)
         side = self.image_size
         if not self.facts.square:
             return View(pictures.fitted_size(size, side), side, None, flip)
@@ -164,9 +210,9 @@ class SceneDataset(Dataset):
             top = integer(self.seed, "crop_top", height - side + 1, position)
         return View((width, height), short, (left, top, left + side, top + side), flip)
 
-    def _classes(self, path, label, view):
-        """Resized label image -> int64 array (H, W) of class ids below num_classes."""
-        ids = self.facts.map_ids(pictures.ids_array(_resize_ids(label, view)))
+    def _classes(self, path, label):
+        """Array (H, W) of a label file's ids -> int64 array (H, W) of class ids below num_classes."""
+        ids = self.facts.map_ids(pictures.ids_array(label))
         self._check_ids(path, ids)
         return ids.astype(np.int64)  # (H, W)
 
@@ -236,6 +282,7 @@ def load_data(
     num_workers=0,
     pin_memory=False,
     on_bad_image="error",
+    cache_dir="",
 ):
     """Return the `SceneBatches` of one split: endless in a seeded order, or one pass in file order.
 
@@ -254,13 +301,9 @@ def load_data(
     For the other parameters see `SceneDataset`.
     :raises InputError: here for bad flags and folders, while iterating for bad files.
     """
-    for flag, value, least in (("batch_size", batch_size, 1), ("start", start, 0), ("num_workers", num_workers, 0)):
-        if value < least:
-            raise InputError(f"--{flag} is {value}; give {least} or more")
-    if on_bad_image not in ("error", "skip"):
-        raise InputError(f"--on_bad_image is {on_bad_image!r}; give error or skip")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
+    loading = {"batch_size": batch_size, "start": start, "num_workers": num_workers, "on_bad_image": on_bad_image,
+               "rank": rank, "world_size": world_size}  # fmt: skip
+    check_loading(**loading)
     dataset = SceneDataset(
         dataset_mode,
         data_dir,
@@ -272,14 +315,6 @@ def load_data(
         random_flip=random_flip,
         random_crop=random_crop,
         seed=seed,
+        cache_dir=cache_dir,
     )
-    if deterministic:
-        stop = len(dataset) if stop is None else min(stop, len(dataset))
-    return SceneBatches(
-        dataset,
-        Positions(start, stop, batch_size, rank, world_size),
-        shuffled=not deterministic,
-        skips=on_bad_image == "skip",
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-    )
+    return scene_batches(dataset, deterministic=deterministic, stop=stop, pin_memory=pin_memory, **loading)

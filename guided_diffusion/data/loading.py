@@ -43,6 +43,34 @@ def order(seed, position, n):
     return _permutation(seed, epoch, n)[place]
 
 
+def check_loading(*, batch_size, start, num_workers, on_bad_image, rank, world_size):
+    """Raise InputError, naming the flag, for what `scene_batches` does not take."""
+    for flag, value, least in (("batch_size", batch_size, 1), ("start", start, 0), ("num_workers", num_workers, 0)):
+        if value < least:
+            raise InputError(f"--{flag} is {value}; give {least} or more")
+    if on_bad_image not in ("error", "skip"):
+        raise InputError(f"--on_bad_image is {on_bad_image!r}; give error or skip")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
+
+
+def scene_batches(dataset, *, batch_size, deterministic=False, start=0, stop=None, rank=0, world_size=1, num_workers=0,
+                  pin_memory=False, on_bad_image="error"):  # fmt: skip
+    """Return the `SceneBatches` of a `SceneDataset` that is open already; parameters and errors as in `load_data`."""
+    check_loading(batch_size=batch_size, start=start, num_workers=num_workers, on_bad_image=on_bad_image, rank=rank,
+                  world_size=world_size)  # fmt: skip
+    if deterministic:
+        stop = len(dataset) if stop is None else min(stop, len(dataset))
+    return SceneBatches(
+        dataset,
+        Positions(start, stop, batch_size, rank, world_size),
+        shuffled=not deterministic,
+        skips=on_bad_image == "skip",
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
+
+
 class SceneBatches:
     """An iterable of batches, and what it draws them from: `dataset`, a `SceneDataset`.
 

@@ -6,6 +6,7 @@ halve by averaging while the picture is at least twice too large, then one bicub
 
 import errno
 import functools
+import hashlib
 import struct
 import time
 import zlib
@@ -57,16 +58,33 @@ def _patiently(read):
 
 
 @contextmanager
-def _opened(path):
-    """Yield the Pillow image of a local or remote file; any failure becomes an InputError that names the file."""
+def _file(path):
+    """Open a local or remote file; any failure becomes an InputError that names it."""
     try:
-        with bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb") as file, Image.open(file) as image:
-            yield image
+        with bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb") as file:
+            yield file
     except InputError:
         raise
     except READ_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} cannot be read as a picture ({reason}); replace or remove it") from error
+
+
+@contextmanager
+def _opened(path):
+    """Yield the Pillow image of a local or remote file; failures as in `_file`."""
+    with _file(path) as file, Image.open(file) as image:
+        yield image
+
+
+@_patiently
+def file_digest(path):
+    """SHA-256 of a picture's file, in hexadecimal; InputError if it is unreadable."""
+    digest = hashlib.sha256()
+    with _file(path) as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @_patiently
@@ -101,8 +119,8 @@ def picture_size(path):
 
 
 def ids_array(ids):
-    """Pillow id image of any `ID_MODES` -> int32 array (H, W)."""
-    return np.asarray(ids).astype(np.int32)  # (H, W)
+    """Pillow id image of any `ID_MODES`, or its array -> int32 array (H, W)."""
+    return np.asarray(ids).astype(np.int32, order="C")  # (H, W)
 
 
 def fitted_size(size, short):
@@ -127,17 +145,42 @@ def _halved(size, short):
     return size
 
 
-def image_edges(picture):
-    """Edge map of an 8-bit RGB picture: FIND_EDGES of its grey form / 255.
+def edge_pixels(picture):
+    """Edge map of an 8-bit RGB picture: FIND_EDGES of its grey form.
 
     Pillow copies the frame of one pixel from the grey picture unfiltered; published weights expect that.
 
-    :return: float32 array (H, W) in [0, 1].
+    :return: uint8 array (H, W).
     """
-    edges = picture.convert("L").filter(ImageFilter.FIND_EDGES)
-    return np.asarray(edges, dtype=np.float32) / 255.0  # (H, W)
+    return np.asarray(picture.convert("L").filter(ImageFilter.FIND_EDGES))  # (H, W)
+
+
+def image_edges(picture):
+    """Edge map of an 8-bit RGB picture, float32 (H, W) in [0, 1] (see `edge_pixels`)."""
+    return unit_range(edge_pixels(picture))
+
+
+def unit_range(pixels):
+    """8-bit pixels -> float32 array in [0, 1]."""
+    values = pixels.astype(np.float32, order="C")
+    values /= 255.0
+    return values
+
+
+def planes(picture):
+    """8-bit RGB picture -> uint8 array (3, H, W)."""
+    return np.asarray(picture).transpose(2, 0, 1)  # (3, H, W)
+
+
+def centred(pixels):
+    """8-bit pixels -> float32 array in [-1, 1]."""
+    # Bytes are put in order before they become four times as many; then no further array is made
+    values = np.ascontiguousarray(pixels).astype(np.float32)
+    values /= 127.5
+    values -= 1.0
+    return values
 
 
 def picture_array(picture):
     """8-bit RGB picture -> float32 array (3, H, W) in [-1, 1]."""
-    return np.ascontiguousarray(np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)) / 127.5 - 1.0  # (3, H, W)
+    return centred(planes(picture))
