@@ -15,7 +15,9 @@ from guided_diffusion.config import (
 from guided_diffusion.errors import InputError
 from guided_diffusion.files import check_folder
 from guided_diffusion.idle_flags import ineffective_flags
+from guided_diffusion.prepare import check_places, check_values, draw_toy_scenes, find_weights, trained_config
 from guided_diffusion.scripts import Interrupted, Interrupts, run_script, say
+from guided_diffusion.startup import StartUp, import_torch
 from guided_diffusion.training.ranks import find_ranks, find_share
 
 
@@ -31,17 +33,17 @@ def main():
 
 def regenerate():
     """Regenerate this process's share of the pictures, or look at what that would do (--dry_run)."""
+    start = StartUp()
     config, given = parse_config(SampleConfig, __doc__)
-    from guided_diffusion import build
-
     ranks = find_ranks()
     tell = say if ranks.rank == 0 else lambda line: None
-    weights = build.find_weights(config.model_path, config.dry_run, tell)
-    trained, beside = build.trained_config(weights)
+    weights = find_weights(config.model_path, config.dry_run, tell)
+    trained, beside = trained_config(weights)
     if trained:
         for line in adopt_training_config(config, given, trained, beside):
             tell(f"warning: {line}")
     check_bank(config, given)
+    check_values(config)
     for line in ineffective_flags(config, given):
         tell(f"warning: {line}")
     if config.s > 1 and trained.get("drop_rate") == 0:
@@ -49,10 +51,13 @@ def regenerate():
     if not trained and os.path.exists(weights):
         tell(f"warning: no config.json beside {weights}: prediction, schedule and noise bank are taken from the flags")
     if config.role != "receive":
-        build.draw_toy_scenes(config, given, say)
+        draw_toy_scenes(config, given, say)
     if not config.results_path and not config.dry_run:
         raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
     check_folder(config.results_path, "results_path")
+    check_places(config)
+    with start.timing("torch"):
+        import_torch()  # slow: what can be refused without it has been
     if config.dry_run:
         if ranks.rank == 0:
             from guided_diffusion.dry_run import dry_run
@@ -70,7 +75,8 @@ def regenerate():
         return
     from guided_diffusion.regenerate import run_points
 
-    run_points(config, weights, build_link.sampling_parts(config, weights, tell, ranks), say, share, quiet)
+    parts = build_link.sampling_parts(config, weights, tell, ranks)
+    run_points(config, weights, parts, say, share, quiet, None if quiet else start)
 
 
 if __name__ == "__main__":

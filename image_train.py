@@ -4,6 +4,7 @@ Start small: python image_train.py --preset toy
 """
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from guided_diffusion.config import (
@@ -15,19 +16,41 @@ from guided_diffusion.config import (
 )
 from guided_diffusion.files import check_folder
 from guided_diffusion.idle_flags import ineffective_flags
+from guided_diffusion.prepare import check_places, check_values, draw_toy_scenes
 from guided_diffusion.scripts import Interrupts, run_script, say
+from guided_diffusion.startup import import_torch
+from guided_diffusion.training.ranks import find_ranks
 
 
 def main():
     """Parse flags, meet the other processes, build, train."""
     config, given = parse_config(TrainConfig, __doc__)
+    check_values(config)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost connection is a page of C++ frames
     with Interrupts(at_once=True) as interrupts:
+        ranks = find_ranks()
+        alone = ranks.world_size == 1
+        if alone:  # before torch is loaded, so that a mistake is answered at once; of several, none ends while others wait
+            settle(config, given)
+        import_torch()
         from guided_diffusion import build
 
-        group, device = build.join_group(config)
+        group, device = build.join_group(config, ranks)
         with group.guarded():
+            if not alone:
+                settle(config, given, group)
             train(config, given, group, device, interrupts)
+
+
+def settle(config, given, group=None):
+    """Take over what a resumed run fixes, warn of idle flags, check folders, draw toy scenes."""
+    for line in [*adopt_resumed(config, given), *ineffective_flags(config, given)]:
+        if group is None or group.main:
+            say(f"warning: {line}")
+    check_folder(config.checkpoint_dir, "checkpoint_dir")
+    with group.main_first() if group else nullcontext():
+        draw_toy_scenes(config, given, say)
+    check_places(config)
 
 
 def train(config, given, group, device, interrupts):
@@ -35,11 +58,6 @@ def train(config, given, group, device, interrupts):
     from guided_diffusion import build
 
     tell = say if group.main else lambda line: None
-    for line in [*adopt_resumed(config, given), *ineffective_flags(config, given)]:
-        tell(f"warning: {line}")
-    check_folder(config.checkpoint_dir, "checkpoint_dir")
-    with group.main_first():
-        build.draw_toy_scenes(config, given, say)
     if config.dry_run:
         if group.main:
             from guided_diffusion.dry_run import dry_run

@@ -3,27 +3,25 @@
 import contextlib
 import dataclasses
 import inspect
-import math
-import os
 
 import torch
 
-from .config import load_config
-from .data.image_datasets import SceneDataset, load_data
+from .data.image_datasets import SceneDataset
+from .data.loading import scene_batches
 from .data.semantics import SemanticCoding, conditioning_channels
-from .data.toy_scenes import write_toy_scenes
 from .diffusion.gaussian_diffusion import create_gaussian_diffusion
 from .diffusion.resample import create_schedule_sampler
 from .diffusion.unet import DEFAULT_CHANNEL_MULT, SPADE_PLACES, UNetModel, check_size
 from .errors import InputError
 from .link.channel import snr_to_sigma
 from .link.noise_bank import NoiseBank
+from .placement import placed
+from .prepare import draw_toy_scenes, ema_rates, find_weights, multipliers, numbers, trained_config  # noqa: F401
 from .random_streams import stream_seed
-from .training.checkpoint import newest_ema, resume_point
+from .training.checkpoint_choice import resume_point
 from .training.distributed import pins_memory, select_device, usable_precision
 from .training.group import Group
 from .training.loop import LoopSettings, TrainLoop
-from .training.manifest import noted_config
 from .training.ranks import find_ranks
 from .training.samples import SampleRules
 from .training.validation import Validation
@@ -59,7 +57,7 @@ def create_model(*, image_size, num_classes, num_channels, num_res_blocks, num_h
         raise InputError("--class_cond False: this network is conditional; set it to True")
     if unet_model not in SPADE_PLACES:
         raise InputError(f"--unet_model {unet_model}: unknown; choose one of {', '.join(SPADE_PLACES)}")
-    resolutions = _numbers(attention_resolutions, "attention_resolutions", int)
+    resolutions = numbers(attention_resolutions, "attention_resolutions", int)
     if any(size < 1 for size in resolutions):
         raise InputError(f"--attention_resolutions {attention_resolutions}: image sizes must be at least 1")
     return UNetModel(
@@ -104,21 +102,11 @@ _DIFFUSION_FLAGS = tuple(inspect.signature(create_diffusion).parameters)
 
 def _channel_mult(text, image_size):
     if text:
-        multipliers = tuple(_numbers(text, "channel_mult", float))
-        if not multipliers or not all(0 < mult < math.inf for mult in multipliers):
-            raise InputError(f'--channel_mult {text}: expected positive numbers separated by commas, such as "1,2,3,4"')
-        return multipliers
+        return multipliers(text)
     if image_size not in DEFAULT_CHANNEL_MULT:
         known = ", ".join(str(size) for size in DEFAULT_CHANNEL_MULT)
         raise InputError(f'--image_size {image_size} has no default --channel_mult (only {known} have); set it: "1,2,3,4"')
     return DEFAULT_CHANNEL_MULT[image_size]
-
-
-def _numbers(text, name, kind):
-    try:
-        return [kind(part) for part in str(text).split(",") if part.strip()]
-    except ValueError:
-        raise InputError(f"--{name} {text}: expected numbers separated by commas") from None
 
 
 def model_from(config):
@@ -126,32 +114,29 @@ def model_from(config):
     return create_model(learn_sigma=config.learn_sigma, **{name: getattr(config, name) for name in _MODEL_FLAGS})
 
 
+def untrained_model(config):
+    """Build the network of a configuration on the meta device: shapes without values, for `load_weights` to fill in."""
+    with torch.device("meta"):
+        return model_from(config)
+
+
 def diffusion_from(config, **changes):
     """Build the diffusion process of a configuration, with some flags changed."""
     return create_diffusion(**{**{name: getattr(config, name) for name in _DIFFUSION_FLAGS}, **changes})
 
 
-def placed(model, device):
-    """Put a network on its device, in the memory layout that it is fastest in."""
-    # Convolutions are faster on pixels than on planes, on CPUs and GPUs alike.
-    return model.to(device, memory_format=torch.channels_last)
-
-
 # -- data and bank ----------------------------------------------------------------------------------------------------
 
 
-def draw_toy_scenes(config, given, say):
-    """Draw the scenes of the toy preset into its own folder, unless they are there or another folder was named."""
-    if config.preset == "toy" and "data_dir" not in given and not os.path.exists(config.data_dir):
-        say(f"drawing toy scenes into {config.data_dir}")
-        write_toy_scenes(config.data_dir)
+def data_set(config, is_train, say=None, augment=False, cached=True):
+    """Open one split of the configuration's data set, and say what it lacks.
 
-
-def data_set(config, is_train, say=None):
-    """Open one split of the configuration's data set, and say what it lacks."""
+    :param cached: from the --cache_dir of the configuration, if it names one and this is not a dry run.
+    """
     dataset = SceneDataset(
         config.dataset_mode, config.data_dir, config.image_size, is_train, num_classes=config.num_classes,
-        no_instance=config.no_instance, seed=config.seed,
+        no_instance=config.no_instance, augment=augment, seed=config.seed,
+        cache_dir=config.cache_dir if cached and not config.dry_run else "",
     )  # fmt: skip
     if say is not None and not dataset.has_images:
         say("this split has no pictures: working from labels alone, without image edges")
@@ -193,15 +178,19 @@ def noise_bank(config, height, width):
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def join_group(config):
-    """Meet the other processes of this job, if it has any. Returns this process's `Group` and its torch device."""
-    ranks = find_ranks()
+def join_group(config, ranks=None):
+    """Meet the other processes of this job, if it has any. Returns this process's `Group` and its torch device.
+
+    :param ranks: what `find_ranks` returned, which may be called once.
+    """
+    ranks = ranks or find_ranks()
     device, problem = torch.device("cpu"), ""
     try:
         device = select_device(config.device, ranks)
     except InputError as error:
         problem = str(error)
-    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("data_dir", "num_workers")}
+    own = ("data_dir", "cache_dir", "num_workers")  # may differ
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in own}
     return Group(ranks, device, flags, problem), device
 
 
@@ -219,7 +208,8 @@ def training_loop(config, given, say, group=None, device=None):
     torch.manual_seed(stream_seed(config.seed, "initial weights"))
     model = model_from(config)
     say_idle_attention(config, model, say)
-    pictures, validation_pictures = training_data(config, say)
+    with group.main_first():  # it builds what --cache_dir lacks
+        pictures, validation_pictures = training_data(config, say)
     skips = config.on_bad_image == "skip"
     height, width = picture_size(pictures, model, skips)
     rates = ema_rates(config.ema_rate)
@@ -241,7 +231,7 @@ def training_loop(config, given, say, group=None, device=None):
     sampler = create_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps).to(device)
     loop = TrainLoop(
         model if settings.fsdp else placed(model, device), diffusion, sampler, rules,  # shards go there one by one
-        lambda position: _training_batches(config, position, device, group),
+        lambda position: _training_batches(config, pictures, position, device, group),
         _validation(config, validation_pictures, rules, diffusion, device, precision), settings, group, device,
     )  # fmt: skip
     if start is not None:
@@ -279,27 +269,16 @@ def _batch_line(settings, group):
 
 def training_data(config, say):
     """Open the training split, and the validation split or None where nothing looks at it; check that both have pictures."""
-    pictures = data_set(config, config.is_train, say)
+    pictures = data_set(config, config.is_train, say, augment=config.is_train)
     if not pictures.has_images:
         raise InputError(f"--data_dir {config.data_dir}: training needs pictures, and this split has labels alone")
     if not config.preview_items and not config.eval_interval:
         return pictures, None
-    validation = data_set(config, is_train=False)
+    validation = data_set(config, is_train=False, cached=False)  # few of its pictures are read, and once
     if not validation.has_images:
         raise InputError(f"--data_dir {config.data_dir}: previews and scores need validation pictures; set --preview_items 0"
                          " and --eval_interval 0 to train without")  # fmt: skip
     return pictures, validation
-
-
-def ema_rates(text):
-    """Parse --ema_rate into its parts, kept as texts because they are part of file names."""
-    rates = tuple(part.strip() for part in text.split(",") if part.strip())
-    for rate in _numbers(text, "ema_rate", float):
-        if not 0 <= rate < 1:
-            raise InputError(f"--ema_rate {text}: every rate must be at least 0 and below 1")
-    if not rates:
-        raise InputError("--ema_rate is empty: give at least one rate, such as 0.9999")
-    return rates
 
 
 def pass_size(config, device):
@@ -317,11 +296,9 @@ def _loop_settings(config, rates, precision, device, group):
     return LoopSettings(ema_rates=rates, precision=precision, config=dataclasses.asdict(config), **flags)
 
 
-def _training_batches(config, position, device, group):
-    return load_data(
-        dataset_mode=config.dataset_mode, data_dir=config.data_dir, batch_size=config.batch_size,
-        image_size=config.image_size, is_train=config.is_train, num_classes=config.num_classes,
-        no_instance=config.no_instance, seed=config.seed, start=position, rank=group.rank, world_size=group.world_size,
+def _training_batches(config, pictures, position, device, group):
+    return scene_batches(
+        pictures, batch_size=config.batch_size, start=position, rank=group.rank, world_size=group.world_size,
         num_workers=config.num_workers, pin_memory=pins_memory(device), on_bad_image=config.on_bad_image,
     )  # fmt: skip
 
@@ -346,32 +323,6 @@ def _validation(config, pictures, rules, diffusion, device, precision):
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def find_weights(model_path, may_lack=False, say=None):
-    """Return the weights file that --model_path means: the file itself, or a folder's newest EMA file.
-
-    :param may_lack: do not insist that it exists (dry runs).
-    :param say: function of a line, told of damaged files that were passed over.
-    """
-    if not model_path and not may_lack:
-        raise InputError("--model_path is empty: name a .pt file, or a folder with checkpoints")
-    if os.path.isdir(model_path):
-        return str(newest_ema(model_path, say))
-    if not os.path.exists(model_path) and not may_lack:
-        raise InputError(f"--model_path {model_path}: no such file; train first, or name another .pt file or folder")
-    return model_path
-
-
-def trained_config(weights):
-    """Return the flags that a weights file was trained with, {} where nobody noted them, and the path of the note.
-
-    They are in the config.json beside it, or, where that is lost, in the checkpoint's manifest.
-    """
-    beside = os.path.join(os.path.dirname(weights), "config.json")
-    if os.path.exists(beside):
-        return load_config(beside), beside
-    return (noted_config(weights) if os.path.exists(weights) else {}), f"the manifest of {weights}"
-
-
 def precision_of(config, device, say):
     """Return the precision that a device can do, and say so where it is not the one asked for."""
     precision, why = usable_precision(device, config.precision)
@@ -382,7 +333,7 @@ def precision_of(config, device, say):
 
 def say_idle_attention(config, model, say):
     """Warn of attention resolutions that no level of the network has."""
-    for size in _numbers(config.attention_resolutions, "attention_resolutions", int):
+    for size in numbers(config.attention_resolutions, "attention_resolutions", int):
         stride = config.image_size // size
         if not 1 <= stride <= model.downsampling or stride & (stride - 1):
             say(f"warning: --attention_resolutions {size} has no effect: no level of this network is {stride} times smaller")

@@ -1,5 +1,6 @@
 """From a sampling configuration to both ends of the link, the channel between them, and what measures the result."""
 
+import copy
 import dataclasses
 import functools
 
@@ -7,17 +8,17 @@ from . import baselines, segmenters
 from .build import (
     data_set,
     diffusion_from,
-    model_from,
     noise_bank,
     picture_size,
-    placed,
     precision_of,
     semantic_coding,
+    untrained_model,
 )
 from .config import parts_of, points
 from .data.picture_folder import PictureFolder
 from .diffusion.sampling import EarlyStop
 from .diffusion.unet import check_size
+from .digests import digest_once
 from .errors import InputError
 from .link.channel import snr_to_sigma
 from .link.channel_coding import DigitalLink
@@ -29,7 +30,8 @@ from .link.source_coding import jxl_available
 from .link.transceiver import Receiver, Transmitter
 from .measures import Measures
 from .metrics import Metrics, distance
-from .results import digest
+from .placement import compiled, for_sampling, placed, rounded
+from .report import describe_label_memory
 from .training.checkpoint import load_weights
 from .training.distributed import autocast, select_device, usable_precision
 
@@ -56,11 +58,12 @@ def sampling_parts(config, weights, say, ranks=None):
             crossing(point)
     measures = _measures(config, device)
     distances = _distances(config, device)
-    model = model_from(config)
+    model = untrained_model(config)
     dataset = scenes(config, say, device)
     height, width = picture_size(dataset, model)
     load_weights(model, weights)
-    model = placed(model, device).eval().requires_grad_(False)
+    model = for_sampling(model, device, precision, config.compile, say)
+    say(describe_label_memory(model, height, width, config.batch_size, precision, config.s, config.label_memory))
     diffusion = diffusion_from(config).to(device)
     if config.tail_steps > diffusion.num_timesteps:
         raise InputError(f"--tail_steps {config.tail_steps}: the chain has {diffusion.num_timesteps} steps")
@@ -70,7 +73,7 @@ def sampling_parts(config, weights, say, ranks=None):
              "early_stop": rule}  # fmt: skip
     if parts["bank"] is None:
         return parts
-    make_chain = ChainMaker(config, model, device, weights)
+    make_chain = ChainMaker(config, {precision: model}, device, weights, bank=parts["bank"])
     template = _header(config, precision, height, width, make_chain.fingerprint)
     template = dataclasses.replace(template, selected_steps=_selected(config, parts["diffusion"]))
     if config.role != "link" or parts_of(config.link) != ["analog"]:
@@ -91,9 +94,10 @@ def receiving_parts(config, weights, say, ranks=None):
     """Build what the receiver alone needs: dict of make_chain (Header -> `Chain`) and receiver()."""
     device = select_device(config.device, ranks)
     precision_of(config, device, say)
-    model = model_from(config)
+    model = untrained_model(config)
     load_weights(model, weights)
-    make_chain = ChainMaker(config, placed(model, device).eval().requires_grad_(False), device, weights)
+    model = placed(model, device).eval().requires_grad_(False)
+    make_chain = ChainMaker(config, {}, device, weights, functools.partial(_model_of, config, model, say))
     return {"make_chain": make_chain, "receiver": lambda: Receiver(make_chain)}
 
 
@@ -118,16 +122,25 @@ def crossing(point):
     return IdealCrossing()
 
 
+def _model_of(config, model, say, precision):
+    """Return the network made ready for a message's precision."""
+    ready = rounded(copy.deepcopy(model), precision)  # another message may ask for another one
+    return compiled(ready, say) if config.compile else ready
+
+
 class ChainMaker:
     """Makes the `Chain` that a message's header asks for, with this receiver's model; one is kept per kind.
 
+    :param models: dict from precision to the network made ready for it.
+    :param make_model: function precision -> network, for those that are not there.
     :param weights: path of the weights file: the first 8 bytes of its SHA-256 are the model's fingerprint.
+    :param bank: the configuration's `NoiseBank`, where there is one already.
     """
 
-    def __init__(self, config, model, device, weights):
-        self.config, self.model, self.device = config, model, device
-        self.fingerprint = digest(weights)[:8]
-        self._chains, self._banks = {}, {}
+    def __init__(self, config, models, device, weights, make_model=None, bank=None):
+        self.config, self.device, self._models, self._make_model = config, device, models, make_model
+        self.fingerprint = digest_once(weights)[:8]
+        self._chains, self._banks = {}, {} if bank is None else {(bank.seed, bank.size): bank}
 
     def __call__(self, header, rule=None):
         """Return the chain. A header without a stop step leaves stopping to `rule`, an `EarlyStop` or None."""
@@ -155,11 +168,16 @@ class ChainMaker:
         if header.height * header.width > MAX_AREA * config.image_size**2:
             raise InputError(f"the message is of a {header.height}x{header.width} picture, more than {MAX_AREA} times the"
                              f" model's {config.image_size}x{config.image_size}")  # fmt: skip
-        check_size(header.height, header.width, self.model.downsampling)
         if usable_precision(self.device, header.precision)[0] != header.precision:
             raise InputError(
                 f"the message was made in {header.precision}, which this device lacks; receive it on one that has it"
             )
+        check_size(header.height, header.width, self._model(header.precision).downsampling)
+
+    def _model(self, precision):
+        if precision not in self._models:
+            self._models[precision] = self._make_model(precision)
+        return self._models[precision]
 
     def _build(self, header, rule):
         diffusion = diffusion_from(self.config, timestep_respacing=header.steps).to(self.device)
@@ -171,10 +189,11 @@ class ChainMaker:
             self._banks[bank] = NoiseBank((3, header.height, header.width), header.bank_size, header.bank_seed,
                                           self.config.noise_bank_cache)  # fmt: skip
         return Chain(
-            self.model, diffusion, self._banks[bank], method=header.method, s=header.s, eta=header.eta,
+            self._model(header.precision), diffusion, self._banks[bank], method=header.method, s=header.s, eta=header.eta,
             clip_denoised=header.clip_denoised, early_stop=rule, tail_steps=header.tail_steps,
             selected_steps=header.selected_steps or None, device=self.device,
             precision=functools.partial(autocast, self.device, header.precision),
+            reuse_bytes=int(self.config.label_memory * 2**30),
         )  # fmt: skip
 
 
@@ -184,12 +203,12 @@ def _header(config, precision, height, width, fingerprint):
         height=height, width=width, num_classes=config.num_classes, one_hot=config.one_hot_label,
         edge_plane=not config.no_instance, boundaries=False, label_scale=config.label_scale,
         edge_levels=0 if config.no_instance else config.edge_levels, edge_scale=config.edge_scale,
-        bank_seed=config.noise_bank_seed, bank_size=config.noise_bank_size, method="ddim" if config.use_ddim else "ddpm",
-        steps=config.timestep_respacing, eta=config.eta if config.use_ddim else 0.0, s=config.s,
+        bank_seed=config.noise_bank_seed, bank_size=config.noise_bank_size, method=config.sampler,
+        steps=config.timestep_respacing, eta=config.eta if config.sampler == "ddim" else 0.0, s=config.s,
         clip_denoised=config.clip_denoised, stop_step=0, start_sent=config.selection != "per_step",
         selected_steps=0, step_candidates=config.step_candidates if selecting else 0,
         step_atoms=config.step_atoms if selecting else 0, tail_steps=config.tail_steps,
-        step_variance="posterior" if selecting and not config.use_ddim else "model", precision=precision,
+        step_variance="posterior" if selecting and config.sampler == "ddpm" else "model", precision=precision,
         fingerprint=fingerprint,
     )  # fmt: skip
 

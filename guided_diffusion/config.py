@@ -113,7 +113,7 @@ def settle(config, given):
                       ("preview_steps", 1), ("s", 1), ("stop_tol", 0), ("stop_patience", 1), ("stop_min_steps", 1),
                       ("panel_items", 0), ("candidates", 1), ("feedback_steps", 0), ("step_candidates", 1),
                       ("step_atoms", 1), ("selected_steps", 0), ("tail_steps", 0), ("keep_checkpoints", 0),
-                      ("save_failures", 1)):  # fmt: skip
+                      ("save_failures", 1), ("label_memory", 0)):  # fmt: skip
         if not getattr(config, name, low) >= low:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least {low}")
     if getattr(config, "microbatch", -1) < 1 and getattr(config, "microbatch", -1) != -1:
@@ -128,9 +128,21 @@ def settle(config, given):
             raise InputError(f"--{name} {getattr(config, name)}: must fit in 64 bits")
 
     if isinstance(config, SampleConfig):
+        _settle_sampler(config, given)
         _settle_link(config, given)
     else:
         _check_nominal_snr(config.snr)
+
+
+def _settle_sampler(config, given):
+    both = {"sampler", "use_ddim"} <= given and config.sampler
+    if both and config.use_ddim and config.sampler != "ddim":
+        raise InputError(f"--use_ddim True is --sampler ddim, but --sampler {config.sampler} was given")
+    if both and not config.use_ddim and config.sampler == "ddim":
+        raise InputError("--use_ddim False contradicts --sampler ddim: drop one of them")
+    if not config.sampler or ("use_ddim" in given and "sampler" not in given):
+        config.sampler = "ddim" if config.use_ddim else "ddpm"
+    config.use_ddim = config.sampler == "ddim"
 
 
 def _check_nominal_snr(snr):
@@ -181,8 +193,9 @@ def _settle_selection(config):
         return
     if config.step_atoms > config.step_candidates:
         raise InputError(f"--step_atoms {config.step_atoms}: more than --step_candidates {config.step_candidates}")
-    if config.use_ddim and config.eta != 1:
-        raise InputError(f"--selection {config.selection} needs ancestral sampling, or DDIM with --eta 1 (not {config.eta:g})")
+    if config.sampler == "dpm++" or (config.sampler == "ddim" and config.eta != 1):
+        found = config.sampler if config.sampler == "dpm++" else f"{config.eta:g}"
+        raise InputError(f"--selection {config.selection} needs ancestral sampling, or DDIM with --eta 1 (not {found})")
     if config.stop_tol:
         raise InputError(f"--selection {config.selection}: the steps to choose noise for are fixed; drop --stop_tol")
 
@@ -272,7 +285,8 @@ def adopt_resumed(config, given):
     lines = adopt_training_config(config, given, trained, path, also=("use_kl", "rescale_learned_sigmas", "timestep_respacing"))
     watched = {f.name for group in (TrainFlags, ChannelFlags, DataFlags) for f in dataclasses.fields(group)}
     watched |= {"precision", "dropout"}
-    watched -= {"resume_checkpoint", "resume_partial", "checkpoint_dir", "total_steps", "num_workers", "batch_size"}
+    watched -= {"resume_checkpoint", "resume_partial", "checkpoint_dir", "total_steps", "num_workers", "batch_size",
+                "cache_dir"}  # fmt: skip
     changed = [name for name in sorted(watched & trained.keys()) if getattr(config, name) != trained[name]]
     return lines + [f"resuming with --{name} {getattr(config, name)}; the earlier run had {trained[name]}" for name in changed]
 

@@ -2,12 +2,11 @@
 
 import os
 
-import torch
-
 from . import build
 from .data.image_datasets import label_histogram
 from .report import describe_labels, describe_network
-from .training.checkpoint import load_weights, resume_point
+from .training.checkpoint import load_weights
+from .training.checkpoint_choice import resume_point
 from .training.distributed import select_device
 
 
@@ -18,8 +17,7 @@ def dry_run(config, say, weights=None):
     """
     device = select_device(config.device)
     precision = build.precision_of(config, device, say)
-    with torch.device("meta"):
-        model = build.model_from(config)
+    model = build.untrained_model(config)
     build.say_idle_attention(config, model, say)
     build.diffusion_from(config)
     build.semantic_coding(config)
@@ -42,7 +40,8 @@ def dry_run(config, say, weights=None):
         say(line)
     count = len(build.ema_rates(config.ema_rate)) if training else None
     batch = build.pass_size(config, device) if training else config.batch_size
-    for line in describe_network(lambda: build.model_from(config), height, width, batch, precision, count):
+    chain = {} if training else {"s": config.s, "label_memory": config.label_memory}
+    for line in describe_network(lambda: model, height, width, batch, precision, count, **chain):
         say(line)
     if not training:
         _check_weights(config, weights, say)
@@ -53,6 +52,5 @@ def _check_weights(config, weights, say):
     if not os.path.exists(weights):
         say(f"--model_path {weights or '(empty)'}: does not exist yet, so the weights were not checked")
         return
-    model = build.model_from(config)
-    load_weights(model, weights)
+    load_weights(build.untrained_model(config), weights)
     say(f"--model_path {weights}: fits the network")

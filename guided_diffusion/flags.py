@@ -40,7 +40,8 @@ class DataFlags:
     dataset_mode: str = flag("cityscapes", "folder layout and label ids", ("cityscapes", "ade20k", "coco"))
     is_train: bool = flag(True, "True reads the training split, False the validation split")
     num_workers: int = flag(2, "processes that load pictures; 0 loads in the main process")
-    cache_dir: str = flag("", "keep the resized pictures and maps in a memory-mapped file there, made once; empty: no cache")
+    cache_dir: str = flag("", "keep the resized pictures and maps in a memory-mapped file there, made once (not for random"
+                          " crops); empty: no cache")  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -76,7 +77,9 @@ class DiffusionFlags:
     diffusion_steps: int = flag(1000, "steps of the forward process")
     noise_schedule: str = flag("linear", "noise schedule", ("linear", "cosine"))
     timestep_respacing: str = flag(
-        "", 'steps of the reverse chain: "250", "10,20,30" (per section; no message can say it) or "ddim50"; empty: all'
+        "",
+        'steps of the reverse chain: "250", "10,20,30" (per section; no message can say it), "ddim50", or "logsnr20" (even in'
+        " log signal-to-noise ratio, for dpm++); empty: all",
     )
     use_kl: bool = flag(False, "train on the variational bound alone")
     prediction: str = flag("eps", "what the network predicts: noise, picture or velocity", ("eps", "x0", "v"))
@@ -161,11 +164,11 @@ class SampleFlags:
     num_samples: int = flag(10000, "at most so many pictures; each picture of the split once")
     batch_size: int = flag(1, "pictures per batch")
     use_ddim: bool = flag(False, "the family's flag for --sampler ddim")
-    sampler: str = flag("", "ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M: few steps, such as --timestep_respacing 20);"
+    sampler: str = flag("", "ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M: few steps, such as --timestep_respacing logsnr20);"
                         " empty: ddim with --use_ddim True, else ddpm", ("", "ddpm", "ddim", "dpm++"))  # fmt: skip
-    label_memory: float = flag(2.0, "GiB that may hold what follows from label maps alone; beyond, it is computed anew at"
+    label_memory: float = flag(4.0, "GiB that may hold what follows from label maps alone; beyond, it is computed anew at"
                                " every step")  # fmt: skip
-    eta: float = flag(0.0, "share of fresh noise in DDIM, 0...1")
+    eta: float = flag(0.0, "share of fresh noise in --sampler ddim, 0...1")
     clip_denoised: bool = flag(True, "clip the predicted picture to the valid range at every step")
     s: float = flag(1.0, "guidance scale, at least 1; above 1 doubles the cost")
     stop_tol: float = flag(0.0, "early stop: predicted picture moved less than this (RMS, of a range of 2); 0: off")
@@ -212,7 +215,7 @@ class SelectionFlags:
     step_candidates: int = flag(256, "per step: bank entries to choose from")
     step_atoms: int = flag(4, "per step: entries chosen, each with a sign")
     selected_steps: int = flag(0, "per step: choose in the last so many steps that carry noise; 0: in all")
-    tail_steps: int = flag(0, "the last so many steps without noise (DDIM, eta 0)")
+    tail_steps: int = flag(0, "the last so many steps without noise (DDIM, eta 0); not for dpm++")
     segmenter: str = flag("", "a segmenter's file (TorchScript or torch.export), for --distance segmenter and --metrics miou")
 
 

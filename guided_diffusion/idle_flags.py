@@ -15,6 +15,7 @@ def ineffective_flags(config, given):
         ("noise_bank_cache", config.noise_bank_size == 0, "there is no bank with --noise_bank_size 0"),
         ("edge_threshold", config.edge_levels != 2 and not config.no_instance, "it belongs to --edge_levels 2"),
         ("edge_scale", config.edge_levels == 0 and not config.no_instance, "there are no image edges with --edge_levels 0"),
+        ("cache_dir", config.dry_run, "a dry run builds no cache"),
         *(
             (name, config.no_instance, "there is no edge plane with --no_instance True")
             for name in ("edge_levels", "edge_threshold", "edge_scale")
@@ -40,6 +41,7 @@ def ineffective_flags(config, given):
             ),
             ("preview_steps", not config.preview_items, "it belongs to --preview_items"),
             ("resume_partial", not config.resume_checkpoint, "it belongs to --resume_checkpoint"),
+            ("cache_dir", config.is_train and config.dataset_mode != "cityscapes", "random crops are cut from the files"),
         ]
     else:
         rules += [
@@ -49,7 +51,7 @@ def ineffective_flags(config, given):
             ("dropout", True, "sampling has no dropout"),
             ("use_kl", True, "sampling has no loss"),
             ("rescale_learned_sigmas", True, "sampling has no loss"),
-            ("eta", not config.use_ddim, "it belongs to --use_ddim True"),
+            ("eta", config.sampler != "ddim", "it belongs to --sampler ddim"),
             ("stop_patience", not config.stop_tol, "it belongs to --stop_tol"),
             ("stop_min_steps", not config.stop_tol, "it belongs to --stop_tol"),
             ("noise_index", config.noise_bank_size == 0, "there is no bank with --noise_bank_size 0"),
@@ -64,16 +66,17 @@ def _idle_link_flags(config):
     links = parts_of(config.link) if config.role == "link" else []
     searching, per_step = config.noise_index == "best", config.selection != "initial"
     segmenting = ((searching or per_step) and config.distance == "segmenter") or "miou" in parts_of(config.metrics)
-    decided_by_message = ("s", "use_ddim", "eta", "timestep_respacing", "clip_denoised", "stop_tol", "noise_index", "selection",
-                          "candidates", "distance", "feedback_steps", "step_candidates", "step_atoms", "selected_steps",
-                          "tail_steps", "extractor", "label_scale", "edge_levels", "edge_scale", "edge_threshold",
-                          "is_train", "precision")  # fmt: skip
+    decided_by_message = ("s", "use_ddim", "sampler", "eta", "timestep_respacing", "clip_denoised", "stop_tol", "noise_index",
+                          "selection", "candidates", "distance", "feedback_steps", "step_candidates", "step_atoms",
+                          "selected_steps", "tail_steps", "extractor", "label_scale", "edge_levels", "edge_scale",
+                          "edge_threshold", "is_train", "precision")  # fmt: skip
     receiving = config.role == "receive"
     rules = [(name, receiving, "with --role receive the message decides") for name in decided_by_message]
     rules += [
         (name, receiving, "--role receive sees messages alone")
         for name in (
             "data_dir",
+            "cache_dir",
             "baseline",
             "segmenter",
             "local_picture",
@@ -86,6 +89,7 @@ def _idle_link_flags(config):
     ]
     rules += [
         ("messages", not receiving, "it belongs to --role receive"),
+        ("cache_dir", config.extractor != "gt" and not receiving, "it holds the data set's label maps, not an extractor's"),
         ("link", config.role != "link", "only --role link has a channel"),
         ("snr", not {"analog", "digital"} & {*links}, "this run has no noisy channel"),
         ("pool", "analog" not in links, "it belongs to --link analog"),
@@ -95,7 +99,8 @@ def _idle_link_flags(config):
         ("feedback_steps", searching and config.candidates <= 4, "so few candidates all run whole chains"),
         ("local_picture", config.role == "transmit" or searching or per_step, "the local picture is made anyway"),
         ("local_picture", config.role == "link" and config.noise_bank_size == 0, "there is no bank with --noise_bank_size 0"),
-        ("tail_steps", config.use_ddim and not config.eta, "DDIM with --eta 0 has no noise in any step"),
+        ("tail_steps", config.sampler == "ddim" and not config.eta, "DDIM with --eta 0 has no noise in any step"),
+        ("tail_steps", config.sampler == "dpm++", "DPM-Solver++ has no noise in any step"),
         *((name, not per_step, "it belongs to --selection per_step or both")
           for name in ("step_candidates", "step_atoms", "selected_steps")),
         ("segmenter", not segmenting and not receiving, "it belongs to --distance segmenter and --metrics miou"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .digests import digest, digest_once
 from .errors import InputError
 from .link.message import receive_parts
 from .measures import PARTS
@@ -14,8 +15,6 @@ from .panels import palette, picture_grid, save_picture, show_semantics, to_uint
 from .regenerate import ALONE, COLUMNS, FREE, read_message
 from .results import (
     ResultsFolder,
-    digest,
-    digest_once,
     is_last,
     picture_digest,
     read_picture_file,

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .config import points
 from .data.semantics import received_semantics
 from .diffusion.sampling import sample
+from .digests import digest_once
 from .errors import InputError
 from .files import whole_file
 from .link.channel import snr_to_sigma, transmit
@@ -30,7 +31,6 @@ from .panels import palette, picture_grid, save_picture, show_semantics, to_uint
 from .random_streams import generator, integer, stream_seed, text_number
 from .results import (
     ResultsFolder,
-    digest_once,
     is_last,
     picture_digest,
     read_picture_file,
@@ -38,7 +38,7 @@ from .results import (
     share_out,
     unique_names,
 )
-from .scripts import bar_options
+from .scripts import StandardError, bar_options
 from .training.distributed import autocast
 from .training.ranks import Share
 
@@ -50,7 +50,8 @@ COLUMNS = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool", "sec
 # Flags that may change between two runs into the same folder.
 FREE = {"results_path", "num_samples", "batch_size", "num_workers", "device", "dry_run", "preset", "panel_items",
         "use_fp16", "noise_bank_cache", "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "add_noise",
-        "noise_to", "messages", "share_array", "metrics", "fid_weights", "features", "baseline", "segmenter"}  # fmt: skip
+        "noise_to", "messages", "share_array", "label_memory", "cache_dir", "metrics", "fid_weights", "features", "baseline",
+        "segmenter"}  # fmt: skip
 
 ALONE = Share()
 
@@ -63,9 +64,11 @@ class Regeneration:
     :param parts: what `build_link.sampling_parts` returns.
     :param share: the `Share` of the pictures that this process makes.
     :param quiet: show no progress bar.
+    :param start: a `StartUp`, whose line is shown after the first reverse step; or None.
     """
 
-    def __init__(self, config, weights, parts, share=ALONE, quiet=False):
+    def __init__(self, config, weights, parts, share=ALONE, quiet=False, start=None):
+        self.start = start
         self.config, self.weights, self.parts, self.share, self.quiet = config, weights, parts, share, quiet
         self.results = ResultsFolder(config.results_path, COLUMNS, share)
         self.dataset, self.bank, self.measures = parts["dataset"], parts["bank"], parts["measures"]
@@ -126,12 +129,17 @@ class Regeneration:
     def _work_off(self, batches, count, rows):
         """Make `count` pictures, in batches, and put theirs beside the rows of this share's table."""
         with tqdm(total=count, unit="picture", **bar_options(), disable=self.quiet) as bar:
-            self.on_step = _StepCounter(bar)
+            self.on_step = _StepCounter(bar, self._started)
             for batch in batches:
                 found = self._without_bank(batch) if self.bank is None else self._cross(batch)
                 rows.update(zip(batch, found, strict=True))
                 bar.update(len(batch))
                 self.results.write_own(rows)
+
+    def _started(self, bar):
+        if self.start is not None:
+            spent = {} if self.bank is None else {"noise_bank": self.bank.seconds}
+            bar.write(self.start.line(**spent), file=StandardError())
 
     # -- one batch ----------------------------------------------------------------------------------------------------
 
@@ -237,10 +245,10 @@ class Regeneration:
         with autocast(device, self.parts["precision"]):
             result = sample(
                 self.parts["model"], self.parts["diffusion"], received.to(device), torch.stack(noise).to(device),
-                method="ddim" if config.use_ddim else "ddpm", s=config.s, eta=config.eta if config.use_ddim else 0.0,
+                method=config.sampler, s=config.s, eta=config.eta if config.sampler == "ddim" else 0.0,
                 seeds=[stream_seed(config.seed, "picture chain", number) for number in named],
                 early_stop=self.parts["early_stop"], clip_denoised=config.clip_denoised, tail_steps=config.tail_steps,
-                on_step=self.on_step,
+                on_step=self.on_step, reuse_bytes=int(config.label_memory * 2**30),
             )  # fmt: skip
         images = result.images.float().cpu()
         seconds = (time.monotonic() - started) / len(numbers)
@@ -347,17 +355,19 @@ def read_message(path):
 
 
 class _StepCounter:
-    """Shows on a bar of pictures that network steps go on, searches' included."""
+    """Shows on a bar of pictures that network steps go on, searches' included; calls on_first(bar) after the first."""
 
-    def __init__(self, bar):
-        self.bar, self.count = bar, 0
+    def __init__(self, bar, on_first):
+        self.bar, self.count, self.on_first = bar, 0, on_first
 
     def __call__(self, *_):
         self.count += 1
+        if self.count == 1:
+            self.on_first(self.bar)
         self.bar.set_postfix_str(f"{self.count} steps")
 
 
-def run_points(config, weights, parts, say, share=ALONE, quiet=False):
+def run_points(config, weights, parts, say, share=ALONE, quiet=False, start=None):
     """Run every point of a sampling config (see `config.points`), sum each up, and draw curves where there are several.
 
     Of several shares, one that finds all pictures of all points there sums up; the others end before.
@@ -365,10 +375,11 @@ def run_points(config, weights, parts, say, share=ALONE, quiet=False):
     :param say: function that prints one line.
     :param share: the `Share` of each point's pictures that this process makes.
     :param quiet: show no progress bar.
+    :param start: a `StartUp`, whose line is shown after the first reverse step; or None.
     """
     found, runs, summaries = points(config), [], []
     for number, point in enumerate(found, 1):
-        run = Regeneration(point, weights, parts, share, quiet)
+        run = Regeneration(point, weights, parts, share, quiet, start if number == 1 else None)
         verb = "writing the messages of" if run.transmitting else "regenerating"
         place = f" ({number} of {len(found)})" if len(found) > 1 else ""
         part = f"share {share.index + 1} of {share.count} of " if share.count > 1 else ""

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from .diffusion.conditioning import REUSE_BYTES
 from .diffusion.unet import ResBlock
 
 
@@ -43,12 +42,27 @@ def activation_elements(model, height, width):
     return total, blocks + max(insides.values(), default=0)
 
 
-def memory_estimate(model, height, width, batch, precision, ema_count=None):
+def label_map_bytes(model, height, width, batch, precision, s):
+    """Return the memory, in bytes, of what follows from a batch's label maps alone, and from guidance's empty one."""
+    return model.modulation_bytes(batch + (s > 1), height, width, 4 if precision == "fp32" else 2)
+
+
+def describe_label_memory(model, height, width, batch, precision, s, limit):
+    """Return a line that says whether the label maps' work is kept over a chain; `limit` is --label_memory, in GiB."""
+    need = label_map_bytes(model, height, width, batch, precision, s) / 2**30
+    line = f"label maps of {batch} picture{'s' if batch > 1 else ''}: {need:.2g} GiB of scales and shifts, "
+    if need <= limit:
+        return line + "computed once for each chain"
+    return line + f"more than --label_memory {limit:g}, so computed at every step; a smaller --batch_size needs less"
+
+
+def memory_estimate(model, height, width, batch, precision, ema_count=None, s=1.0, label_memory=0.0):
     """Estimate memory in GiB, in parts: weights (with optimizer, gradients and averages in training) and activations.
 
     :param model: a `UNetModel` on the meta device.
     :param batch: pictures in memory at once.
     :param ema_count: number of averages in training; None for sampling.
+    :param s, label_memory: guidance scale, and GiB that sampling may take for label maps.
     :return: dict of "weights" and "activations", in GiB; activations include the label maps that sampling keeps.
     """
     everything, checkpointed = activation_elements(model, height, width)
@@ -56,9 +70,11 @@ def memory_estimate(model, height, width, batch, precision, ema_count=None):
     weights = parameter_count(model) * 4 * (1 if ema_count is None else 4 + ema_count)
     # Without a backward pass only the skip connections and the block at work stay.
     kept = checkpointed if ema_count is None or model.use_checkpoint else everything
-    stored = model.modulation_bytes(batch, height, width) if ema_count is None else 0
-    if stored > REUSE_BYTES:
-        stored = 0  # computed at every step instead
+    stored = 0
+    if ema_count is None:
+        kept *= 1 + (s > 1)  # both halves of guidance
+        stored = label_map_bytes(model, height, width, batch, precision, s)
+        stored = stored if stored <= label_memory * 2**30 else 0  # else computed at every step
     return {"weights": weights / 2**30, "activations": (kept * batch * width_bytes + stored) / 2**30}
 
 
@@ -75,18 +91,21 @@ def describe_labels(counts, width=24):
     return [f"  class {k:3d} {100 * n / total:6.2f} %  {bar}" for n, k, bar in bars]
 
 
-def describe_network(create, height, width, batch, precision, ema_count=None):
-    """Return lines with parameter count and memory estimate.
+def describe_network(create, height, width, batch, precision, ema_count=None, s=1.0, label_memory=0.0):
+    """Return lines with parameter count and memory estimate (see `memory_estimate`).
 
     :param create: function that builds the network; called under the meta device, so that nothing is allocated.
     """
     with torch.device("meta"):
         model = create()
-    need = memory_estimate(model, height, width, batch, precision, ema_count)
+    need = memory_estimate(model, height, width, batch, precision, ema_count, s, label_memory)
     total = sum(need.values())
-    return [
+    lines = [
         f"parameters: {parameter_count(model):,}",
         f"memory estimate: {total:.1f} GiB ({need['weights']:.1f} weights"
         + (", gradients, optimizer and averages" if ema_count is not None else "")
         + f", {need['activations']:.1f} activations at batch {batch}, {height}x{width}, {precision})",
     ]
+    if ema_count is None:
+        lines.append(describe_label_memory(model, height, width, batch, precision, s, label_memory))
+    return lines

@@ -4,7 +4,6 @@ Several processes may work in one folder, each on its share of the pictures, wit
 """
 
 import csv
-import functools
 import hashlib
 import json
 import os
@@ -33,26 +32,6 @@ def unique_names(paths):
                  for name, part in zip(names, parts, strict=True)]  # fmt: skip
     counts = Counter(names)
     return [f"{name}__{k}" if counts[name] > 1 else name for k, name in enumerate(names)]
-
-
-def digest(path):
-    """SHA-256 of a file, as bytes."""
-    found = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(2**20):
-            found.update(chunk)
-    return found.digest()
-
-
-def digest_once(path):
-    """SHA-256 of a large file, as bytes; read once, unless it changes."""
-    found = os.stat(path)
-    return _digest_of(os.path.abspath(path), found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=8)
-def _digest_of(path, *_):
-    return digest(path)
 
 
 def picture_digest(image):

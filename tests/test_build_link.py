@@ -10,9 +10,9 @@ from conftest import TINY, as_arguments
 
 from guided_diffusion import build, build_link
 from guided_diffusion.config import SampleConfig, parse_config, points
+from guided_diffusion.digests import digest
 from guided_diffusion.errors import InputError
 from guided_diffusion.regenerate import Regeneration
-from guided_diffusion.results import digest
 
 FLAGS = {**TINY, "timestep_respacing": "4"}
 
@@ -114,6 +114,14 @@ def test_the_header_says_what_the_flags_ask_for(parts, trained):
     assert header.start_sent and header.selected_steps == 0 and header.step_variance == "model"
     assert header.fingerprint == digest(build.find_weights(str(trained)))[:8]
     assert sampling["transmitter"](point).chain.eta == header.eta
+
+
+@pytest.mark.parametrize("flags", [{"sampler": "dpm++"}, {"sampler": "dpm++", "eta": 0.5}])
+def test_dpm_solver_is_in_the_header(parts, flags):
+    point, sampling = parts(**flags)
+    header = header_of(sampling, point)
+    assert (header.method, header.eta, header.step_variance) == ("dpm++", 0.0, "model")
+    assert sampling["transmitter"](point).chain.method == "dpm++"
 
 
 @pytest.mark.parametrize(

@@ -14,24 +14,30 @@ from guided_diffusion.errors import InputError
 from guided_diffusion.training.checkpoint import (
     load_file,
     load_parts,
-    newest_checkpoint,
-    parse_checkpoint_path,
     problem_of,
-    resume_point,
     save_parts,
     sweep_temporary_files,
     with_legacy_keys,
 )
+from guided_diffusion.training.checkpoint_choice import newest_checkpoint, parse_checkpoint_path, resume_point
 from guided_diffusion.training.manifest import file_name, manifest_name
 
 RATES = ("0.9999", "0.99")
 KINDS = ("model", "opt", "state", "ema_0.9999_", "ema_0.99_")
 
 
+TINY_FLAGS = {
+    "num_channels": 32,
+    "channel_mult": "1,1",
+    "num_res_blocks": 1,
+    "num_classes": 4,
+    "attention_resolutions": "32",
+}
+
+
 def tiny_model(seed=0, **flags):
     torch.manual_seed(seed)
-    tiny = {"num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1, "num_classes": 4, "attention_resolutions": "32"}
-    return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **tiny, **flags})[0]
+    return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **TINY_FLAGS, **flags})[0]
 
 
 def parts(value=1.0, kinds=KINDS):
@@ -425,3 +431,27 @@ def test_a_missing_model_is_always_an_error(tmp_path):
     save_parts(tmp_path, 4, parts(kinds=("opt", "state")))
     with pytest.raises(InputError, match=r"model000004\.pt: no such file"):
         load_parts(tmp_path, 4, (), partial=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_without_values_takes_over_those_of_the_file(tmp_path, dtype):
+    trained = tiny_model(seed=3)
+    torch.save({key: value.to(dtype) for key, value in trained.state_dict().items()}, tmp_path / "w.pt")
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        model = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **TINY_FLAGS})[0]
+    load_weights(model, tmp_path / "w.pt")
+    assert torch.equal(before, torch.get_rng_state())
+    assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    load_weights(trained, tmp_path / "w.pt")
+    inputs = torch.rand(1, 3, 32, 32), torch.tensor([5]), torch.rand(1, 5, 32, 32)
+    assert torch.equal(model.eval()(*inputs), trained.eval()(*inputs))
+
+
+def test_a_model_without_values_takes_no_others(tmp_path):
+    torch.save({"w": torch.zeros(1)}, tmp_path / "w.pt")
+    with torch.device("meta"):
+        model = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **TINY_FLAGS})[0]
+    with pytest.raises(InputError, match="missing key"):
+        load_weights(model, tmp_path / "w.pt")

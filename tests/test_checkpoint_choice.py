@@ -8,16 +8,8 @@ import torch
 from test_checkpoint import KINDS, RATES, flip, names, parts
 
 from guided_diffusion.errors import InputError
-from guided_diffusion.training.checkpoint import (
-    load_parts,
-    newest_checkpoint,
-    newest_ema,
-    problem_of,
-    prune_checkpoints,
-    resume_point,
-    save_parts,
-    sweep_temporary_files,
-)
+from guided_diffusion.training.checkpoint import load_parts, problem_of, prune_checkpoints, save_parts, sweep_temporary_files
+from guided_diffusion.training.checkpoint_choice import newest_checkpoint, newest_ema, resume_point
 from guided_diffusion.training.manifest import file_name, manifest_name
 
 # -- finding checkpoints ----------------------------------------------------------------------------------------------

@@ -228,6 +228,30 @@ def test_predict_xstart_and_prediction_say_the_same(line, prediction):
 
 
 @pytest.mark.parametrize(
+    ("line", "sampler"),
+    [
+        ("", "ddpm"),
+        ("--use_ddim True", "ddim"),
+        ("--use_ddim False", "ddpm"),
+        ("--sampler ddim", "ddim"),
+        ("--sampler dpm++", "dpm++"),
+        ("--use_ddim True --sampler ddim", "ddim"),
+        ("--use_ddim False --sampler dpm++", "dpm++"),
+        ("--use_ddim True --sampler ''", "ddim"),
+        ("--preset toy", "ddim"),
+        ("--preset toy --use_ddim False", "ddpm"),
+        ("--preset toy --sampler ddpm", "ddpm"),
+        ("--preset toy --sampler dpm++", "dpm++"),
+    ],
+)
+def test_use_ddim_and_sampler_say_the_same(line, sampler):
+    config, given = parse(SampleConfig, line)
+    assert config.sampler == sampler and config.use_ddim is (sampler == "ddim")
+    adopt_training_config(config, given, trained(), "config.json")  # settles once more
+    assert config.sampler == sampler and config.use_ddim is (sampler == "ddim")
+
+
+@pytest.mark.parametrize(
     ("line", "precision"),
     [("", "fp32"), ("--use_fp16 True", "fp16"), ("--precision bf16", "bf16"), ("--use_fp16 True --precision fp16", "fp16")],
 )
@@ -284,6 +308,11 @@ def test_use_fp16_and_precision_say_the_same(line, precision):
         (SampleConfig, "--selection per_step --noise_index best", "--selection per_step starts from entry 0; .* both"),
         (SampleConfig, "--selection per_step --use_ddim True", "--selection per_step needs ancestral"),
         (SampleConfig, "--selection per_step --use_ddim True --eta 1", None),
+        (SampleConfig, "--selection per_step --sampler ddim --eta 1", None),
+        (SampleConfig, "--selection per_step --sampler dpm++ --eta 1", r"per_step needs ancestral .* \(not dpm\+\+\)"),
+        (SampleConfig, "--use_ddim True --sampler dpm++", r"--use_ddim True is --sampler ddim, but --sampler dpm\+\+"),
+        (SampleConfig, "--use_ddim True --sampler ddpm", "--use_ddim True is --sampler ddim, but --sampler ddpm"),
+        (SampleConfig, "--use_ddim False --sampler ddim", "--use_ddim False contradicts --sampler ddim"),
         (SampleConfig, "--selection per_step --step_candidates 4 --step_atoms 5", "--step_atoms 5: more than"),
         (SampleConfig, "--selection both --stop_tol 0.1", "--selection both: .* drop --stop_tol"),
     ],

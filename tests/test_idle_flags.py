@@ -44,6 +44,8 @@ def parse(config_class, line=""):
         (SampleConfig, "--add_noise False", []),
         (SampleConfig, "--eta 0.5", ["eta"]),
         (SampleConfig, "--eta 0.5 --use_ddim True", []),
+        (SampleConfig, "--eta 0.5 --sampler ddim", []),
+        (SampleConfig, "--eta 0.5 --sampler dpm++", ["eta"]),
         (SampleConfig, "--stop_patience 2 --stop_min_steps 3", ["stop_patience", "stop_min_steps"]),
         (SampleConfig, "--stop_patience 2 --stop_min_steps 3 --stop_tol 0.01", []),
         (SampleConfig, "--use_checkpoint True --dropout 0.1 --use_kl True", ["use_checkpoint", "dropout", "use_kl"]),
@@ -59,6 +61,8 @@ def parse(config_class, line=""):
         (SampleConfig, "--candidates 4 --feedback_steps 3 --noise_index best", ["feedback_steps"]),
         (SampleConfig, "--distance ssim --selection per_step --local_picture True", ["local_picture"]),
         (SampleConfig, "--use_ddim True --tail_steps 3", ["tail_steps"]),
+        (SampleConfig, "--sampler dpm++ --tail_steps 3", ["tail_steps"]),
+        (SampleConfig, "--sampler ddpm --tail_steps 3", []),
         (SampleConfig, "--no_instance True --edge_threshold 0.2 --edge_scale 2", ["edge_threshold", "edge_scale"]),
         (SampleConfig, "--role receive --messages m --metrics psnr --batch_size 2 --seed 3", ["metrics", "batch_size", "seed"]),
         (
@@ -77,7 +81,15 @@ def parse(config_class, line=""):
         (SampleConfig, "--features f.pt --metrics kid", []),
         (SampleConfig, "--messages m", ["messages"]),
         (SampleConfig, "--role receive --messages m --s 2 --extractor e.pt", ["s", "extractor"]),
+        (SampleConfig, "--role receive --messages m --sampler dpm++", ["sampler"]),
         (SampleConfig, "--role transmit --link digital --snr 3", ["link", "snr"]),
+        (TrainConfig, "--cache_dir c", []),
+        (TrainConfig, "--cache_dir c --dataset_mode coco --no_instance True", ["cache_dir"]),
+        (TrainConfig, "--cache_dir c --dataset_mode coco --no_instance True --is_train False", []),
+        (TrainConfig, "--cache_dir c --dry_run True", ["cache_dir"]),
+        (SampleConfig, "--cache_dir c --is_train True --dataset_mode coco", []),
+        (SampleConfig, "--cache_dir c --extractor e.pt", ["cache_dir"]),
+        (SampleConfig, "--cache_dir c --role receive --messages m", ["cache_dir"]),
     ],
 )
 def test_flags_without_effect_get_one_line_each(config_class, line, names):

@@ -163,3 +163,15 @@ def test_other_shapes_share_size_and_seed():
     other = bank.sized(3, 4, 16)
     assert bank.sized(3, 4, 8) is bank and bank.sized(3, 4, 16) is other
     assert torch.equal(other[3], NoiseBank((3, 4, 16), 5, 7)[3])
+
+
+def test_the_stream_is_run_over_as_far_as_asked_for_and_the_time_is_known():
+    bank = NoiseBank((3, 16, 16), 1000)
+    assert bank.seconds == 0
+    bank[40]
+    assert bank._walked == 41 and bank.seconds > 0
+    spent = bank.seconds
+    bank[7]
+    assert bank._walked == 41
+    bank.sized(3, 16, 32)[3]
+    assert bank.seconds > spent

@@ -16,11 +16,13 @@ ROOT = Path(guided_diffusion.__file__).parent
 # The house, from the roof down. A module may import from lower rows and from its own folder.
 ORDER = [
     {"benchmark"},
+    {"benchmarks"},
     {"receive"},
     {"regenerate"},
     {"build_link", "dry_run"},
     {"build", "measures"},
-    {"report"},
+    {"prepare"},
+    {"report", "placement"},
     {"training"},
     {"link"},
     {"diffusion"},
@@ -31,7 +33,7 @@ ORDER = [
     {"config"},
     {"flags"},
     {"presets"},
-    {"files", "random_streams", "scripts"},
+    {"digests", "files", "random_streams", "scripts", "startup"},
     {"errors"},
 ]
 PUBLIC = ["model_and_diffusion_defaults", "create_model_and_diffusion", "load_weights", "NoiseBank", "load_data",
@@ -71,6 +73,32 @@ def test_importing_loads_no_torch(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
     done = run_python(code)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+# Seconds each, and not needed before the first reverse step.
+SLOW = (
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "sympy",
+    "torchvision",
+    "torchmetrics",
+    "tensorboard",
+    "matplotlib",
+    "sionna",
+    "mpi4py",
+)
+
+
+def test_importing_what_sampling_is_built_of_loads_nothing_slow_but_torch():
+    code = f"import sys; from guided_diffusion import build_link, regenerate; print([m for m in {SLOW} if m in sys.modules])"
+    done = run_python(code)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize("name", ["digests", "prepare", "startup", "training.checkpoint_choice", "training.ranks"])
+def test_what_scripts_use_before_torch_loads_none(name):
+    done = run_python(f"import sys, guided_diffusion.{name}; print('torch' in sys.modules)")
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 # -- the house --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from guided_diffusion.config import SampleConfig, parse_config, points
 from guided_diffusion.errors import InputError
 from guided_diffusion.link.message import receive_parts
 from guided_diffusion.regenerate import Regeneration, run_points
+from guided_diffusion.startup import StartUp
 
 KINDS = ("images", "labels", "received", "samples")
 
@@ -63,7 +64,8 @@ def test_saved_labels_are_the_ids(make_run, tmp_path):
         np.testing.assert_array_equal(np.asarray(picture), run.dataset[0]["label"][0].numpy())
 
 
-@pytest.mark.parametrize("flags", [{}, {"use_ddim": False}, {"eta": 0.7}, {"s": 2}, {"noise_bank_size": 0}])
+@pytest.mark.parametrize("flags", [{}, {"use_ddim": False}, {"eta": 0.7}, {"s": 2}, {"noise_bank_size": 0},
+                                   {"use_ddim": False, "sampler": "dpm++", "noise_bank_size": 0}])  # fmt: skip
 def test_a_picture_does_not_depend_on_its_batch(make_run, tmp_path, flags):
     flags = {"snr": 10, **flags}
     make_run("one", batch_size=1, **flags).run()
@@ -268,3 +270,12 @@ def test_a_lost_header_of_another_size_leaves_no_picture(make_run, scenes, monke
     monkeypatch.setattr(build_link, "crossing", lambda point: without((), ("header",), ()))
     rows = make_run(data_dir=folder, link="digital").run()
     assert [row["problems"] for row in rows] == ["", "header", ""] and not rows[1].get("steps")
+
+
+def test_the_first_reverse_step_is_told_once(make_run, capsys):
+    run = make_run(num_samples=2)
+    run.start = StartUp()
+    run.run()
+    told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "first reverse step after" in line]
+    assert len(told) == 1 and "noise bank" in told[0]
+    assert run.bank.seconds > 0  # of the bank that the chain draws from, which is this one

@@ -6,7 +6,14 @@ from torch import nn
 
 from guided_diffusion import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.diffusion.unet import ResBlock
-from guided_diffusion.report import activation_elements, describe_labels, describe_network, memory_estimate, parameter_count
+from guided_diffusion.report import (
+    activation_elements,
+    describe_label_memory,
+    describe_labels,
+    describe_network,
+    memory_estimate,
+    parameter_count,
+)
 
 H, W = 16, 32
 FLAGS = {"num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1, "num_classes": 4, "attention_resolutions": "32"}
@@ -106,6 +113,19 @@ def test_sampling_takes_less_than_training():
     model = meta_model()
     training, sampling = (memory_estimate(model, H, W, 2, "fp32", ema_count) for ema_count in (1, None))
     assert sampling["activations"] < training["activations"] and sampling["weights"] < training["weights"]
+
+
+@pytest.mark.parametrize(("s", "rows", "factor"), [(1.0, 2, 1), (2.0, 3, 2)])
+def test_sampling_counts_label_maps_that_are_kept(s, rows, factor):
+    model = meta_model()
+    kept = model.modulation_bytes(rows, H, W) / 2**30
+    plain, exact, beyond = (memory_estimate(model, H, W, 2, "fp32", None, s, limit)["activations"]
+                            for limit in (0.0, kept, 0.99 * kept))  # fmt: skip
+    assert exact - plain == pytest.approx(kept) and beyond == plain
+    assert plain == pytest.approx(factor * memory_estimate(model, H, W, 2, "fp32", None)["activations"])
+    line = describe_label_memory(model, H, W, 2, "fp32", s, kept)
+    assert line == f"label maps of 2 pictures: {kept:.2g} GiB of scales and shifts, computed once for each chain"
+    assert "more than --label_memory 0, so computed at every step" in describe_label_memory(model, H, W, 2, "bf16", s, 0)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

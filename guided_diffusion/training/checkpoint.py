@@ -1,4 +1,4 @@
-"""Checkpoint files: names, whole writes, safe reads, and which of them a run can go on from.
+"""Checkpoint files: names, whole writes, safe reads, and which of them are kept.
 
 A checkpoint of step N is model{N}.pt, ema_{rate}_{N}.pt (plain state dicts, as SDM loads them), opt{N}.pt,
 state{N}.pt (everything else that resuming needs) and manifest{N}.json, whose presence marks a checkpoint saved whole.
@@ -17,15 +17,13 @@ from ..diffusion.unet import ResBlock, SPADEGroupNorm, SPADEResBlock
 from ..errors import InputError
 from ..files import whole_file
 from .manifest import (
+    EMA_FILE,
     PARTS,
-    UNFINISHED,
     HashedWriter,
     contents_problem,
     file_name,
-    file_problem,
     manifest_name,
     manifest_text,
-    predates_manifests,
     problem_of,
     read_manifest,
     saved_steps,
@@ -36,7 +34,6 @@ from .safe_reading import check_contents
 
 # GESCO and Diff-GO-n files carry an unused SPADE over 3 label channels in every encoder block.
 LEGACY_KEY = re.compile(r"input_blocks\.\d+\.\d+\.spade_norm\.")
-EMA_FILE = re.compile(r"ema_((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)_(\d{6,})\.pt")
 TEMPORARY_FILE = re.compile(
     r"(?:(?:model|opt|state|ema_.+_)\d{6,}\.pt|manifest\d{6,}\.json|config\.json|progress\.csv)(?:\.[0-9a-f]{8})?\.tmp"
 )
@@ -129,6 +126,9 @@ def check_weights(model, weights, where):
 def load_weights(model, weights):
     """Load a state dict of the guided-diffusion family into a model.
 
+    A model on the meta device takes over the tensors of the state dict themselves: no time goes into initial values, and
+    no memory into a copy.
+
     :param model: the network; its own precision is kept.
     :param weights: a state dict, or the path of a file with one (read with weights_only; one that a manifest beside it
         lists must be as it was written).
@@ -138,7 +138,9 @@ def load_weights(model, weights):
     where = "state dict"
     if not isinstance(weights, dict):
         where, weights = str(weights), load_file(weights, weights_entry(weights))
-    model.load_state_dict(check_weights(model, weights, where))
+    weights, own = check_weights(model, weights, where), model.state_dict()
+    weights = {key: value.to(own[key].dtype) for key, value in weights.items()}
+    model.load_state_dict(weights, assign=any(value.is_meta for value in own.values()))
 
 
 def with_legacy_keys(weights, model):
@@ -152,92 +154,6 @@ def with_legacy_keys(weights, model):
             for key, value in norm.state_dict().items():
                 weights[f"input_blocks.{name}.spade_norm.{key}"] = torch.zeros(value.shape)
     return weights
-
-
-def newest_checkpoint(directory, partial=False, say=None):
-    """Return the newest step that `directory` can be resumed from, or None where it has no checkpoint at all.
-
-    :param partial: be content with a readable model file, but not with one that differs from its manifest.
-    :param say: function of a line, told of newer steps that are damaged, and of a step that could not be verified.
-    :raises InputError: there are checkpoints, but none is whole. A first save that was cut short is no checkpoint yet.
-    """
-    say, passed, steps = say or (lambda line: None), [], saved_steps(directory)
-    for step in sorted(steps, reverse=True):
-        problem = problem_of(directory, step)
-        if problem == UNFINISHED and not partial and steps == {step}:
-            say(f"checkpoint {step} in {directory}: {problem}, and it was the first: starting afresh")
-            return None
-        if problem and (not partial or _model_problem(directory, step)):
-            passed.append((step, problem))
-            continue
-        for damaged, why in passed:
-            say(f"checkpoint {damaged} in {directory} is damaged or incomplete ({why}); going back to {step}")
-        if problem:
-            say(f"checkpoint {step} in {directory} is damaged or incomplete ({problem}); --resume_partial True goes on"
-                " from what is left of it")  # fmt: skip
-        else:
-            _say_whether_verified(directory, step, say)
-        return step
-    if passed:
-        damaged, why = passed[0]
-        raise InputError(f"{directory}: checkpoint {damaged} is damaged or incomplete ({why}), and no older one is whole;"
-                         " restore it, or go on from the weights alone with --resume_partial True")  # fmt: skip
-    return None
-
-
-def _model_problem(directory, step):
-    """Say why a step's model file alone is of no use, "" if it is."""
-    path, entry = Path(directory) / file_name("model", step), None
-    with suppress(InputError):  # an unreadable manifest is one more part that is lost
-        entry = weights_entry(path)
-    if entry is not None:
-        return file_problem(path, entry)
-    try:
-        with open(path, "rb") as f:
-            check_contents(f)
-        return ""
-    except Exception as error:  # damaged files raise many kinds
-        return f"{path.name} cannot be read ({error})"
-
-
-def resume_point(directory, asked, partial=False, say=None):
-    """Return (folder, step) to resume from, or None to start afresh; never a start that would overwrite another run.
-
-    :param directory: the run's --checkpoint_dir.
-    :param asked: --resume_checkpoint: "", "auto", or the path of a model file.
-    :param partial, say: see `newest_checkpoint`.
-    :raises InputError: the folder holds a run and nothing was asked for, the file is missing or damaged, or the folder
-        holds later steps than the one to resume from.
-    """
-    if asked == "auto":
-        newest = newest_checkpoint(directory, partial, say)
-        return None if newest is None else (str(directory), newest)
-    latest = max(saved_steps(directory), default=None)
-    if not asked:
-        if latest is not None:
-            raise InputError(
-                f"--checkpoint_dir {directory} holds a run that reached step {latest}: go on with --resume_checkpoint auto,"
-                " or choose another folder"
-            )
-        return None
-    folder, step = parse_checkpoint_path(asked)
-    if not Path(asked).exists():
-        raise InputError(f"--resume_checkpoint {asked}: no such file")
-    same = Path(directory).exists() and Path(folder).resolve() == Path(directory).resolve()
-    if latest is not None and (not same or latest > step):
-        what = f"steps up to {latest}" if same else f"another run (step {latest})"
-        raise InputError(f"--checkpoint_dir {directory} already holds {what}: choose an empty folder to branch off into")
-    problem = _model_problem(folder, step) if partial else problem_of(folder, step)
-    if problem:
-        other = "use --resume_checkpoint auto to go on from the newest whole one" if same else "name an older model file"
-        raise InputError(f"--resume_checkpoint {asked}: the checkpoint is damaged or incomplete ({problem}); {other}")
-    _say_whether_verified(folder, step, say or (lambda line: None))
-    return str(folder), step
-
-
-def _say_whether_verified(directory, step, say):
-    if not (Path(directory) / manifest_name(step)).exists():
-        say(f"checkpoint {step} in {directory} has no manifest (an older version wrote it) and could not be verified")
 
 
 def prune_checkpoints(directory, keep):
@@ -273,58 +189,6 @@ def sweep_temporary_files(directory):
     for path in Path(directory).glob("*.tmp"):
         if TEMPORARY_FILE.fullmatch(path.name):
             path.unlink(missing_ok=True)
-
-
-def newest_ema(directory, say=None):
-    """Return the path of a folder's newest whole EMA file; of several rates, the highest.
-
-    :param say: function of a line, told of newer files that are damaged.
-    :raises InputError: the folder has none, or none that is whole.
-    """
-    directory = Path(directory)
-    listed = (name for step in saved_steps(directory, ["manifest"]) for name in _listed(directory, step))
-    names = {*listed, *(path.name for path in directory.glob("ema_*.pt"))}  # a listed file may be lost
-    found = [(int(match[2]), float(match[1]), directory / name) for name in names if (match := EMA_FILE.fullmatch(name))]
-    if not found:
-        raise InputError(f"--model_path {directory}: the folder has no ema_*.pt file; train first, or name a file")
-    passed = []
-    for step, _, path in sorted(found, reverse=True):
-        problem = _ema_problem(path, step)
-        if problem:
-            passed.append(problem)
-            continue
-        for why in passed if say else ():
-            say(f"the newest averages in {directory} are damaged or incomplete ({why}); going back to {path.name}")
-        return path
-    raise InputError(f"--model_path {directory}: no ema_*.pt file is whole (newest: {passed[0]}); restore one, or name a file")
-
-
-def _listed(directory, step):
-    """Return the names of the files that a step's manifest lists; none where it cannot be read."""
-    with suppress(InputError):
-        return (read_manifest(directory, step) or {"files": []})["files"]
-    return []
-
-
-def _ema_problem(path, step):
-    """Say why an EMA file is not to be used, "" if it is whole."""
-    try:
-        manifest = read_manifest(path.parent, step)
-    except InputError as error:
-        return str(error)
-    if manifest is None:
-        return "" if predates_manifests(path.parent, step) else f"{path.name} has no manifest: {UNFINISHED}"
-    entry = manifest["files"].get(path.name)
-    return file_problem(path, entry) if entry else f"the manifest lists no {path.name}"
-
-
-def parse_checkpoint_path(path):
-    """Split a model file's path into (folder, step). Raises InputError for other names."""
-    path = Path(path)
-    match = re.fullmatch(r"model(\d{6,})\.pt", path.name)
-    if not match:
-        raise InputError(f"--resume_checkpoint {path}: expected a file called model<step>.pt, or auto")
-    return path.parent, int(match[1])
 
 
 def load_parts(directory, step, ema_rates, partial=False, take=None):

@@ -59,6 +59,11 @@ def usable_precision(device, precision):
     return precision, None
 
 
+def half_dtype(precision):
+    """Return torch's type for "bf16" and "fp16", None for "fp32"."""
+    return _DTYPES[precision]
+
+
 def autocast(device, precision):
     """Return a context in which the network runs in `precision`."""
     dtype = _DTYPES[precision]
@@ -78,3 +83,37 @@ def pins_memory(device):
 def to_device(tensor, device):
     """Move a tensor from host memory without making the host wait, where the device can."""
     return tensor.pin_memory().to(device, non_blocking=True) if pins_memory(device) else tensor.to(device)
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def device_name(device):
+    """Return what a GPU calls itself and its memory in GiB, or None for a CPU."""
+    if device.type != "cuda":
+        return None
+    facts = torch.cuda.get_device_properties(device)
+    return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
+
+
+def synchronize(device):
+    """Wait until a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release_memory(device):
+    """Give back the memory that tensors of the past held on a device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def reset_peak_memory(device):
+    """Let `peak_memory` begin anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device):
+    """Return the most bytes that tensors held on a device since `reset_peak_memory`, or None for a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -9,13 +9,14 @@ import json
 import re
 from pathlib import Path
 
+from ..digests import digest_once
 from ..errors import InputError
 
 PARTS = ("model", "opt", "state")  # and ema_{rate}_, one or more
 MAX_BYTES = 2**24  # a manifest has some kilobytes; more is no manifest, and not read
-CHUNK = 2**20
 UNFINISHED = "its save was cut short"
 STEP_FILE = re.compile(r"(model|opt|state|manifest)(\d{6,})\.(pt|json)")
+EMA_FILE = re.compile(r"ema_((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)_(\d{6,})\.pt")
 WEIGHTS_FILE = re.compile(r"(?:model|ema_.+_)(\d{6,})\.pt")
 
 
@@ -117,13 +118,8 @@ def contents_problem(f, name, entry, digests=True):
     size = f.seek(0, 2)
     if size != entry["bytes"]:
         return f"{name} has {size:,} bytes, the manifest says {entry['bytes']:,}"
-    if digests:
-        f.seek(0)
-        found = hashlib.sha256()
-        while chunk := f.read(CHUNK):
-            found.update(chunk)
-        if found.hexdigest() != entry["sha256"]:
-            return f"{name} differs from its SHA-256"
+    if digests and digest_once(f).hex() != entry["sha256"]:
+        return f"{name} differs from its SHA-256"
     return ""
 
 

@@ -5,6 +5,7 @@ entries, tensors larger than their storage) and trusts the sizes of storages. He
 opcode, without making what it describes; only what state dicts, optimizer states and plain containers need is let through.
 """
 
+import functools
 import io
 import mmap
 import pickletools
@@ -12,8 +13,6 @@ import struct
 import zipfile
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
-import torch
 
 MAX_PICKLE = 2**24  # bytes of description; a model of 1,000 tensors needs a tenth of a million
 MAX_OPCODES = 1_000_000  # each may stand for some hundred bytes of memory; an optimizer of 1,000 tensors has 75,000
@@ -24,8 +23,15 @@ STORAGES = {"DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16St
             "ComplexDoubleStorage": 16}  # bytes per element  # fmt: skip
 TENSOR, PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
 CONTAINERS = {"collections OrderedDict", "builtins set", "__builtin__ set", "torch Size"}
-NAMES = {TENSOR, PARAMETER, "torch device", *CONTAINERS, *(f"torch {name}" for name in STORAGES),
-         *(f"torch {name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype))}  # fmt: skip
+
+
+@functools.cache
+def _names():
+    """Return what a pickle may import. torch is imported late: a checkpoint is looked for before it is needed."""
+    import torch
+
+    dtypes = (name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
+    return {TENSOR, PARAMETER, "torch device", *CONTAINERS, *(f"torch {name}" for name in (*STORAGES, *dtypes))}
 
 
 def check_contents(f):
@@ -207,7 +213,7 @@ class _Reading:
         self._push(False)
 
     def _global(self, name):
-        if name not in NAMES:
+        if name not in _names():
             raise ValueError(f"it asks for {name.replace(' ', '.')[:80]}, which is no part of plain tensors")
         self._push(_Name(name))
 

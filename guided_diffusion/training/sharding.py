@@ -1,12 +1,10 @@
 """One network over many processes: DDP, or FSDP2 with everything sharded; whole tensors for the files in both cases."""
 
+import sys
 import warnings
 from contextlib import contextmanager
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -20,6 +18,9 @@ def wrap(model, group, device, fsdp=False):
     if not fsdp:
         own = [device.index] if device.index is not None else None
         return DistributedDataParallel(model, device_ids=own, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     # It warns of in-place operations on what a block returns; this network has none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = init_device_mesh(device.type, (group.world_size,))
@@ -30,7 +31,16 @@ def wrap(model, group, device, fsdp=False):
 
 def is_sharded(model):
     """Whether a model's parameters are sharded by `wrap`."""
-    return isinstance(model, FSDPModule)
+    return _is_a(model, "torch.distributed.fsdp", "FSDPModule")
+
+
+def _is_a(value, module, name):
+    # Nothing is one before its module is there, and these two take half a second, which a process alone need not spend.
+    return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))
+
+
+def _is_shard(value):
+    return _is_a(value, "torch.distributed.tensor", "DTensor")
 
 
 @contextmanager
@@ -51,7 +61,7 @@ def whole(values, keep=True):
 
     :param keep: False for the ranks that only help: they get None for each such tensor, and need no memory.
     """
-    if isinstance(values, DTensor):
+    if _is_shard(values):
         full = values.full_tensor()
         return full.cpu() if keep else None
     if isinstance(values, dict):
@@ -63,13 +73,15 @@ def whole(values, keep=True):
 
 def local(tensor):
     """Return this rank's shard of a tensor, or the tensor where it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_shard(tensor) else tensor
 
 
 def like(tensor, reference):
     """Return a whole tensor sharded as `reference` is, on its device."""
-    if not isinstance(reference, DTensor):
+    if not _is_shard(reference):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
 
 

@@ -1,0 +1,61 @@
+"""Networks made ready for a device: memory layout, rounded weights, torch.compile."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_network
+
+from guided_diffusion import InputError, sample
+from guided_diffusion.placement import compiled, for_sampling, placed, rounded
+
+SIZE = (8, 16)
+CPU = torch.device("cpu")
+
+
+def inputs():
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, *SIZE, generator=draw), torch.tensor([3, 900]), torch.rand(2, 5, *SIZE, generator=draw)
+
+
+def test_the_memory_layout_changes_speed_alone():
+    model = tiny_network()[0].requires_grad_(False)
+    expected = model(*inputs())
+    model = placed(model, CPU)
+    assert model.output_blocks[0][0].in_layers[1].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(*inputs()), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("places", ["unet", "enconly"])
+def test_rounded_weights_give_what_autocast_gives(places):
+    model = tiny_network(unet_model=places)[0].requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(*inputs())
+        ready = rounded(copy.deepcopy(model), "bf16")
+        assert torch.equal(ready(*inputs()), expected)
+    assert {p.dtype for p in ready.parameters()} == {torch.bfloat16, torch.float32}  # norms keep theirs
+    assert rounded(model, "fp32") is model and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_for_sampling():
+    model = for_sampling(tiny_network()[0].train(), CPU, "bf16")
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_gives_the_same_pictures():
+    model, diffusion = tiny_network(timestep_respacing="3", prediction="x0")
+    x, _, y = inputs()
+    expected = sample(model, diffusion, y, x, "ddim", s=1.5).images
+    names, lines = list(model.state_dict()), []
+    model = compiled(copy.deepcopy(model), lines.append)
+    torch.testing.assert_close(sample(model, diffusion, y, x, "ddim", s=1.5).images, expected, rtol=0, atol=1e-4)
+    assert list(model.state_dict()) == names
+    assert len(lines) == 2 and lines[0].startswith("compiling the network") and lines[1].startswith("compiled in ")
+
+
+def test_compiling_without_a_compiler_is_one_line(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="--compile True: torch.compile needs a C"):
+        compiled(tiny_network()[0], print)
