@@ -72,8 +72,8 @@ def run_batch(name, run, numbers, options, config, parts, bar):
     rows = []
     for j, k in enumerate(numbers):
         np.save(picture_file(options, name, run, k), images[j].half().numpy())
-        rows.append({"sampler": name, "run": run, "picture": k, "steps": int(result.steps[j]),
-                     "seconds": f"{seconds / len(numbers):.3f}", **{key: column[j] for key, column in measures.items()}})  # fmt: skip
+        row = {"sampler": name, "run": run, "picture": k, "steps": int(result.steps[j])}
+        rows.append(row | {"seconds": f"{seconds / len(numbers):.3f}", **{key: column[j] for key, column in measures.items()}})
     return rows
 
 

@@ -15,7 +15,7 @@ from .diffusion.unet import DEFAULT_CHANNEL_MULT, SPADE_PLACES, UNetModel, check
 from .errors import InputError
 from .link.channel import snr_to_sigma
 from .link.noise_bank import NoiseBank
-from .placement import placed
+from .placement import compiled, placed
 from .prepare import draw_toy_scenes, ema_rates, find_weights, multipliers, numbers, trained_config  # noqa: F401
 from .random_streams import stream_seed
 from .training.checkpoint_choice import resume_point
@@ -229,8 +229,9 @@ def training_loop(config, given, say, group=None, device=None):
     diffusion = diffusion_from(config).to(device)
     settings = _loop_settings(config, rates, precision, device, group)
     sampler = create_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps).to(device)
+    model = model if settings.fsdp else placed(model, device)  # shards go there one by one
     loop = TrainLoop(
-        model if settings.fsdp else placed(model, device), diffusion, sampler, rules,  # shards go there one by one
+        compiled(model, say) if config.compile and not settings.fsdp else model, diffusion, sampler, rules,
         lambda position: _training_batches(config, pictures, position, device, group),
         _validation(config, validation_pictures, rules, diffusion, device, precision), settings, group, device,
     )  # fmt: skip
@@ -246,6 +247,8 @@ def training_loop(config, given, say, group=None, device=None):
 
 
 def _check_sharding(config, group, precision, say):
+    if config.compile and config.fsdp and group.world_size > 1:
+        say("warning: --compile True has no effect: sharded networks are not compiled")
     if config.fsdp and group.world_size == 1:
         say("warning: --fsdp True has no effect: there is one process")
     elif config.fsdp and precision == "fp16":

@@ -164,7 +164,7 @@ class SampleFlags:
     num_samples: int = flag(10000, "at most so many pictures; each picture of the split once")
     batch_size: int = flag(1, "pictures per batch")
     use_ddim: bool = flag(False, "the family's flag for --sampler ddim")
-    sampler: str = flag("", "ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M: few steps, such as --timestep_respacing logsnr20);"
+    sampler: str = flag("", "ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M: few steps, --timestep_respacing logsnr20);"
                         " empty: ddim with --use_ddim True, else ddpm", ("", "ddpm", "ddim", "dpm++"))  # fmt: skip
     label_memory: float = flag(4.0, "GiB that may hold what follows from label maps alone; beyond, it is computed anew at"
                                " every step")  # fmt: skip

@@ -60,7 +60,7 @@ def test_guide_is_the_formula_and_keeps_the_variance():
 
 def test_bad_arguments(parts):
     model, diffusion, y, _ = parts
-    with pytest.raises(InputError, match="--s 0.5: the guidance scale must be at least 1"):
+    with pytest.raises(InputError, match=r"--s 0\.5: the guidance scale must be at least 1"):
         Conditioning(model, y, 0.5)
     with pytest.raises(InputError, match="made ready for 2"):
         Conditioning(model, y, 2.0).denoiser(diffusion, 1.0, 3)

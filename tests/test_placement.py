@@ -1,6 +1,7 @@
 """Networks made ready for a device: memory layout, rounded weights, torch.compile."""
 
 import copy
+import functools
 import shutil
 
 import pytest
@@ -57,5 +58,18 @@ def test_a_compiled_network_gives_the_same_pictures():
 
 def test_compiling_without_a_compiler_is_one_line(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(InputError, match="--compile True: torch.compile needs a C"):
+    with pytest.raises(InputError, match=r"--compile True: torch\.compile needs a C"):
         compiled(tiny_network()[0], print)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_training_steps_equal_plain_ones(make_loop, monkeypatch):
+    # Capturing both passes is what could go wrong here; making machine code of them takes more than a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    losses = []
+    for compile_it in ("False", "True"):
+        loop = make_loop(f"compile {compile_it}", compile=compile_it)
+        batches = loop.loader(0)
+        losses.append([float(loop.train_step(next(batches))["loss"]) for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len({*losses[0]}) == 3

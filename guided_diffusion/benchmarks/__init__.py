@@ -1,0 +1,1 @@
+"""What `python -m guided_diffusion.benchmark` measures: one function for each part, which returns rows and notes."""

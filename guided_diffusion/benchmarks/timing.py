@@ -1,0 +1,149 @@
+"""Clocks, rates and peaks: what all parts measure with."""
+
+import contextlib
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..training.distributed import synchronize
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of several ways to do the same.
+
+    :param run: function without arguments that does it once.
+    :param context: function that gives the context to do it in, such as autocast.
+    """
+
+    run: Callable
+    context: Callable = contextlib.nullcontext
+
+
+def seconds(contender, device):
+    """Return the seconds that one run takes, all of the device's work included."""
+    with contender.context():
+        synchronize(device)
+        start = time.perf_counter()
+        contender.run()
+        synchronize(device)
+        return time.perf_counter() - start
+
+
+def alternate(contenders, rounds, device, tell=None):
+    """Run contenders in turn, so that what slows the machine for a while slows all of them.
+
+    :param contenders: dict from names to `Contender`.
+    :param rounds: how often each is timed, after one round that is not.
+    :param tell: function of a text.
+    :return: dict from names to lists of seconds, round by round.
+    """
+    times = {name: [] for name in contenders}
+    for k in range(rounds + 1):
+        for name, contender in contenders.items():
+            if tell:
+                words = " ".join(map(str, name)) if isinstance(name, tuple) else name
+                tell(f"{words}, {f'{k} of {rounds}' if k else 'warm-up'}")
+            taken = seconds(contender, device)
+            if k:
+                times[name].append(taken)
+    return times
+
+
+def quantile(values, share):
+    """Return a quantile of a list, interpolated."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def summary(times, name, reference):
+    """Return median and spread of one contender in milliseconds, and by how much it is faster than the reference.
+
+    The factor is the median over rounds of the two times' ratio.
+    """
+    own = times[name]
+    ratio = statistics.median(base / mine for base, mine in zip(times[reference], own, strict=True))
+    return {"ms": 1e3 * statistics.median(own), "p10_ms": 1e3 * quantile(own, 0.1), "p90_ms": 1e3 * quantile(own, 0.9),
+            "times_faster": ratio}  # fmt: skip
+
+
+# -- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def flops(run):
+    """Return the floating-point operations of one run: of products and convolutions, as torch's FlopCounterMode counts."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MatmulRate:
+    """The machine's rate in a product of two square matrices, measured before and after a part, in all precisions.
+
+    :param setup: the `Setup`, which says on which device and how large they are.
+    """
+
+    def __init__(self, setup):
+        self.device, self.side, self.repeats, self.tell = setup.device, setup.side, 2 if setup.quick else 3, setup.tell
+        self.precisions = list(dict.fromkeys(["fp32", *setup.precisions]))
+        self.best = {precision: [] for precision in self.precisions}
+        self.measure()
+
+    def measure(self):
+        """Time the products again, and keep the best of a few."""
+        stream = torch.Generator().manual_seed(0)
+        for precision in self.precisions:
+            self.tell(f"matrix product, {precision}")
+            a, b = (torch.randn(self.side, self.side, generator=stream).to(self.device, _DTYPES[precision]) for _ in range(2))
+            product = Contender(lambda a=a, b=b: a @ b)
+            seconds(product, self.device)
+            fastest = min(seconds(product, self.device) for _ in range(self.repeats))
+            self.best[precision].append(2 * self.side**3 / fastest)
+
+    def rate(self, precision):
+        """Median of the measurements, in FLOP/s."""
+        return statistics.median(self.best[precision])
+
+    def share(self, count, milliseconds, precision):
+        """Share of that rate, in percent, at which `count` operations in `milliseconds` run."""
+        return 100 * count / (milliseconds / 1e3) / self.rate(precision)
+
+    def notes(self):
+        """One line per precision."""
+        return [f"{precision}: a product of {self.side}² matrices runs at {self.rate(precision) / 1e9:.0f} GFLOP/s ("
+                + ", ".join(f"{rate / 1e9:.0f}" for rate in self.best[precision]) + " before and after)"
+                for precision in self.precisions]  # fmt: skip
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def in_fresh_process(function, *arguments):
+    """Return function(*arguments) from a new Python process, whose memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def resident(peak=False):
+    """Return this process's resident memory, or its peak, in bytes."""
+    wanted = "VmHWM:" if peak else "VmRSS:"
+    try:
+        with open("/proc/self/status") as f:
+            return next(1024 * int(line.split()[1]) for line in f if line.startswith(wanted))
+    except OSError:  # not Linux: the peak alone, which other systems' children do not inherit
+        import resource
+        import sys
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
