@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_network
 
-from guided_diffusion.diffusion.spade import GuidedMaps, LabelMaps, SPADEGroupNorm, StoredMaps
+from guided_diffusion.diffusion.spade import EmptyMaps, GuidedMaps, LabelMaps, SPADEGroupNorm, StoredMaps
 
 SIZE = (8, 16)
 
@@ -68,6 +68,16 @@ def test_maps_of_some_rows():
     expected = layer(x, LabelMaps(y[rows]))
     for maps in (LabelMaps(y), stored):
         torch.testing.assert_close(layer(x, maps.rows(rows)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(2, 4), (5, 6), (8, 16), (11, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_empty_label_map_is_that_of_zeros(size, stride):
+    torch.manual_seed(0)
+    layer, y = SPADEGroupNorm(32, 5, stride), torch.zeros(1, 5, *size)
+    found, expected = EmptyMaps(y + 1).scale_shift(layer), LabelMaps(y).scale_shift(layer)
+    assert (expected[0] - expected[0].mean()).abs().max() > 1e-2  # the borders do differ
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_layers_are_counted_in_order(network):

@@ -30,10 +30,10 @@ class Conditioning:
         half = torch.is_autocast_enabled(y.device.type)
         needed = model.modulation_bytes(len(y) + (s > 1), *y.shape[2:], itemsize=2 if half else 4)
         self.is_stored = needed <= reuse_bytes
-        ready = model.modulations if self.is_stored else model.label_maps
-        self.maps = ready(y)
+        self.maps = model.modulations(y) if self.is_stored else model.label_maps(y)
         if s > 1:
-            self.empty = ready(torch.zeros_like(y[:1]))  # the same for all samples
+            self.empty = model.empty_maps(y)  # the same for all samples
+            self.empty = model.modulations(self.empty) if self.is_stored else self.empty
 
     def denoiser(self, diffusion, s, n, rows=None):
         """Return the denoiser of n samples, those at `rows` (n,) where not all are left."""

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from .nn import AttentionBlock, Downsample, Upsample, normalization, timestep_embedding, zero_module
-from .spade import GuidedMaps, LabelMaps, SPADEGroupNorm, StoredMaps
+from .spade import EmptyMaps, GuidedMaps, LabelMaps, SPADEGroupNorm, StoredMaps
 
 DEFAULT_CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -170,14 +170,19 @@ class UNetModel(nn.Module):
             spade.number = number
         self.encoder_sees_labels = spade_encoder
 
-    def modulations(self, y):
+    def modulations(self, maps):
         """Return every SPADE layer's scale and shift: all that the network computes from the label map alone.
 
-        :param y: (N, C, H, W) conditioning.
+        :param maps: (N, C, H, W) conditioning y, or what `label_maps` or `empty_maps` gives.
         :return: `StoredMaps`, which `forward` takes in place of y, to be reused over a whole reverse chain.
         """
-        maps = self.label_maps(y)
+        maps = self.label_maps(maps) if maps is None or torch.is_tensor(maps) else maps
         return StoredMaps([maps.scale_shift(spade) for spade in self.spades])
+
+    def empty_maps(self, y):
+        """Return the `EmptyMaps` of y's size."""
+        self._check_labels(y)
+        return EmptyMaps(y)
 
     def label_maps(self, y):
         """Return `LabelMaps` of y (N, C, H, W), which `forward` takes in place of y: computed at every call."""
