@@ -3,6 +3,8 @@
 import copy
 import functools
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,6 +28,20 @@ def test_the_memory_layout_changes_speed_alone():
     model = placed(model, CPU)
     assert model.output_blocks[0][0].in_layers[1].weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(model(*inputs()), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is about glibc")
+def test_freed_memory_is_kept():
+    code = ("import resource, sys, torch\nfrom guided_diffusion.placement import keep_freed_memory\n"
+            "if sys.argv[1] == 'keep': keep_freed_memory()\n"
+            "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "def work(): a = torch.ones(2**23); b = torch.ones(2**23); return float(a[0] + b[0])\n"
+            "work(); before = faults()\nfor _ in range(10): work()\nprint(faults() - before)")  # fmt: skip
+    keeps, gives_back = (
+        int(subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True, check=True).stdout)
+        for word in ("keep", "no")
+    )
+    assert keeps < 100 < 10_000 < gives_back  # 64 MiB are 16,384 pages
 
 
 @pytest.mark.parametrize("places", ["unet", "enconly"])

@@ -46,7 +46,7 @@ class Setup:
     precisions: tuple
     scenes: str
     s: float = 2.0
-    reuse_bytes: int = 2**31
+    reuse_bytes: int = 2**32
     weights: str = ""
     stop_tol: float = 0.01
     rounds: int = 10

@@ -6,7 +6,7 @@ from ..errors import InputError
 from .gaussian_diffusion import check_scale, guide, guided_denoiser
 from .spade import GuidedMaps
 
-REUSE_BYTES = 2**31  # memory that a chain may take for what it computes once from the label map
+REUSE_BYTES = 2**32  # memory that a chain may take for what it computes once from the label map (--label_memory)
 
 
 class Conditioning:
