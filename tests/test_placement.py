@@ -36,7 +36,7 @@ def test_freed_memory_is_kept():
             "if sys.argv[1] == 'keep': keep_freed_memory()\n"
             "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "def work(): a = torch.ones(2**23); b = torch.ones(2**23); return float(a[0] + b[0])\n"
-            "work(); before = faults()\nfor _ in range(10): work()\nprint(faults() - before)")  # fmt: skip
+            "for _ in range(10): work()\nbefore = faults()\nfor _ in range(10): work()\nprint(faults() - before)")  # fmt: skip
     keeps, gives_back = (
         int(subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True, check=True).stdout)
         for word in ("keep", "no")
