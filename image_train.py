@@ -25,7 +25,8 @@ from guided_diffusion.training.ranks import find_ranks
 def main():
     """Parse flags, meet the other processes, build, train."""
     config, given = parse_config(TrainConfig, __doc__)
-    check_values(config)
+    if not config.resume_checkpoint:  # else some are the earlier run's
+        check_values(config)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost connection is a page of C++ frames
     with Interrupts(at_once=True) as interrupts:
         ranks = find_ranks()
@@ -47,6 +48,7 @@ def settle(config, given, group=None):
     for line in [*adopt_resumed(config, given), *ineffective_flags(config, given)]:
         if group is None or group.main:
             say(f"warning: {line}")
+    check_values(config)
     check_folder(config.checkpoint_dir, "checkpoint_dir")
     with group.main_first() if group else nullcontext():
         draw_toy_scenes(config, given, say)

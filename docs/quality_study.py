@@ -64,7 +64,8 @@ def run_batch(name, run, numbers, options, config, parts, bar):
     rule = EarlyStop(float(tol[0]), patience=options.patience) if tol else None
     started = time.monotonic()
     with autocast(parts["device"], parts["precision"]):
-        result = sample(parts["model"], diffusion, y, noise, method=method, s=config.s, seeds=seeds, early_stop=rule,
+        result = sample(parts["model"], diffusion, y.to(parts["device"]), noise.to(parts["device"]), method=method, s=config.s,
+                        seeds=seeds, early_stop=rule,
                         on_step=lambda step, *_: bar.set_postfix_str(f"{name}, run {run}, step {step}"))  # fmt: skip
     images, seconds = result.images.float().cpu(), time.monotonic() - started
     originals = torch.cat([scene["image"] for scene in scenes])

@@ -15,7 +15,7 @@ from .diffusion.unet import DEFAULT_CHANNEL_MULT, SPADE_PLACES, UNetModel, check
 from .errors import InputError
 from .link.channel import snr_to_sigma
 from .link.noise_bank import NoiseBank
-from .placement import compiled, placed
+from .placement import check_compiler, compiled, placed
 from .prepare import draw_toy_scenes, ema_rates, find_weights, multipliers, numbers, trained_config  # noqa: F401
 from .random_streams import stream_seed
 from .training.checkpoint_choice import resume_point
@@ -205,6 +205,8 @@ def training_loop(config, given, say, group=None, device=None):
     group, device = group or Group(), device or select_device(config.device)
     precision = precision_of(config, device, say)
     _check_sharding(config, group, precision, say)
+    if config.compile:
+        check_compiler(device)
     torch.manual_seed(stream_seed(config.seed, "initial weights"))
     model = model_from(config)
     say_idle_attention(config, model, say)

@@ -30,7 +30,7 @@ from .link.source_coding import jxl_available
 from .link.transceiver import Receiver, Transmitter
 from .measures import Measures
 from .metrics import Metrics, distance
-from .placement import compiled, for_sampling, placed, rounded
+from .placement import check_compiler, compiled, for_sampling, placed, rounded
 from .report import describe_label_memory
 from .training.checkpoint import load_weights
 from .training.distributed import autocast, select_device, usable_precision
@@ -48,6 +48,8 @@ def sampling_parts(config, weights, say, ranks=None):
     """
     device = select_device(config.device, ranks)
     precision = precision_of(config, device, say)
+    if config.compile:
+        check_compiler(device)
     coding = semantic_coding(config)  # checks its flags before the long work, as what follows does
     for codec in parts_of(config.baseline):
         baselines.check_installed(codec)
@@ -63,7 +65,7 @@ def sampling_parts(config, weights, say, ranks=None):
     height, width = picture_size(dataset, model)
     load_weights(model, weights)
     model = for_sampling(model, device, precision, config.compile, say)
-    say(describe_label_memory(model, height, width, config.batch_size, precision, config.s, config.label_memory))
+    say(describe_label_memory(model, height, width, config.batch_size, precision, config.label_memory))
     diffusion = diffusion_from(config).to(device)
     if config.tail_steps > diffusion.num_timesteps:
         raise InputError(f"--tail_steps {config.tail_steps}: the chain has {diffusion.num_timesteps} steps")
@@ -94,6 +96,8 @@ def receiving_parts(config, weights, say, ranks=None):
     """Build what the receiver alone needs: dict of make_chain (Header -> `Chain`) and receiver()."""
     device = select_device(config.device, ranks)
     precision_of(config, device, say)
+    if config.compile:
+        check_compiler(device)
     model = untrained_model(config)
     load_weights(model, weights)
     model = placed(model, device).eval().requires_grad_(False)
@@ -124,7 +128,8 @@ def crossing(point):
 
 def _model_of(config, model, say, precision):
     """Return the network made ready for a message's precision."""
-    ready = rounded(copy.deepcopy(model), precision)  # another message may ask for another one
+    shared = precision == "fp32" and not config.compile
+    ready = model if shared else rounded(copy.deepcopy(model), precision)  # another message may ask for another one
     return compiled(ready, say) if config.compile else ready
 
 

@@ -118,6 +118,8 @@ def settle(config, given):
             raise InputError(f"--{name} {getattr(config, name)}: must be at least {low}")
     if getattr(config, "microbatch", -1) < 1 and getattr(config, "microbatch", -1) != -1:
         raise InputError(f"--microbatch {config.microbatch}: must be at least 1, or -1 for the whole batch")
+    if not math.isfinite(getattr(config, "label_memory", 0)):
+        raise InputError(f"--label_memory {config.label_memory}: expected a number of GiB")
     if config.num_classes > 256:
         raise InputError(f"--num_classes {config.num_classes}: label maps have 8 bits, so at most 256 classes")
     for name in ("drop_rate", "dropout", "eta"):

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import shlex
 import shutil
 import time
 
@@ -12,6 +13,7 @@ from torch import nn
 from .errors import InputError
 from .training.distributed import half_dtype
 
+MAX_COMPILATIONS = 64
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -30,8 +32,8 @@ def keep_freed_memory():
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        if libc.mallopt(M_MMAP_THRESHOLD, 2**30):  # an old glibc refuses it
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def for_sampling(model, device, precision, compiles=False, say=None):
@@ -54,13 +56,20 @@ def rounded(model, precision):
     return model
 
 
+def check_compiler(device):
+    """Raise InputError where torch.compile has no compiler for the code that it makes."""
+    variable, usual = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")  # a GPU's kernels are started from C
+    compiler = (shlex.split(os.environ.get(variable, "")) or [usual])[0]
+    if not shutil.which(compiler):
+        raise InputError(f"--compile True: torch.compile needs a compiler, and {compiler} was not found; install one, name it"
+                         f" in {variable}, or drop the flag")  # fmt: skip
+
+
 def compiled(model, say):
     """Let torch.compile make the network's code at its first call, and say what that took. State-dict names stay."""
-    compiler = os.environ.get("CXX") or "g++"
-    if next(model.parameters()).device.type == "cpu" and not any(map(shutil.which, (compiler, "clang++"))):
-        raise InputError(f"--compile True: torch.compile needs a C++ compiler, and {compiler} was not found; install one or"
-                         " drop the flag")  # fmt: skip
-    # Sizes are fixed in the code; a batch that an early stop has shrunk makes torch compile once more, for any size.
+    # Sizes are fixed in the code. Another size (a search's batches, an early stop) makes torch compile again, by its rule for
+    # all networks of a process together, and go on uncompiled beyond the limit.
+    torch._dynamo.config.recompile_limit = max(MAX_COMPILATIONS, torch._dynamo.config.recompile_limit)
     run, first = torch.compile(model.forward), True
 
     def forward(*arguments):
@@ -70,7 +79,7 @@ def compiled(model, say):
         started, first = time.monotonic(), False
         say("compiling the network: the first step takes longer, a minute or more")
         output = run(*arguments)
-        say(f"compiled in {time.monotonic() - started:.0f} s")
+        say(f"compiled the forward pass in {time.monotonic() - started:.0f} s")
         return output
 
     model.forward = forward

@@ -71,6 +71,7 @@ PRESETS = {
             "use_ddim": True,
             "timestep_respacing": "50",
             "batch_size": 4,
+            "label_memory": 10.0,  # four pictures in bf16, and the empty label map
         },
     },
 }

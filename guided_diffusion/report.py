@@ -42,14 +42,14 @@ def activation_elements(model, height, width):
     return total, blocks + max(insides.values(), default=0)
 
 
-def label_map_bytes(model, height, width, batch, precision, s):
-    """Return the memory, in bytes, of what follows from a batch's label maps alone, and from guidance's empty one."""
-    return model.modulation_bytes(batch + (s > 1), height, width, 4 if precision == "fp32" else 2)
+def label_map_bytes(model, height, width, batch, precision):
+    """Return the memory, in bytes, of what follows from a batch's label maps alone."""
+    return model.modulation_bytes(batch, height, width, 4 if precision == "fp32" else 2)
 
 
-def describe_label_memory(model, height, width, batch, precision, s, limit):
+def describe_label_memory(model, height, width, batch, precision, limit):
     """Return a line that says whether the label maps' work is kept over a chain; `limit` is --label_memory, in GiB."""
-    need = label_map_bytes(model, height, width, batch, precision, s) / 2**30
+    need = label_map_bytes(model, height, width, batch, precision) / 2**30
     line = f"label maps of {batch} picture{'s' if batch > 1 else ''}: {need:.2g} GiB of scales and shifts, "
     if need <= limit:
         return line + "computed once for each chain"
@@ -73,7 +73,7 @@ def memory_estimate(model, height, width, batch, precision, ema_count=None, s=1.
     stored = 0
     if ema_count is None:
         kept *= 1 + (s > 1)  # both halves of guidance
-        stored = label_map_bytes(model, height, width, batch, precision, s)
+        stored = label_map_bytes(model, height, width, batch, precision)
         stored = stored if stored <= label_memory * 2**30 else 0  # else computed at every step
     return {"weights": weights / 2**30, "activations": (kept * batch * width_bytes + stored) / 2**30}
 
@@ -107,5 +107,5 @@ def describe_network(create, height, width, batch, precision, ema_count=None, s=
         + f", {need['activations']:.1f} activations at batch {batch}, {height}x{width}, {precision})",
     ]
     if ema_count is None:
-        lines.append(describe_label_memory(model, height, width, batch, precision, s, label_memory))
+        lines.append(describe_label_memory(model, height, width, batch, precision, label_memory))
     return lines

@@ -86,6 +86,8 @@ class ResultsFolder:
             raise InputError(f"{path}: no valid JSON ({error}); choose another --results_path") from None
         if not isinstance(earlier, dict):
             raise InputError(f"{path}: expected a JSON object; choose another --results_path")
+        # Folders from before these two flags:
+        earlier = {"sampler": "ddim" if earlier.get("use_ddim") else "ddpm", "compile": False, **earlier}
         # Through JSON, so that infinity and tuples compare as they were written.
         settings = json.loads(json.dumps(settings))
         for k in settings:

@@ -50,6 +50,11 @@ def test_quick_stands_alone(words):
         ({"precision": "fp32,fp8"}, "--precision fp8: choose from"),
         ({"rounds": -1}, "--rounds -1"),
         ({"s": 0.5}, "--s 0.5: must be at least 1"),
+        ({"s": "inf"}, "--s inf: must be at least 1 and finite"),
+        ({"label_memory": "inf"}, "--label_memory inf: must be at least 0 and finite"),
+        ({"stop_tol": 0}, "--stop_tol 0.0: must be above 0"),
+        ({"stop_tol": "nan"}, "--stop_tol nan: must be above 0"),
+        ({"timestep_respacing": "25"}, "--timestep_respacing 25: the parts choose"),
         ({"model_path": "x", "configuration": "S"}, "--configuration"),
         ({"output": "."}, "--output .: name a file"),
         ({"class_cond": "False"}, "--class_cond False"),
@@ -84,7 +89,8 @@ def test_a_run_measures_prints_and_writes(tmp_path, monkeypatch, capsys):
     assert fast["largest_difference"] < 1e-4 and fast["largest_difference_of_chain"] < 1e-3 < half["relative_rms"] < 0.1
     assert fast["gflop"] < plain["gflop"] / 2
     pictures = parts["One picture"]["rows"]
-    assert [row["steps"] for row in pictures] == [1000, 1000, 20, None, 1000, 20, None]
+    assert [row.get("steps") for row in pictures] == [1000, *[None, 1000, 20, None] * 2]
+    assert all(row["times_faster"] > 0 for row in pictures if row["sampler"] == "DPM-Solver++ logsnr20")
     assert {(row["path"], row["batch"], row["pass"]) for row in parts["Training step"]["rows"]} == {
         ("plain", 1, 1),
         ("fast", 1, 1),
@@ -100,9 +106,26 @@ def test_a_checkpoint_brings_its_network_and_stops_its_own_chain(tmp_path, train
     assert found["parts"]["One picture"]["rows"][-1]["seconds"] > 0
 
 
-def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+def test_a_short_process_has_chains_of_its_own_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "CANDIDATES", (1,))
+    only = "step,picture,candidates"
+    found = run(tmp_path, only=only, precision="fp32", rounds=1, diffusion_steps=3, **NETWORK)["parts"]
+    assert "after a chain of 3 steps" in found["Reverse step with guidance"]["notes"][1]
+    pictures = found["One picture"]["rows"]
+    assert [(row["sampler"], row.get("steps")) for row in pictures if row.get("steps")] == [("ancestral", 3)] * 2
+    assert pictures[-1]["sampler"] == "DPM-Solver++ logsnr3, stopped at 0.05" and found["Noise candidates"]["rows"]
+
+
+def test_compiling_without_a_compiler_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match=r"--compile True: torch\.compile needs a compiler"):
+        run(tmp_path, only="banks", compile=True, **NETWORK)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, InputError])
+def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, kind):
     def fail(setup):
-        raise RuntimeError("out of\nmemory")
+        raise kind("out of\nmemory")
 
     monkeypatch.setattr(sampling, "picture", fail)
     with pytest.raises(SystemExit, match="1 of 2 parts failed: picture"):

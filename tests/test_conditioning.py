@@ -7,6 +7,7 @@ from conftest import tiny_network
 from guided_diffusion import InputError
 from guided_diffusion.diffusion.conditioning import Conditioning
 from guided_diffusion.diffusion.gaussian_diffusion import create_gaussian_diffusion, guide, guided_denoiser
+from guided_diffusion.diffusion.spade import EmptyMaps, LabelMaps, StoredMaps
 
 SIZE = (8, 16)
 
@@ -21,7 +22,7 @@ def parts(request):
     return model.requires_grad_(False), diffusion, (normals(3, 5, *SIZE, seed=7) > 0.8).float(), normals(3, 3, *SIZE, seed=8)
 
 
-@pytest.mark.parametrize("reuse_bytes", [0, 2**31])
+@pytest.mark.parametrize("reuse_bytes", [0, 900_000, 2**31])  # the second: too little for the empty label map
 @pytest.mark.parametrize("s", [1.0, 2.5])
 def test_equals_the_plain_denoiser(parts, s, reuse_bytes):
     model, diffusion, y, x = parts
@@ -35,8 +36,10 @@ def test_equals_the_plain_denoiser(parts, s, reuse_bytes):
 
 def test_the_bound_counts_bytes_of_the_precision(parts):
     model, _, y, _ = parts
+    for limit, kinds in ((4, (StoredMaps, StoredMaps)), (3, (StoredMaps, EmptyMaps)), (2, (LabelMaps, EmptyMaps))):
+        found = Conditioning(model, y, 2.0, model.modulation_bytes(limit, *SIZE))
+        assert (type(found.maps), type(found.empty)) == kinds and found.is_stored == (limit >= 3)
     needed = model.modulation_bytes(3 + 1, *SIZE)
-    assert Conditioning(model, y, 2.0, needed).is_stored and not Conditioning(model, y, 2.0, needed - 1).is_stored
     with torch.autocast("cpu", torch.bfloat16):
         half = Conditioning(model, y, 2.0, needed // 2)
     tensors = [tensor for maps in (half.maps, half.empty) for pair in maps.pairs for tensor in pair]

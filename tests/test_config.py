@@ -277,6 +277,7 @@ def test_use_fp16_and_precision_say_the_same(line, precision):
         (TrainConfig, "--noise_bank_size -1", "--noise_bank_size -1: must be at least 0"),
         (TrainConfig, "--lr -0.5", "--lr -0.5: must be at least 0"),
         (TrainConfig, "--lr nan", "--lr nan: must be at least 0"),
+        (SampleConfig, "--label_memory inf", "--label_memory inf: expected a number of GiB"),
         (TrainConfig, "--save_interval 0", "--save_interval 0: must be at least 1"),
         (TrainConfig, "--drop_rate 1.5", "--drop_rate 1.5: must be between 0 and 1"),
         (TrainConfig, "--drop_rate nan", "--drop_rate nan: must be between 0 and 1"),

@@ -52,6 +52,15 @@ def test_a_folder_is_claimed_once_and_checked_after(results):
         results.claim({"snr": 5.0, "pool": "None"})
 
 
+@pytest.mark.parametrize("use_ddim, sampler", [(True, "ddim"), (False, "ddpm")])
+def test_a_folder_from_before_a_flag_goes_on(tmp_path, use_ddim, sampler):
+    results = ResultsFolder(tmp_path, COLUMNS)
+    results.claim({"use_ddim": use_ddim})
+    results.claim({"use_ddim": use_ddim, "sampler": sampler, "compile": False})
+    with pytest.raises(InputError, match=r"with sampler 'dd.m', now 'dpm\+\+'"):
+        results.claim({"use_ddim": use_ddim, "sampler": "dpm++"})
+
+
 def test_infinite_settings_compare_equal(tmp_path):
     folder = ResultsFolder(tmp_path, COLUMNS)
     folder.claim({"snr": math.inf})

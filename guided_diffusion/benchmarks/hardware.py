@@ -49,10 +49,12 @@ def versions():
             "system": f"{platform.system()} {platform.release()}"}  # fmt: skip
 
 
-def _commit():
-    root = Path(__file__).parents[2]
+def _commit(root=Path(__file__).parents[2]):
     try:
         run = {"cwd": root, "capture_output": True, "text": True, "check": True, "timeout": 10}
+        top = subprocess.run(["git", "rev-parse", "--show-toplevel"], **run).stdout.strip()
+        if Path(top).resolve() != Path(root).resolve():
+            return None  # another project's clone, in which this package is installed
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
         edited = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
     except (OSError, subprocess.SubprocessError):

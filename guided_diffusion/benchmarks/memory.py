@@ -7,7 +7,7 @@ from ..training.distributed import peak_memory, release_memory, reset_peak_memor
 from .sampling import fast_step as fast_reverse_step
 from .sampling import plain_step as plain_reverse_step
 from .setup import inputs, plain_network
-from .timing import Contender, in_fresh_process, resident, seconds
+from .timing import Contender, forget_peak, in_fresh_process, resident, seconds
 from .training import BATCHES, PlainTraining, fast_step, first, pass_sizes, training_loop
 
 
@@ -29,7 +29,9 @@ def peaks(setup):
                     notes.append(f"{what}, batch {n}, {precision or 'plain'}: out of memory")
                 else:
                     rows.append(row | {name: value / 2**20 for name, value in found.items()})
-    where = "the process's resident memory" if setup.device.type == "cpu" else "tensors on the device"
+    where = "tensors on the device"
+    if setup.device.type == "cpu":
+        where = "the process's resident memory" + ("" if forget_peak() else " (this system's peaks include building)")
     notes.append(f"MiB of {where}, each from a fresh process; before: with the network (and optimizer) there, ready to run")
     return {"rows": rows, "notes": notes}
 
@@ -64,7 +66,10 @@ def _begin(setup):
     release_memory(setup.device)
     reset_peak_memory(setup.device)
     held = peak_memory(setup.device)  # just after the reset: what is held now
-    return resident() if held is None else held
+    if held is not None:
+        return held
+    forget_peak()
+    return resident()
 
 
 def _finish(setup, contender, before):

@@ -48,7 +48,7 @@ def banks(setup):
 def candidates(setup):
     """K noise candidates of one picture, their label-map work done once, against K plain chains in the same precision."""
     plain = plain_network(setup)
-    given, run = inputs(setup), 2 if setup.quick else 4
+    given, run = inputs(setup), min(2 if setup.quick else 4, setup.flags.diffusion_steps)
     diffusion = setup.diffusion(run)
     rows = []
     for precision in setup.precisions:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..training.distributed import synchronize
+from ..training.distributed import products_as_convolutions, synchronize, tf32
+
+TIMED_S = 0.05  # of products in one timing: a GPU takes less for one than its clock can tell
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,32 @@ def seconds(contender, device):
         return time.perf_counter() - start
 
 
-def alternate(contenders, rounds, device, tell=None):
+def alternate(contenders, rounds, device, tell=None, too_large=None):
     """Run contenders in turn, so that what slows the machine for a while slows all of them.
 
     :param contenders: dict from names to `Contender`.
     :param rounds: how often each is timed, after one round that is not.
     :param tell: function of a text.
+    :param too_large: function of the name of a contender that ran out of memory; it is left out from then on. None: the
+        error is raised.
     :return: dict from names to lists of seconds, round by round.
     """
     times = {name: [] for name in contenders}
     for k in range(rounds + 1):
-        for name, contender in contenders.items():
+        for name in list(times):
             if tell:
                 words = " ".join(map(str, name)) if isinstance(name, tuple) else name
                 tell(f"{words}, {f'{k} of {rounds}' if k else 'warm-up'}")
-            taken = seconds(contender, device)
-            if k:
+            try:
+                taken = seconds(contenders[name], device)
+            except torch.OutOfMemoryError:
+                if too_large is None:
+                    raise
+                taken = None
+            if taken is None:  # not in the handler: its traceback holds on to the tensors
+                del times[name]
+                too_large(name)
+            elif k:
                 times[name].append(taken)
     return times
 
@@ -68,10 +80,11 @@ def quantile(values, share):
 def summary(times, name, reference):
     """Return median and spread of one contender in milliseconds, and by how much it is faster than the reference.
 
-    The factor is the median over rounds of the two times' ratio.
+    The factor is the median over rounds of the two times' ratio, None where the reference was left out.
     """
-    own = times[name]
-    ratio = statistics.median(base / mine for base, mine in zip(times[reference], own, strict=True))
+    own, ratio = times[name], None
+    if reference in times:
+        ratio = statistics.median(base / mine for base, mine in zip(times[reference], own, strict=True))
     return {"ms": 1e3 * statistics.median(own), "p10_ms": 1e3 * quantile(own, 0.1), "p90_ms": 1e3 * quantile(own, 0.9),
             "times_faster": ratio}  # fmt: skip
 
@@ -102,15 +115,24 @@ class MatmulRate:
         self.measure()
 
     def measure(self):
-        """Time the products again, and keep the best of a few."""
+        """Time the products again, and keep the best of a few timings, each of as many products as TIMED_S takes."""
         stream = torch.Generator().manual_seed(0)
         for precision in self.precisions:
             self.tell(f"matrix product, {precision}")
             a, b = (torch.randn(self.side, self.side, generator=stream).to(self.device, _DTYPES[precision]) for _ in range(2))
-            product = Contender(lambda a=a, b=b: a @ b)
-            seconds(product, self.device)
-            fastest = min(seconds(product, self.device) for _ in range(self.repeats))
+            with products_as_convolutions(self.device):
+                self._seconds(a, b, 1)
+                one = self._seconds(a, b, 1)
+                count = max(1, round(TIMED_S / one))
+                fastest = min(one, *(self._seconds(a, b, count) / count for _ in range(self.repeats - 1)))
             self.best[precision].append(2 * self.side**3 / fastest)
+
+    def _seconds(self, a, b, count):
+        def run():
+            for _ in range(count):
+                a @ b
+
+        return seconds(Contender(run), self.device)
 
     def rate(self, precision):
         """Median of the measurements, in FLOP/s."""
@@ -121,10 +143,16 @@ class MatmulRate:
         return 100 * count / (milliseconds / 1e3) / self.rate(precision)
 
     def notes(self):
-        """One line per precision."""
-        return [f"{precision}: a product of {self.side}² matrices runs at {self.rate(precision) / 1e9:.0f} GFLOP/s ("
-                + ", ".join(f"{rate / 1e9:.0f}" for rate in self.best[precision]) + " before and after)"
-                for precision in self.precisions]  # fmt: skip
+        """One line per precision, and on a GPU one about TF32."""
+        lines = [f"{precision}: a product of {self.side}² matrices runs at {self.rate(precision) / 1e9:.0f} GFLOP/s ("
+                 + ", ".join(f"{rate / 1e9:.0f}" for rate in self.best[precision]) + " before and after)"
+                 for precision in self.precisions]  # fmt: skip
+        rounding = tf32(self.device)
+        if rounding is not None:
+            convolutions, products = ("on" if value else "off" for value in rounding)
+            lines.append(f"fp32: TF32 is {convolutions} for the network's convolutions and {products} for its products; for the"
+                         f" product of {self.side}² matrices it is {convolutions}")  # fmt: skip
+        return lines
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -147,3 +175,13 @@ def resident(peak=False):
         import sys
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak():
+    """Let this process's peak of resident memory begin anew; return whether the system can do that (Linux can)."""
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    except OSError:
+        return False
+    return True

@@ -1,7 +1,7 @@
 """Training steps: a plain loop against the product's."""
 
-import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -16,16 +16,23 @@ LARGEST = max(BATCHES)
 class PlainTraining:
     """The steps of a `TrainLoop` written down simply: whole batches, fp32, contiguous, one parameter after the other.
 
+    The learning rate is constant.
+
     :param loop: a `TrainLoop`, whose weights, rules and settings it takes over.
     """
 
     def __init__(self, loop, setup):
         self.rules, self.sampler, self.diffusion, self.device = loop.rules, loop.sampler, loop.diffusion, setup.device
+        self.settings, self.step = loop.settings, 0
         self.model = build.model_from(setup.flags)
         self.model.load_state_dict(loop.model.state_dict())
         self.model.to(setup.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=loop.settings.lr, foreach=False, fused=False)
-        self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        s = self.settings
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=s.lr, weight_decay=s.weight_decay, foreach=False, fused=False
+        )
+        self.emas = {rate: {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+                     for rate in s.ema_rates}  # fmt: skip
 
     def train_step(self, batch):
         """One optimizer step; returns the mean loss."""
@@ -39,9 +46,11 @@ class PlainTraining:
                 parameter.grad.norm()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
+        self.step += 1
+        for rate, ema in self.emas.items():
+            decay = min(float(rate), (1 + self.step) / (10 + self.step))
             for name, value in self.model.state_dict().items():
-                self.ema[name].lerp_(value, 1e-4)
+                ema[name].lerp_(value, 1 - decay)
         return loss.detach()
 
 
@@ -49,7 +58,7 @@ def training_loop(setup, batch_size=LARGEST, precision="fp32"):
     """Build the product's loop on the toy scenes. It saves nothing."""
     flags = replace(setup.flags, data_dir=setup.scenes, dataset_mode="cityscapes", batch_size=batch_size, num_workers=0,
                     precision=precision, device=str(setup.device), preview_items=0, eval_interval=0,
-                    checkpoint_dir=tempfile.gettempdir())  # fmt: skip
+                    checkpoint_dir=str(Path(setup.scenes).parent / "checkpoints"))  # fmt: skip
     return build.training_loop(flags, set(), lambda line: None, device=setup.device)
 
 
@@ -88,10 +97,7 @@ def steps(setup):
         for precision in setup.precisions:
             for size in pass_sizes(setup, n):
                 contenders["fast", precision, size] = fast_step(loop, part, size, precision)
-        try:
-            rows += _measured(setup, contenders, n)
-        except torch.OutOfMemoryError:
-            notes.append(f"batch {n}: out of memory")
+        rows += _measured(setup, contenders, n, (plain, loop), notes)
         release_memory(setup.device)
     rates.measure()
     for row in rows:
@@ -105,16 +111,33 @@ def _rounds(setup):
     return max(1, setup.rounds // 2)
 
 
-def _measured(setup, contenders, n):
+def _measured(setup, contenders, n, trainers, notes):
+    """Return a row for each contender that has memory enough, and note the others."""
+
     def tell(text):
         setup.tell(f"batch {n}: {text}")
 
-    rows, reference = [], next(iter(contenders))
-    times = alternate(contenders, _rounds(setup), setup.device, tell)
-    counts = {path: flops(next(run for name, run in contenders.items() if name[0] == path).run) for path in ("plain", "fast")}
-    for name in contenders:
+    def too_large(name):
+        path, precision, size = name
+        notes.append(f"batch {n}, {path} {precision} in passes of {size}: out of memory")
+        for trainer in trainers:
+            _recover(trainer.optimizer)
+        release_memory(setup.device)
+
+    rows, counts, reference = [], {}, next(iter(contenders))
+    times = alternate(contenders, _rounds(setup), setup.device, tell, too_large)
+    for name in times:
+        if name[0] not in counts:
+            counts[name[0]] = flops(contenders[name].run)
         path, precision, size = name
         timed = summary(times, name, reference)
         rows.append({"path": path, "precision": precision, "batch": n, "pass": size, **timed,
                      "images/s": 1e3 * n / timed["ms"], "gflop": counts[path] / 1e9})  # fmt: skip
     return rows
+
+
+def _recover(optimizer):
+    """Free what a step that broke off has left: gradients, and moments that came into being in part."""
+    optimizer.zero_grad(set_to_none=True)
+    for parameter in [p for p, state in optimizer.state.items() if "exp_avg_sq" not in state]:
+        del optimizer.state[parameter]

@@ -27,13 +27,14 @@ class Conditioning:
         self.is_stored = False
         if not hasattr(model, "modulations"):
             return
-        half = torch.is_autocast_enabled(y.device.type)
-        needed = model.modulation_bytes(len(y) + (s > 1), *y.shape[2:], itemsize=2 if half else 4)
+        itemsize = 2 if torch.is_autocast_enabled(y.device.type) else 4
+        needed = model.modulation_bytes(len(y), *y.shape[2:], itemsize)
         self.is_stored = needed <= reuse_bytes
         self.maps = model.modulations(y) if self.is_stored else model.label_maps(y)
         if s > 1:
-            self.empty = model.empty_maps(y)  # the same for all samples
-            self.empty = model.modulations(self.empty) if self.is_stored else self.empty
+            self.empty = model.empty_maps(y)  # the same for all samples, and cheap to compute again
+            if model.modulation_bytes(len(y) + 1, *y.shape[2:], itemsize) <= reuse_bytes:
+                self.empty = model.modulations(self.empty)
 
     def denoiser(self, diffusion, s, n, rows=None):
         """Return the denoiser of n samples, those at `rows` (n,) where not all are left."""

@@ -137,7 +137,9 @@ def fresh_noise(x, rows, seeds, timestep):
         return torch.randn_like(x)
     streams = (generator(int(seeds[row]), "chain", timestep) for row in rows.tolist())
     noise = torch.stack([torch.randn(x.shape[1:], generator=stream) for stream in streams])
-    return noise.to(x, non_blocking=True)  # the next step's noise is drawn while the device still works
+    if not x.is_cpu:  # the next step's noise is drawn while the device still works
+        return noise.pin_memory().to(x, non_blocking=True)
+    return noise.to(x)
 
 
 def _check_arguments(noise, y, seeds):

@@ -36,7 +36,16 @@ class SPADEGroupNorm(nn.Module):
         return maps.modulate(self, self.norm(x))
 
 
-class LabelMaps:
+class _Maps:
+    """What the kinds of maps share: a subclass has scale_shift(spade) -> (1 + gamma, beta)."""
+
+    def modulate(self, spade, x):
+        """Return x (N, channels, h, w), already normalised, times the layer's scale plus its shift."""
+        scale, shift = self.scale_shift(spade)
+        return torch.addcmul(shift, x.to(scale.dtype), scale)
+
+
+class LabelMaps(_Maps):
     """Label maps y (N, C, H, W), whose modulation is computed whenever it is asked for."""
 
     def __init__(self, y):
@@ -49,11 +58,6 @@ class LabelMaps:
             # Nearest resizing by a whole factor takes the first pixel of each block.
             self.at_stride[stride] = self.at_stride[1][..., ::stride, ::stride].contiguous()
         return spade.scale_shift(self.at_stride[stride])
-
-    def modulate(self, spade, x):
-        """Return x (N, channels, h, w), already normalised, times the layer's scale plus its shift."""
-        scale, shift = self.scale_shift(spade)
-        return torch.addcmul(shift, x.to(scale.dtype), scale)
 
     def rows(self, rows):
         """Return the label maps of some samples."""
@@ -82,24 +86,24 @@ class EmptyMaps(LabelMaps):
         return torch.where(place < side - 2, place.clamp(max=2), place - side + 5) if side > 5 else place
 
 
-class StoredMaps:
-    """The (1 + gamma, beta) of every SPADE layer, in the layers' order: all that follows from the label map alone."""
+class StoredMaps(_Maps):
+    """The (1 + gamma, beta) of every SPADE layer, in the layers' order: all that follows from the label map alone.
 
-    def __init__(self, pairs):
-        self.pairs = pairs
+    :param pairs: list of (1 + gamma, beta), each (N, channels, h, w).
+    :param chosen: the samples to use, a mask or indices; None: all.
+    """
+
+    def __init__(self, pairs, chosen=None):
+        self.pairs, self.chosen = pairs, chosen
 
     def scale_shift(self, spade):
         """Return the layer's (1 + gamma, beta)."""
-        return self.pairs[spade.number]
-
-    def modulate(self, spade, x):
-        """Return x (N, channels, h, w), already normalised, times the layer's scale plus its shift."""
-        scale, shift = self.pairs[spade.number]
-        return torch.addcmul(shift, x.to(scale.dtype), scale)
+        pair = self.pairs[spade.number]
+        return pair if self.chosen is None else tuple(values[self.chosen] for values in pair)
 
     def rows(self, rows):
-        """Return the maps of some samples."""
-        return StoredMaps([(scale[rows], shift[rows]) for scale, shift in self.pairs])
+        """Return the maps of some samples; they are picked layer by layer, so that no second set is in memory."""
+        return StoredMaps(self.pairs, rows)
 
 
 class GuidedMaps:

@@ -1,6 +1,7 @@
 """Devices, their precisions and their backends: the only module that knows what an accelerator is called."""
 
 import contextlib
+import gc
 import socket
 
 import torch
@@ -104,6 +105,7 @@ def synchronize(device):
 
 def release_memory(device):
     """Give back the memory that tensors of the past held on a device."""
+    gc.collect()  # compiled networks refer to themselves
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -117,3 +119,22 @@ def reset_peak_memory(device):
 def peak_memory(device):
     """Return the most bytes that tensors held on a device since `reset_peak_memory`, or None for a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def tf32(device):
+    """Return whether (convolutions, products of matrices) in fp32 round to TF32 on a device, or None for a CPU."""
+    return (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def products_as_convolutions(device):
+    """In the block, let products of fp32 matrices round to TF32 where convolutions do; the two have a switch each."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
