@@ -108,6 +108,8 @@ def parse(arguments=None):
         odd = [name for name in found if name not in choices]
         if odd:
             raise InputError(f"--{kind} {odd[0]}: choose from {', '.join(choices)}")
+    if config.data_dir and not os.path.isdir(config.data_dir):
+        raise InputError(f"--data_dir {config.data_dir}: no such folder; name a Cityscapes folder, or drop the flag")
     if not config.output or os.path.isdir(config.output):
         raise InputError(f"--output {config.output or '(empty)'}: name a file")
     check_folder(os.path.dirname(config.output) or ".", "output")

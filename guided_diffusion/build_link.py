@@ -65,7 +65,8 @@ def sampling_parts(config, weights, say, ranks=None):
     height, width = picture_size(dataset, model)
     load_weights(model, weights)
     model = for_sampling(model, device, precision, config.compile, say)
-    say(describe_label_memory(model, height, width, config.batch_size, precision, config.label_memory))
+    batch = min(config.batch_size, config.num_samples, len(dataset)) if config.role == "link" else 1
+    say(describe_label_memory(model, height, width, batch, precision, config.label_memory))
     diffusion = diffusion_from(config).to(device)
     if config.tail_steps > diffusion.num_timesteps:
         raise InputError(f"--tail_steps {config.tail_steps}: the chain has {diffusion.num_timesteps} steps")

@@ -113,7 +113,7 @@ def test_a_short_process_has_chains_of_its_own_length(tmp_path, monkeypatch):
     assert "after a chain of 3 steps" in found["Reverse step with guidance"]["notes"][1]
     pictures = found["One picture"]["rows"]
     assert [(row["sampler"], row.get("steps")) for row in pictures if row.get("steps")] == [("ancestral", 3)] * 2
-    assert pictures[-1]["sampler"] == "DPM-Solver++ logsnr3, stopped at 0.05" and found["Noise candidates"]["rows"]
+    assert pictures[-1]["sampler"] == "DPM-Solver++ 3, stopped at 0.02" and found["Noise candidates"]["rows"]
 
 
 def test_compiling_without_a_compiler_is_one_line(tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def test_a_reverse_step_is_in_the_middle_of_its_own_process(setup):
 def test_label_map_work_is_not_scaled_with_the_steps(setup, monkeypatch):
     monkeypatch.setattr(sampling, "_sampled", lambda *arguments: (3.0 + 5 * 0.5, 5))
     row = sampling._stopped(setup, None, None, "fp32", 100.0, once=3.0)
-    assert row["ms_per_step"] == 1e3 * (3.0 + 20 * 0.5) / 20
+    assert row["ms_per_step"] == 1e3 * (3.0 + 50 * 0.5) / 50
 
 
 def test_the_plain_step_is_the_products(setup):

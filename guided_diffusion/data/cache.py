@@ -179,7 +179,7 @@ def _usable(path, recipe, names, paths, tell=False):
         cache.files = None  # the bulk of the index, and of no more use
         return cache
     if tell:
-        say(f"{path} is of no use: {why}")
+        say(f"making the cache anew: {why}")
     return None
 
 
@@ -233,7 +233,7 @@ def _crc(arrays):
 
 def _mapped(path):
     """Map a cache file; return its bytes (uint8 array), its footer and its index."""
-    damaged = InputError(f"{path} is damaged or cut off; delete it, and the next run builds it anew")
+    damaged = InputError(f"{path} is damaged or cut off")
     try:
         with open(path, "rb") as f:
             size = f.seek(0, os.SEEK_END)
