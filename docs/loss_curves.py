@@ -1,7 +1,8 @@
 """Losses of the plain training path and of the fast one, on the same batches: python docs/loss_curves.py --output losses.csv
 
-Each of plain fp32, fast fp32, fast bf16 (and plain fp32 with another seed, as a measure of noise) trains the toy preset's
-network from the same weights. Prints the mean loss of every hundred steps, and how far the curves are apart.
+Further flags (--batch_size 4) are those of image_train.py. Each of plain fp32, fast fp32, fast bf16 (and plain fp32 with
+another seed, as a measure of noise) trains the toy preset's network from the same weights. Prints the mean loss of every fifth
+of the steps, and how far the curves are apart.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from guided_diffusion.data.toy_scenes import write_toy_scenes
 from guided_diffusion.scripts import run_script
 
 
-def losses(scenes, folder, steps, path, precision, seed):
+def losses(scenes, folder, steps, path, precision, seed, further):
     """Train; return the loss (steps,) of every step."""
     flags = {"preset": "toy", "data_dir": scenes, "checkpoint_dir": folder, "preview_items": 0, "lr_warmup_steps": 0,
              "lr_anneal_steps": 0, "precision": precision, "seed": seed, "lr": 5e-4}  # fmt: skip
-    config, given = parse_config(TrainConfig, "", [word for k, v in flags.items() for word in (f"--{k}", str(v))])
+    config, given = parse_config(TrainConfig, "", [*(word for k, v in flags.items() for word in (f"--{k}", str(v))), *further])
     loop = build.training_loop(config, given, lambda line: None)
     trainer = loop
     if path == "plain":
@@ -43,13 +44,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True)
     parser.add_argument("--steps", type=int, default=500)
-    options = parser.parse_args()
+    options, further = parser.parse_known_args()
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
         scenes = str(Path(folder) / "scenes")
         write_toy_scenes(scenes)
         for path, precision, seed in (("plain", "fp32", 0), ("fast", "fp32", 0), ("fast", "bf16", 0), ("plain", "fp32", 1)):
-            curves[f"{path} {precision} seed {seed}"] = losses(scenes, folder, options.steps, path, precision, seed)
+            curves[f"{path} {precision} seed {seed}"] = losses(scenes, folder, options.steps, path, precision, seed, further)
     with open(options.output, "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["step", *curves])
