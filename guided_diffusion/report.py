@@ -53,7 +53,9 @@ def describe_label_memory(model, height, width, batch, precision, limit):
     line = f"label maps of {batch} picture{'s' if batch > 1 else ''}: {need:.2g} GiB of scales and shifts, "
     if need <= limit:
         return line + "computed once for each chain"
-    return line + f"more than --label_memory {limit:g}, so computed at every step: slower; raise the flag, or lower --batch_size"
+    return (
+        line + f"more than --label_memory {limit:g}, so computed at every step: slower; raise the flag, or lower --batch_size"
+    )
 
 
 def memory_estimate(model, height, width, batch, precision, ema_count=None, s=1.0, label_memory=0.0):
