@@ -5,6 +5,7 @@ import os
 import pytest
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests compare bits, on the CPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of tiny networks only wait for each other
 
 TINY = {
     "image_size": "16",
