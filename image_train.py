@@ -25,14 +25,14 @@ from guided_diffusion.training.ranks import find_ranks
 def main():
     """Parse flags, meet the other processes, build, train."""
     config, given = parse_config(TrainConfig, __doc__)
-    if not config.resume_checkpoint:  # else some are the earlier run's
-        check_values(config)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost connection is a page of C++ frames
     with Interrupts(at_once=True) as interrupts:
         ranks = find_ranks()
         alone = ranks.world_size == 1
         if alone:  # before torch is loaded, so that a mistake is answered at once; of several, none ends while others wait
             settle(config, given)
+        elif not config.resume_checkpoint:  # else some values are the earlier run's
+            check_values(config)
         import_torch()
         from guided_diffusion import build
 
@@ -45,10 +45,11 @@ def main():
 
 def settle(config, given, group=None):
     """Take over what a resumed run fixes, warn of idle flags, check folders, draw toy scenes."""
-    for line in [*adopt_resumed(config, given), *ineffective_flags(config, given)]:
+    adopted = adopt_resumed(config, given)
+    check_values(config)
+    for line in [*adopted, *ineffective_flags(config, given)]:
         if group is None or group.main:
             say(f"warning: {line}")
-    check_values(config)
     check_folder(config.checkpoint_dir, "checkpoint_dir")
     with group.main_first() if group else nullcontext():
         draw_toy_scenes(config, given, say)

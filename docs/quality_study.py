@@ -9,48 +9,19 @@ output/METHOD_STEPS/ holds the pictures, output/pictures.csv their PSNR, SSIM an
 """
 
 import argparse
-import csv
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from study import append, link_parts, rows_of
 from tqdm import tqdm
 
-from guided_diffusion import build, build_link, segmenters
-from guided_diffusion.config import SampleConfig, adopt_training_config, parse_config
+from guided_diffusion import build, segmenters
 from guided_diffusion.diffusion.sampling import EarlyStop, sample
 from guided_diffusion.metrics import kernel_distance, psnr, ssim
-from guided_diffusion.scripts import run_script, say
+from guided_diffusion.scripts import run_script
 from guided_diffusion.training.distributed import autocast
-
-
-def link_parts(options):
-    """Return the config and the parts of a sampling run with the checkpoint's flags."""
-    flags = {"data_dir": options.data_dir, "model_path": options.model_path, "results_path": options.output,
-             "link": "ideal", "s": options.s, "metrics": "psnr", "precision": options.precision}  # fmt: skip
-    config, given = parse_config(SampleConfig, "", [word for k, v in flags.items() for word in (f"--{k}", str(v))])
-    weights = build.find_weights(config.model_path)
-    adopt_training_config(config, given, *build.trained_config(weights))
-    return config, build_link.sampling_parts(config, weights, say)
-
-
-def rows_of(path):
-    """Read a CSV of an earlier run."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
-
-
-def append(path, rows):
-    """Add rows to a CSV."""
-    new = not path.exists()
-    with open(path, "a", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def run_batch(name, run, numbers, options, config, parts, bar):
@@ -121,7 +92,7 @@ def main():
     options = parser.parse_args()
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    config, parts = link_parts(options)
+    config, parts = link_parts(options, s=options.s, precision=options.precision)
     table = folder / "pictures.csv"
     done = {(row["sampler"], row["run"], row["picture"]) for row in rows_of(table)}
     wanted = [(name, run, k) for run in range(options.runs) for name in options.samplers.split(",")

@@ -7,48 +7,18 @@ interrupted; output/exhaustive.csv has one row per candidate, output/two_stage.c
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
+from study import append, link_parts, rows_of
 from tqdm import tqdm
 
-from guided_diffusion import build, build_link, segmenters
-from guided_diffusion.config import SampleConfig, adopt_training_config, load_config, parse_config
+from guided_diffusion import segmenters
 from guided_diffusion.link.selection import mse, select_initial
 from guided_diffusion.metrics import psnr, ssim
-from guided_diffusion.scripts import run_script, say
+from guided_diffusion.scripts import run_script
 
 BATCH = 8
-
-
-def link_parts(options):
-    """Return the config and the parts of a sampling run with the checkpoint's flags."""
-    flags = {"data_dir": options.data_dir, "model_path": options.model_path, "results_path": options.output, "link": "ideal",
-             "use_ddim": True, "timestep_respacing": options.timestep_respacing, "metrics": "psnr"}  # fmt: skip
-    config, given = parse_config(SampleConfig, "", [word for k, v in flags.items() for word in (f"--{k}", str(v))])
-    weights = build.find_weights(config.model_path)
-    beside = Path(weights).parent / "config.json"
-    adopt_training_config(config, given, load_config(beside), beside)
-    return config, build_link.sampling_parts(config, weights, say)
-
-
-def rows_of(path):
-    """Read a CSV of an earlier run."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
-
-
-def append(path, rows):
-    """Add rows to a CSV."""
-    new = not path.exists()
-    with open(path, "a", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def exhaustive(chain, y, scene, candidates, measures):
@@ -107,7 +77,7 @@ def main():
     options = parser.parse_args()
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    config, parts = link_parts(options)
+    config, parts = link_parts(options, use_ddim=True, timestep_respacing=options.timestep_respacing)
     transmitter, dataset = parts["transmitter"](config), parts["dataset"]
     measures = measures_of(options, config.num_classes)
     files = folder / "exhaustive.csv", folder / "two_stage.csv"

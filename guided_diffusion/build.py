@@ -16,7 +16,7 @@ from .errors import InputError
 from .link.channel import snr_to_sigma
 from .link.noise_bank import NoiseBank
 from .placement import check_compiler, compiled, placed
-from .prepare import draw_toy_scenes, ema_rates, find_weights, multipliers, numbers, trained_config  # noqa: F401
+from .prepare import ema_rates, multipliers, numbers
 from .random_streams import stream_seed
 from .training.checkpoint_choice import resume_point
 from .training.distributed import pins_memory, select_device, usable_precision

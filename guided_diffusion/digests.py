@@ -13,7 +13,7 @@ _known = {}  # a file as it stands -> its digest
 def digest(path):
     """SHA-256 of a file, as bytes."""
     with open(path, "rb") as f:
-        return _read(f)
+        return digest_of(f)
 
 
 def digest_once(source):
@@ -29,7 +29,8 @@ def digest_once(source):
     before, now = _state(source), time.time_ns()
     if before in _known:
         return _known[before]
-    found = _read(source)
+    source.seek(0)
+    found = digest_of(source)
     if _state(source) == before and now - before[-1] > SETTLED:
         _known[before] = found
     return found
@@ -41,8 +42,8 @@ def _state(f):
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _read(f):
-    f.seek(0)
+def digest_of(f):
+    """SHA-256 of what is left to read of an open file, as bytes."""
     found = hashlib.sha256()
     while chunk := f.read(CHUNK):
         found.update(chunk)

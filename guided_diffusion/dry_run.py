@@ -4,6 +4,7 @@ import os
 
 from . import build
 from .data.image_datasets import label_histogram
+from .prepare import ema_rates
 from .report import describe_labels, describe_network
 from .training.checkpoint import load_weights
 from .training.checkpoint_choice import resume_point
@@ -38,7 +39,7 @@ def dry_run(config, say, weights=None):
     say("label histogram:")
     for line in describe_labels(label_histogram(dataset, progress=True)):
         say(line)
-    count = len(build.ema_rates(config.ema_rate)) if training else None
+    count = len(ema_rates(config.ema_rate)) if training else None
     batch = build.pass_size(config, device) if training else config.batch_size
     chain = {} if training else {"s": config.s, "label_memory": config.label_memory}
     for line in describe_network(lambda: model, height, width, batch, precision, count, **chain):

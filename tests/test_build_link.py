@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY, as_arguments
 
-from guided_diffusion import build, build_link
+from guided_diffusion import build_link, prepare
 from guided_diffusion.config import SampleConfig, parse_config, points
 from guided_diffusion.digests import digest
 from guided_diffusion.errors import InputError
@@ -28,7 +28,7 @@ def configure(scenes, trained, tmp_path):
     def make(**flags):
         flags = {"data_dir": scenes, "model_path": trained, "results_path": tmp_path / "out", **FLAGS, **flags}
         config, _ = parse_config(SampleConfig, "", as_arguments(flags))
-        return config, build.find_weights(config.model_path)
+        return config, prepare.find_weights(config.model_path)
 
     return make
 
@@ -112,7 +112,7 @@ def test_the_header_says_what_the_flags_ask_for(parts, trained):
     assert (header.label_scale, header.edge_levels, header.edge_scale, header.boundaries) == (4, 2, 2, True)
     assert (header.height, header.width, header.bank_size, header.bank_seed) == (16, 32, 16, 150)
     assert header.start_sent and header.selected_steps == 0 and header.step_variance == "model"
-    assert header.fingerprint == digest(build.find_weights(str(trained)))[:8]
+    assert header.fingerprint == digest(prepare.find_weights(str(trained)))[:8]
     assert sampling["transmitter"](point).chain.eta == header.eta
 
 

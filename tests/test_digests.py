@@ -12,8 +12,8 @@ from guided_diffusion.digests import digest, digest_once
 @pytest.fixture
 def reads(monkeypatch):
     """The names of the files that were read from here on, all of which count as settled."""
-    found, read = [], digests._read
-    monkeypatch.setattr(digests, "_read", lambda f: found.append(f.name) or read(f))
+    found, read = [], digests.digest_of
+    monkeypatch.setattr(digests, "digest_of", lambda f: found.append(f.name) or read(f))
     monkeypatch.setattr(digests, "SETTLED", -(10**12))
     return found
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, as_arguments
 from PIL import Image
 
-from guided_diffusion import build, build_link
+from guided_diffusion import build_link, prepare
 from guided_diffusion.config import SampleConfig, parse_config, points
 from guided_diffusion.errors import InputError
 from guided_diffusion.receive import Receiving, read_message
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def parsed(**flags):
     config, _ = parse_config(SampleConfig, "", as_arguments({**TINY, **flags}))
-    return config, build.find_weights(config.model_path)
+    return config, prepare.find_weights(config.model_path)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_another_process_with_messages_and_checkpoint_alone(scenes, trained, tmp
     shutil.rmtree(tmp_path / "data")
     (tmp_path / "far").mkdir()
     shutil.move(tmp_path / "sent" / "messages", tmp_path / "far" / "messages")
-    weights = Path(build.find_weights(str(trained)))
+    weights = Path(prepare.find_weights(str(trained)))
     for name in (weights.name, "config.json"):
         (tmp_path / "far" / "checkpoint").mkdir(exist_ok=True)
         shutil.copy(weights.parent / name, tmp_path / "far" / "checkpoint")

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, as_arguments
 from PIL import Image
 
-from guided_diffusion import build, build_link
+from guided_diffusion import build_link, prepare
 from guided_diffusion.config import SampleConfig, parse_config, points
 from guided_diffusion.errors import InputError
 from guided_diffusion.link.message import receive_parts
@@ -25,7 +25,7 @@ def make_run(scenes, trained, tmp_path):
         flags = {"data_dir": scenes, "model_path": trained, "results_path": tmp_path / folder, **TINY,
                  "timestep_respacing": "3", "use_ddim": True, **flags}  # fmt: skip
         config, _ = parse_config(SampleConfig, "", as_arguments(flags))
-        weights = build.find_weights(config.model_path)
+        weights = prepare.find_weights(config.model_path)
         parts = build_link.sampling_parts(config, weights, say=lambda line: None)
         return Regeneration(points(config)[0], weights, parts)
 

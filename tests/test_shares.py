@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TINY, as_arguments
 
-from guided_diffusion import build, build_link, regenerate
+from guided_diffusion import build_link, prepare, regenerate
 from guided_diffusion.config import SampleConfig, parse_config
 from guided_diffusion.link.message import receive_parts
 from guided_diffusion.receive import receive_all
@@ -43,7 +43,7 @@ def sample(street, trained, tmp_path):
         flags = {"data_dir": street, "model_path": trained, "results_path": tmp_path / folder, **TINY,
                  "timestep_respacing": "2", "use_ddim": True, **flags}  # fmt: skip
         config, _ = parse_config(SampleConfig, "", as_arguments(flags))
-        weights, said, receiving = build.find_weights(config.model_path), [], config.role == "receive"
+        weights, said, receiving = prepare.find_weights(config.model_path), [], config.role == "receive"
         build_parts = build_link.receiving_parts if receiving else build_link.sampling_parts
         parts = build_parts(config, weights, lambda line: None)
         (receive_all if receiving else run_points)(config, weights, parts, said.append, Share(*share))

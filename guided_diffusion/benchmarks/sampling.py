@@ -2,9 +2,9 @@
 
 import torch
 
-from ..diffusion.conditioning import Conditioning
 from ..diffusion.sampling import EarlyStop, sample
 from .setup import (
+    conditioning,
     fast_denoiser,
     fast_network,
     inputs,
@@ -127,7 +127,7 @@ def _row(path, sampler, precision, steps, taken, reference, how):
 
 def _made_ready(setup, model, given, precision):
     """Return the seconds that the label-map work of one picture takes."""
-    contender = Contender(lambda: Conditioning(model, given.y, setup.s, setup.reuse_bytes), precision_context(setup, precision))
+    contender = Contender(lambda: conditioning(setup, model, given), precision_context(setup, precision))
     return seconds(contender, setup.device)
 
 

@@ -48,7 +48,7 @@ class Setup:
     s: float = 2.0
     reuse_bytes: int = 2**32
     weights: str = ""
-    stop_tol: float = 0.05
+    stop_tol: float = 0.02
     rounds: int = 10
     quick: bool = False
     side: int = 4096
@@ -143,9 +143,14 @@ def plain_denoiser(setup, model, diffusion, given):
     return guided_denoiser(model, diffusion, given.y.expand(len(given.x), -1, -1, -1), setup.s)
 
 
+def conditioning(setup, model, given):
+    """Do the label-map work of one picture, as `sample` does; in the context of the model's precision."""
+    return Conditioning(model, given.y, setup.s, setup.reuse_bytes)
+
+
 def fast_denoiser(setup, model, diffusion, given):
     """What `sample` runs; to be made and called in the context of its precision."""
-    return Conditioning(model, given.y, setup.s, setup.reuse_bytes).denoiser(diffusion, setup.s, len(given.x))
+    return conditioning(setup, model, given).denoiser(diffusion, setup.s, len(given.x))
 
 
 def reverse_step(denoiser, diffusion, given):

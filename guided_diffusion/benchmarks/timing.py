@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..training.distributed import products_as_convolutions, synchronize, tf32
+from ..training.distributed import half_dtype, products_as_convolutions, synchronize, tf32
 
 TIMED_S = 0.05  # of products in one timing: a GPU takes less for one than its clock can tell
 
@@ -99,9 +99,6 @@ def flops(run):
     return counter.get_total_flops()
 
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 class MatmulRate:
     """The machine's rate in a product of two square matrices, measured before and after a part, in all precisions.
 
@@ -119,7 +116,8 @@ class MatmulRate:
         stream = torch.Generator().manual_seed(0)
         for precision in self.precisions:
             self.tell(f"matrix product, {precision}")
-            a, b = (torch.randn(self.side, self.side, generator=stream).to(self.device, _DTYPES[precision]) for _ in range(2))
+            dtype = half_dtype(precision) or torch.float32
+            a, b = (torch.randn(self.side, self.side, generator=stream).to(self.device, dtype) for _ in range(2))
             with products_as_convolutions(self.device):
                 self._seconds(a, b, 1)
                 one = self._seconds(a, b, 1)

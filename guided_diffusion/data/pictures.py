@@ -6,7 +6,6 @@ halve by averaging while the picture is at least twice too large, then one bicub
 
 import errno
 import functools
-import hashlib
 import struct
 import time
 import zlib
@@ -16,6 +15,7 @@ import blobfile as bf
 import numpy as np
 from PIL import Image, ImageFilter
 
+from ..digests import digest_of
 from ..errors import InputError
 from .pairing import is_remote
 
@@ -80,11 +80,8 @@ def _opened(path):
 @_patiently
 def file_digest(path):
     """SHA-256 of a picture's file, in hexadecimal; InputError if it is unreadable."""
-    digest = hashlib.sha256()
     with _file(path) as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return digest_of(file).hex()
 
 
 @_patiently

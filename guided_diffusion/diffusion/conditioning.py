@@ -4,7 +4,7 @@ import torch
 
 from ..errors import InputError
 from .gaussian_diffusion import check_scale, guide, guided_denoiser
-from .spade import GuidedMaps
+from .spade import GuidedMaps, StoredMaps
 
 REUSE_BYTES = 2**32  # memory that a chain may take for what it computes once from the label map (--label_memory)
 
@@ -22,19 +22,27 @@ class Conditioning:
     @torch.no_grad()
     def __init__(self, model, y, s=1.0, reuse_bytes=REUSE_BYTES):
         check_scale(s)
-        self.model, self.s, self.y, self.shape = model, s, y, y.shape
+        self.model, self.s, self.y = model, s, y
         self.maps = self.empty = None
-        self.is_stored = False
         if not hasattr(model, "modulations"):
             return
         itemsize = 2 if torch.is_autocast_enabled(y.device.type) else 4
-        needed = model.modulation_bytes(len(y), *y.shape[2:], itemsize)
-        self.is_stored = needed <= reuse_bytes
-        self.maps = model.modulations(y) if self.is_stored else model.label_maps(y)
+        fits = model.modulation_bytes(len(y), *y.shape[2:], itemsize) <= reuse_bytes
+        self.maps = model.modulations(y) if fits else model.label_maps(y)
         if s > 1:
             self.empty = model.empty_maps(y)  # the same for all samples, and cheap to compute again
             if model.modulation_bytes(len(y) + 1, *y.shape[2:], itemsize) <= reuse_bytes:
                 self.empty = model.modulations(self.empty)
+
+    @property
+    def shape(self):
+        """Shape of the conditioning, (N, C, H, W)."""
+        return self.y.shape
+
+    @property
+    def is_stored(self):
+        """Whether the label maps' work is kept, and not done at every step."""
+        return isinstance(self.maps, StoredMaps)
 
     def denoiser(self, diffusion, s, n, rows=None):
         """Return the denoiser of n samples, those at `rows` (n,) where not all are left."""
