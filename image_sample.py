@@ -5,19 +5,11 @@ Start small: python image_sample.py --preset toy
 
 import os
 
-from guided_diffusion.config import (
-    SampleConfig,
-    adopt_training_config,
-    check_bank,
-    parse_config,
-    print_config,
-)
-from guided_diffusion.errors import InputError
+from guided_diffusion.config import SampleConfig, adopt_training_config, check_bank, parse_config, print_config
+from guided_diffusion.console import InputError, Interrupted, Interrupts, StartUp, import_torch, log, run_script
 from guided_diffusion.files import check_folder
-from guided_diffusion.idle_flags import ineffective_flags
+from guided_diffusion.idle_flags import unused_flags
 from guided_diffusion.prepare import check_places, check_values, draw_toy_scenes, find_weights, trained_config
-from guided_diffusion.scripts import Interrupted, Interrupts, run_script, say
-from guided_diffusion.startup import StartUp, import_torch
 from guided_diffusion.training.ranks import find_ranks, find_share
 
 
@@ -27,7 +19,7 @@ def main():
         try:
             regenerate()
         except Interrupted:
-            say("stopped; the same command goes on with what is missing")
+            log("stopped; the same command goes on with what is missing")
             raise
 
 
@@ -36,7 +28,7 @@ def regenerate():
     start = StartUp()
     config, given = parse_config(SampleConfig, __doc__)
     ranks = find_ranks()
-    tell = say if ranks.rank == 0 else lambda line: None
+    tell = log if ranks.rank == 0 else lambda line: None
     weights = find_weights(config.model_path, config.dry_run, tell)
     trained, beside = trained_config(weights)
     if trained:
@@ -44,14 +36,14 @@ def regenerate():
             tell(f"warning: {line}")
     check_bank(config, given)
     check_values(config)
-    for line in ineffective_flags(config, given):
+    for line in unused_flags(config, given):
         tell(f"warning: {line}")
     if config.s > 1 and trained.get("drop_rate") == 0:
         tell(f"warning: --s {config.s:g} guides a model trained without --drop_rate: it has never seen empty semantics")
     if not trained and os.path.exists(weights):
         tell(f"warning: no config.json beside {weights}: prediction, schedule and noise bank are taken from the flags")
     if config.role != "receive":
-        draw_toy_scenes(config, given, say)
+        draw_toy_scenes(config, given, log)
     if not config.results_path and not config.dry_run:
         raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
     check_folder(config.results_path, "results_path")
@@ -63,20 +55,20 @@ def regenerate():
             from guided_diffusion.dry_run import dry_run
 
             print_config(config)
-            dry_run(config, say=print, weights=weights)
+            dry_run(config, log=print, weights=weights)
         return
     share, quiet = find_share(ranks, config.share_array), ranks.rank > 0  # one progress bar for each job is enough
     from guided_diffusion import build_link
 
     if config.role == "receive":
-        from guided_diffusion.receive import receive_all
+        from guided_diffusion.evaluation.receive import receive_all
 
-        receive_all(config, weights, build_link.receiving_parts(config, weights, tell, ranks), say, share, quiet)
+        receive_all(config, weights, build_link.receiving_parts(config, weights, tell, ranks), log, share, quiet)
         return
-    from guided_diffusion.regenerate import run_points
+    from guided_diffusion.evaluation.run import run_points
 
     parts = build_link.sampling_parts(config, weights, tell, ranks)
-    run_points(config, weights, parts, say, share, quiet, None if quiet else start)
+    run_points(config, weights, parts, log, share, quiet, None if quiet else start)
 
 
 if __name__ == "__main__":

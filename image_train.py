@@ -7,18 +7,11 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from guided_diffusion.config import (
-    TrainConfig,
-    adopt_resumed,
-    parse_config,
-    print_config,
-    save_config,
-)
+from guided_diffusion.config import TrainConfig, adopt_resumed, parse_config, print_config, save_config
+from guided_diffusion.console import Interrupts, import_torch, log, run_script
 from guided_diffusion.files import check_folder
-from guided_diffusion.idle_flags import ineffective_flags
+from guided_diffusion.idle_flags import unused_flags
 from guided_diffusion.prepare import check_places, check_values, draw_toy_scenes
-from guided_diffusion.scripts import Interrupts, run_script, say
-from guided_diffusion.startup import import_torch
 from guided_diffusion.training.ranks import find_ranks
 
 
@@ -29,7 +22,9 @@ def main():
     with Interrupts(at_once=True) as interrupts:
         ranks = find_ranks()
         alone = ranks.world_size == 1
-        if alone:  # before torch is loaded, so that a mistake is answered at once; of several, none ends while others wait
+        if (
+            alone
+        ):  # before torch is loaded, so that a mistake is answered at once; of several, none ends while others wait
             settle(config, given)
         elif not config.resume_checkpoint:  # else some values are the earlier run's
             check_values(config)
@@ -47,12 +42,12 @@ def settle(config, given, group=None):
     """Take over what a resumed run fixes, warn of idle flags, check folders, draw toy scenes."""
     adopted = adopt_resumed(config, given)
     check_values(config)
-    for line in [*adopted, *ineffective_flags(config, given)]:
+    for line in [*adopted, *unused_flags(config, given)]:
         if group is None or group.main:
-            say(f"warning: {line}")
+            log(f"warning: {line}")
     check_folder(config.checkpoint_dir, "checkpoint_dir")
     with group.main_first() if group else nullcontext():
-        draw_toy_scenes(config, given, say)
+        draw_toy_scenes(config, given, log)
     check_places(config)
 
 
@@ -60,13 +55,13 @@ def train(config, given, group, device, interrupts):
     """Train, or look at what training would do (--dry_run)."""
     from guided_diffusion import build
 
-    tell = say if group.main else lambda line: None
+    tell = log if group.main else lambda line: None
     if config.dry_run:
         if group.main:
             from guided_diffusion.dry_run import dry_run
 
             print_config(config)
-            dry_run(config, say=print)
+            dry_run(config, log=print)
         return
     loop = build.training_loop(config, given, tell, group, device)
     if group.main:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from guided_diffusion.panels import picture_grid, save_picture
+from guided_diffusion.evaluation.panels import picture_grid, save_picture
 
 
 def read(path):

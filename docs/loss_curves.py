@@ -17,15 +17,26 @@ from guided_diffusion import build
 from guided_diffusion.benchmarks.setup import Setup
 from guided_diffusion.benchmarks.training import PlainTraining
 from guided_diffusion.config import TrainConfig, parse_config
+from guided_diffusion.console import run_script
 from guided_diffusion.data.toy_scenes import write_toy_scenes
-from guided_diffusion.scripts import run_script
 
 
 def losses(scenes, folder, steps, path, precision, seed, further):
     """Train; return the loss (steps,) of every step."""
-    flags = {"preset": "toy", "data_dir": scenes, "checkpoint_dir": folder, "preview_items": 0, "lr_warmup_steps": 0,
-             "lr_anneal_steps": 0, "precision": precision, "seed": seed, "lr": 5e-4}  # fmt: skip
-    config, given = parse_config(TrainConfig, "", [*(word for k, v in flags.items() for word in (f"--{k}", str(v))), *further])
+    flags = {
+        "preset": "toy",
+        "data_dir": scenes,
+        "checkpoint_dir": folder,
+        "preview_items": 0,
+        "lr_warmup_steps": 0,
+        "lr_anneal_steps": 0,
+        "precision": precision,
+        "seed": seed,
+        "lr": 5e-4,
+    }
+    config, given = parse_config(
+        TrainConfig, "", [*(word for k, v in flags.items() for word in (f"--{k}", str(v))), *further]
+    )
     loop = build.training_loop(config, given, lambda line: None)
     trainer = loop
     if path == "plain":
@@ -49,8 +60,15 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         scenes = str(Path(folder) / "scenes")
         write_toy_scenes(scenes)
-        for path, precision, seed in (("plain", "fp32", 0), ("fast", "fp32", 0), ("fast", "bf16", 0), ("plain", "fp32", 1)):
-            curves[f"{path} {precision} seed {seed}"] = losses(scenes, folder, options.steps, path, precision, seed, further)
+        for path, precision, seed in (
+            ("plain", "fp32", 0),
+            ("fast", "fp32", 0),
+            ("fast", "bf16", 0),
+            ("plain", "fp32", 1),
+        ):
+            curves[f"{path} {precision} seed {seed}"] = losses(
+                scenes, folder, options.steps, path, precision, seed, further
+            )
     with open(options.output, "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["step", *curves])

@@ -56,12 +56,15 @@ def search(out, path):
         rows = list(csv.DictReader(f))
     pictures = sorted({row["picture"] for row in rows})
     names = [name for name in rows[0] if name not in ("picture", "index")]
-    table = {p: sorted((row for row in rows if row["picture"] == p), key=lambda row: int(row["index"])) for p in pictures}
+    table = {
+        p: sorted((row for row in rows if row["picture"] == p), key=lambda row: int(row["index"])) for p in pictures
+    }
     sizes = range(1, min(map(len, table.values())) + 1)
     figure, axes = pyplot.subplots(1, len(names), figsize=(3.4 * len(names), 3.2), layout="constrained")
     for axis, name in zip(axes, names, strict=True):
         curve = [
-            np.mean([float(min(own[:k], key=lambda row: float(row["mse"]))[name]) for own in table.values()]) for k in sizes
+            np.mean([float(min(own[:k], key=lambda row: float(row["mse"]))[name]) for own in table.values()])
+            for k in sizes
         ]
         axis.plot(sizes, curve)
         axis.set(xscale="log", xlabel="candidates K", title=f"{name} of the best by mse")

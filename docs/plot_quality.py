@@ -23,7 +23,11 @@ MEASURES = {"psnr_db": "PSNR in dB", "ssim": "SSIM", "kid": "KID (segmenter feat
 def cost(benchmark):
     """Return (plain step, fast step, label-map work) in seconds, fp32."""
     parts = json.loads(Path(benchmark).read_text())["parts"]
-    steps = {row["path"]: row["ms"] / 1e3 for row in parts["Reverse step with guidance"]["rows"] if row["precision"] == "fp32"}
+    steps = {
+        row["path"]: row["ms"] / 1e3
+        for row in parts["Reverse step with guidance"]["rows"]
+        if row["precision"] == "fp32"
+    }
     once = [row["seconds"] for row in parts["One picture"]["rows"] if row["sampler"].startswith("label-map work")]
     return steps["plain"], steps["fast"], once[0]
 
@@ -56,8 +60,13 @@ def main(table, benchmark, out):
         axis.axhspan(low, high, color="grey", alpha=0.3, label=f"{reference['sampler']}, between runs")
         for point in found:
             axis.errorbar(point["seconds"], point[measure], point[f"{measure}_spread"], fmt="o", capsize=3)
-            axis.annotate(point["sampler"], (point["seconds"], point[measure]), fontsize=7, xytext=(4, 4),
-                          textcoords="offset points")  # fmt: skip
+            axis.annotate(
+                point["sampler"],
+                (point["seconds"], point[measure]),
+                fontsize=7,
+                xytext=(4, 4),
+                textcoords="offset points",
+            )
         axis.set(xscale="log", xlabel="seconds per picture", title=title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
@@ -65,7 +74,9 @@ def main(table, benchmark, out):
     print("| sampler | steps | s/picture | times faster | PSNR dB | SSIM | KID |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for p in found:
-        measured = " | ".join(f"{p[m]:.{d}f} ± {p[f'{m}_spread']:.{d}f}" for m, d in zip(MEASURES, (2, 3, 4), strict=True))
+        measured = " | ".join(
+            f"{p[m]:.{d}f} ± {p[f'{m}_spread']:.{d}f}" for m, d in zip(MEASURES, (2, 3, 4), strict=True)
+        )
         print(f"| {p['sampler']} | {p['steps']:.1f} | {p['seconds']:.2f} | {p['times_faster']:.0f} | {measured} |")
 
 

@@ -17,10 +17,11 @@ import torch
 from study import append, link_parts, rows_of
 from tqdm import tqdm
 
-from guided_diffusion import build, segmenters
+from guided_diffusion import build
+from guided_diffusion.console import run_script
 from guided_diffusion.diffusion.sampling import EarlyStop, sample
-from guided_diffusion.metrics import kernel_distance, psnr, ssim
-from guided_diffusion.scripts import run_script
+from guided_diffusion.evaluation import segmenters
+from guided_diffusion.evaluation.metrics import kernel_distance, psnr, ssim
 from guided_diffusion.training.distributed import autocast
 
 
@@ -35,9 +36,17 @@ def run_batch(name, run, numbers, options, config, parts, bar):
     rule = EarlyStop(float(tol[0]), patience=options.patience) if tol else None
     started = time.monotonic()
     with autocast(parts["device"], parts["precision"]):
-        result = sample(parts["model"], diffusion, y.to(parts["device"]), noise.to(parts["device"]), method=method, s=config.s,
-                        seeds=seeds, early_stop=rule,
-                        on_step=lambda step, *_: bar.set_postfix_str(f"{name}, run {run}, step {step}"))  # fmt: skip
+        result = sample(
+            parts["model"],
+            diffusion,
+            y.to(parts["device"]),
+            noise.to(parts["device"]),
+            method=method,
+            s=config.s,
+            seeds=seeds,
+            early_stop=rule,
+            on_step=lambda step, *_: bar.set_postfix_str(f"{name}, run {run}, step {step}"),
+        )
     images, seconds = result.images.float().cpu(), time.monotonic() - started
     originals = torch.cat([scene["image"] for scene in scenes])
     measures = {"psnr_db": psnr(images, originals).tolist(), "ssim": ssim(images, originals).tolist()}
@@ -45,7 +54,9 @@ def run_batch(name, run, numbers, options, config, parts, bar):
     for j, k in enumerate(numbers):
         np.save(picture_file(options, name, run, k), images[j].half().numpy())
         row = {"sampler": name, "run": run, "picture": k, "steps": int(result.steps[j])}
-        rows.append(row | {"seconds": f"{seconds / len(numbers):.3f}", **{key: column[j] for key, column in measures.items()}})
+        rows.append(
+            row | {"seconds": f"{seconds / len(numbers):.3f}", **{key: column[j] for key, column in measures.items()}}
+        )
     return rows
 
 
@@ -72,7 +83,9 @@ def summarise(rows, options, parts):
             means = {key: np.mean([float(row[key]) for row in own]) for key in ("steps", "psnr_db", "ssim", "seconds")}
             row = {"sampler": name, "run": run, **{key: f"{value:.4f}" for key, value in means.items()}}
             if kid is not None:
-                pictures = [torch.from_numpy(np.load(picture_file(options, name, run, k))) for k in range(options.pictures)]
+                pictures = [
+                    torch.from_numpy(np.load(picture_file(options, name, run, k))) for k in range(options.pictures)
+                ]
                 features = torch.cat([kid(picture[None].float()) for picture in pictures])
                 row["kid"] = f"{kernel_distance(features, originals, options.pictures)[0]:.5f}"
             table.append(row)
@@ -95,8 +108,12 @@ def main():
     config, parts = link_parts(options, s=options.s, precision=options.precision)
     table = folder / "pictures.csv"
     done = {(row["sampler"], row["run"], row["picture"]) for row in rows_of(table)}
-    wanted = [(name, run, k) for run in range(options.runs) for name in options.samplers.split(",")
-              for k in range(0, options.pictures, options.batch_size)]  # fmt: skip
+    wanted = [
+        (name, run, k)
+        for run in range(options.runs)
+        for name in options.samplers.split(",")
+        for k in range(0, options.pictures, options.batch_size)
+    ]
     with tqdm(wanted, unit="batch") as bar:
         for name, run, first in bar:
             numbers = range(first, min(first + options.batch_size, options.pictures))

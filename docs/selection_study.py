@@ -13,10 +13,10 @@ import numpy as np
 from study import append, link_parts, rows_of
 from tqdm import tqdm
 
-from guided_diffusion import segmenters
+from guided_diffusion.console import run_script
+from guided_diffusion.evaluation import segmenters
+from guided_diffusion.evaluation.metrics import psnr, ssim
 from guided_diffusion.link.selection import mse, select_initial
-from guided_diffusion.metrics import psnr, ssim
-from guided_diffusion.scripts import run_script
 
 BATCH = 8
 
@@ -34,8 +34,11 @@ def exhaustive(chain, y, scene, candidates, measures):
 
 def measures_of(options, num_classes):
     """Functions (pictures, scene) -> (N,): the distance searched, and others that are not."""
-    measures = {"mse": lambda p, scene: mse(p, scene["image"]), "psnr_db": lambda p, scene: psnr(p, scene["image"]),
-                "ssim": lambda p, scene: ssim(p, scene["image"].expand_as(p))}  # fmt: skip
+    measures = {
+        "mse": lambda p, scene: mse(p, scene["image"]),
+        "psnr_db": lambda p, scene: psnr(p, scene["image"]),
+        "ssim": lambda p, scene: ssim(p, scene["image"].expand_as(p)),
+    }
     if options.segmenter:
         network = segmenters.load_network(options.segmenter, "segmenter")
         measures["agreement"] = lambda p, scene: 1 - segmenters.disagreement(network, p, scene["label"], num_classes)
@@ -60,9 +63,14 @@ def summarise(first, second, candidates):
         distances = {i: float(other["mse"]) for i, other in by_picture[row["picture"]].items()}
         ratios.append(distances[int(row["index"])] / min(distances.values()))
     evaluations = np.mean([int(row["evaluations"]) for row in found])
-    print(f"two-stage: {evaluations:.0f} evaluations; winner in {sum(r == 1 for r in ratios)} of {len(ratios)} pictures,"
-          f" within 1 % in {sum(r <= 1.01 for r in ratios)}; worst {max(ratios):.4f}")  # fmt: skip
-    print("two-stage", *(f"{np.mean([float(by_picture[r['picture']][int(r['index'])][n]) for r in found]):.5f}" for n in names))
+    print(
+        f"two-stage: {evaluations:.0f} evaluations; winner in {sum(r == 1 for r in ratios)} of {len(ratios)} pictures,"
+        f" within 1 % in {sum(r <= 1.01 for r in ratios)}; worst {max(ratios):.4f}"
+    )
+    print(
+        "two-stage",
+        *(f"{np.mean([float(by_picture[r['picture']][int(r['index'])][n]) for r in found]):.5f}" for n in names),
+    )
 
 
 def main():
@@ -90,8 +98,14 @@ def main():
             rows = exhaustive(transmitter.chain, y, scene, options.candidates, measures)
             append(files[0], [{"picture": number, **row} for row in rows])
         if str(number) not in done[1]:
-            choice = select_initial(transmitter.chain, y, scene["image"], range(options.candidates), batch_size=BATCH,
-                                    feedback_steps=options.feedback_steps)  # fmt: skip
+            choice = select_initial(
+                transmitter.chain,
+                y,
+                scene["image"],
+                range(options.candidates),
+                batch_size=BATCH,
+                feedback_steps=options.feedback_steps,
+            )
             append(files[1], [{"picture": number, "index": choice.index, "evaluations": choice.evaluations}])
     summarise(*map(rows_of, files), options.candidates)
 

@@ -4,8 +4,8 @@ import csv
 
 from guided_diffusion import build_link
 from guided_diffusion.config import SampleConfig, adopt_training_config, parse_config
+from guided_diffusion.console import log
 from guided_diffusion.prepare import find_weights, trained_config
-from guided_diffusion.scripts import say
 
 
 def link_parts(options, **flags):
@@ -14,12 +14,18 @@ def link_parts(options, **flags):
     :param options: names data_dir, model_path and output.
     :param flags: further flags of image_sample.py.
     """
-    flags = {"data_dir": options.data_dir, "model_path": options.model_path, "results_path": options.output, "link": "ideal",
-             "metrics": "psnr", **flags}  # fmt: skip
+    flags = {
+        "data_dir": options.data_dir,
+        "model_path": options.model_path,
+        "results_path": options.output,
+        "link": "ideal",
+        "metrics": "psnr",
+        **flags,
+    }
     config, given = parse_config(SampleConfig, "", [word for k, v in flags.items() for word in (f"--{k}", str(v))])
     weights = find_weights(config.model_path)
     adopt_training_config(config, given, *trained_config(weights))
-    return config, build_link.sampling_parts(config, weights, say)
+    return config, build_link.sampling_parts(config, weights, log)
 
 
 def rows_of(path):

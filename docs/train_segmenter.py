@@ -17,10 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 from guided_diffusion import load_data
-from guided_diffusion.files import whole_file
-from guided_diffusion.metrics import accuracy_and_iou, confusion_matrix
+from guided_diffusion.evaluation.metrics import accuracy_and_iou, confusion_matrix
+from guided_diffusion.evaluation.segmenters import segment
+from guided_diffusion.files import atomic_write
 from guided_diffusion.random_streams import generator, stream_seed
-from guided_diffusion.segmenters import segment
 
 
 def block(inputs, outputs, stride=1, dilation=1):
@@ -78,9 +78,16 @@ class Features(nn.Module):
 def read_split(options, data_dir, is_train):
     """Read one split whole: pictures (n, 3, H, W) in [-1, 1] and labels (n, 1, H, W)."""
     batches = list(
-        load_data(dataset_mode="cityscapes", data_dir=data_dir, batch_size=16, image_size=options.image_size,
-                  is_train=is_train, deterministic=True, num_classes=options.num_classes)
-    )  # fmt: skip
+        load_data(
+            dataset_mode="cityscapes",
+            data_dir=data_dir,
+            batch_size=16,
+            image_size=options.image_size,
+            is_train=is_train,
+            deterministic=True,
+            num_classes=options.num_classes,
+        )
+    )
     return torch.cat([batch["image"] for batch in batches]), torch.cat([batch["label"] for batch in batches])
 
 
@@ -137,7 +144,7 @@ def save(network, path):
         warnings.simplefilter("ignore")  # torch's remark that TorchScript is on its way out
         script = torch.jit.script(network).save_to_buffer()
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with whole_file(path, "wb") as f:
+    with atomic_write(path, "wb") as f:
         f.write(script)
 
 

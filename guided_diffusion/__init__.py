@@ -10,12 +10,12 @@ _HOMES = {
     "create_model_and_diffusion": "build",
     "load_weights": "training.checkpoint",
     "NoiseBank": "link.noise_bank",
-    "load_data": "data.image_datasets",
+    "load_data": "data.datasets",
     "encode_semantics": "data.semantics",
     "sample": "diffusion.sampling",
     "EarlyStop": "diffusion.sampling",
     "SampleResult": "diffusion.sampling",
-    "InputError": "errors",
+    "InputError": "console",
 }
 __all__ = sorted(_HOMES)
 

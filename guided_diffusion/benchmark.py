@@ -16,12 +16,11 @@ import time
 
 from .benchmarks import tables
 from .config import adopt_training_config, create_parser, parts_of, settle
-from .errors import InputError
-from .files import check_folder, whole_file
+from .console import InputError, bar_options, log, run_script
+from .files import atomic_write, check_folder
 from .flags import BankFlags, DiffusionFlags, ModelFlags, SampleFlags, TrainConfig, flag
 from .prepare import check_values, find_weights, trained_config
 from .presets import PRESETS
-from .scripts import bar_options, run_script, say
 
 # name: (title, module and function in `benchmarks`, share of the time in percent, the same with --quick)
 PARTS = {
@@ -65,8 +64,12 @@ CONFIGURATIONS = {
 class BenchmarkFlags:
     """Benchmark"""
 
-    configuration: str = flag("S", "starting values of the network's flags: S (64x128, for CPUs) or readme (256x512, the"
-                              " cityscapes preset's network)", tuple(CONFIGURATIONS))  # fmt: skip
+    configuration: str = flag(
+        "S",
+        "starting values of the network's flags: S (64x128, for CPUs) or readme (256x512, the"
+        " cityscapes preset's network)",
+        tuple(CONFIGURATIONS),
+    )
     model_path: str = flag("", "time a checkpoint's own network (.pt file or folder); empty: random weights")
     quick: bool = flag(False, "about 2 minutes on 2 cores; the output says what was left out")
     only: str = flag("", f"parts to measure, separated by commas, of {', '.join(PARTS)}; empty: all")
@@ -75,7 +78,9 @@ class BenchmarkFlags:
     precision: str = flag("", "precisions of the fast path, separated by commas; empty: fp32,bf16, on a GPU also fp16")
     compile: bool = flag(False, "torch.compile the fast path's network")
     s: float = flag(2.0, "guidance scale, at least 1")
-    label_memory: float = flag(SampleFlags.label_memory, "GiB that the fast path may keep of what follows from label maps")
+    label_memory: float = flag(
+        SampleFlags.label_memory, "GiB that the fast path may keep of what follows from label maps"
+    )
     stop_tol: float = flag(0.02, "tolerance of the early-stopped chain")
     rounds: int = flag(0, "alternations behind each median, training takes half as many; 0: 10, or 4 with --quick True")
     matmul: int = flag(4096, "side of the square matrices by whose product the machine is judged")
@@ -93,7 +98,9 @@ def parse(arguments=None):
     given = vars(create_parser(BenchmarkConfig, __doc__).parse_args(_spelled_out(words)))
     networks = {f.name for group in (ModelFlags, DiffusionFlags, BankFlags) for f in dataclasses.fields(group)}
     config = BenchmarkConfig(**given)
-    starting = {} if config.model_path else {k: v for k, v in CONFIGURATIONS[config.configuration].items() if k in networks}
+    starting = (
+        {} if config.model_path else {k: v for k, v in CONFIGURATIONS[config.configuration].items() if k in networks}
+    )
     own = {name: value for name, value in given.items() if name in networks}
     network = TrainConfig(**{**starting, **own}, compile=config.compile)
     settle(network, set(own))
@@ -102,9 +109,14 @@ def parse(arguments=None):
         raise InputError("--configuration: a checkpoint (--model_path) has its own; drop one of them")
     _check_ranges(config)
     if own.get("timestep_respacing"):
-        raise InputError(f"--timestep_respacing {network.timestep_respacing}: the parts choose their chains' steps; drop it")
+        raise InputError(
+            f"--timestep_respacing {network.timestep_respacing}: the parts choose their chains' steps; drop it"
+        )
     names = parts_of(config.only) or [name for name, part in PARTS.items() if part[3] or not config.quick]
-    for kind, found, choices in (("only", names, PARTS), ("precision", parts_of(config.precision), ("fp32", "bf16", "fp16"))):
+    for kind, found, choices in (
+        ("only", names, PARTS),
+        ("precision", parts_of(config.precision), ("fp32", "bf16", "fp16")),
+    ):
         odd = [name for name in found if name not in choices]
         if odd:
             raise InputError(f"--{kind} {odd[0]}: choose from {', '.join(choices)}")
@@ -129,7 +141,11 @@ def _check_ranges(config):
 def _spelled_out(words):
     """--quick alone means --quick True."""
     pairs = zip(words, [*words[1:], "--"], strict=False)
-    return [part for word, after in pairs for part in ([word, "True"] if word == "--quick" and after[:2] == "--" else [word])]
+    return [
+        part
+        for word, after in pairs
+        for part in ([word, "True"] if word == "--quick" and after[:2] == "--" else [word])
+    ]
 
 
 def main(arguments=None):
@@ -150,10 +166,10 @@ def main(arguments=None):
 def _setup(config, network, given, folder):
     from .benchmarks.setup import Setup
     from .data.toy_scenes import MIN_SIZE, write_toy_scenes
-    from .placement import check_compiler
     from .training.distributed import select_device, usable_precision
+    from .training.placement import check_compiler
 
-    weights = find_weights(config.model_path, say=say) if config.model_path else ""
+    weights = find_weights(config.model_path, log=log) if config.model_path else ""
     if weights:
         trained, beside = trained_config(weights)
         adopt_training_config(network, given, trained, beside)
@@ -163,14 +179,23 @@ def _setup(config, network, given, folder):
     wanted = parts_of(config.precision) or (["fp32", "bf16"] if device.type == "cpu" else ["fp32", "bf16", "fp16"])
     usable = [usable_precision(device, precision) for precision in wanted]
     for why in filter(None, (reason for _, reason in usable)):
-        say(why)
+        log(why)
     scenes, side = os.path.join(folder, "scenes"), max(MIN_SIZE, network.image_size)
     write_toy_scenes(scenes, train=8, val=1, height=side, width=2 * side, progress=False)
     return Setup(
-        flags=network, device=device, precisions=tuple(dict.fromkeys(name for name, _ in usable)), scenes=scenes, s=config.s,
-        reuse_bytes=int(config.label_memory * 2**30), weights=weights, stop_tol=config.stop_tol,
-        rounds=config.rounds or (4 if config.quick else 10), quick=config.quick, side=config.matmul, data_dir=config.data_dir,
-    )  # fmt: skip
+        flags=network,
+        device=device,
+        precisions=tuple(dict.fromkeys(name for name, _ in usable)),
+        scenes=scenes,
+        s=config.s,
+        cache_bytes=int(config.label_memory * 2**30),
+        weights=weights,
+        stop_tol=config.stop_tol,
+        rounds=config.rounds or (4 if config.quick else 10),
+        quick=config.quick,
+        side=config.matmul,
+        data_dir=config.data_dir,
+    )
 
 
 def _about(config, setup):
@@ -178,14 +203,30 @@ def _about(config, setup):
     from .benchmarks.hardware import hardware, versions
     from .benchmarks.setup import parameter_count
 
-    flags = {f.name: getattr(setup.flags, f.name) for group in (ModelFlags, DiffusionFlags) for f in dataclasses.fields(group)}
+    flags = {
+        f.name: getattr(setup.flags, f.name)
+        for group in (ModelFlags, DiffusionFlags)
+        for f in dataclasses.fields(group)
+    }
     height, width = setup.size
-    configuration = {"configuration": "" if setup.weights else config.configuration, "model_path": setup.weights,
-                     "picture": f"{height}x{width}", "parameters": parameter_count(setup), "guidance_scale": setup.s,
-                     "compile": config.compile, "quick": config.quick, "flags": flags}  # fmt: skip
-    return {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "hardware": hardware(setup.device),
-            "versions": versions(), "configuration": configuration, "left_out": LEFT_OUT if config.quick else [],
-            "parts": {}}  # fmt: skip
+    configuration = {
+        "configuration": "" if setup.weights else config.configuration,
+        "model_path": setup.weights,
+        "picture": f"{height}x{width}",
+        "parameters": parameter_count(setup),
+        "guidance_scale": setup.s,
+        "compile": config.compile,
+        "quick": config.quick,
+        "flags": flags,
+    }
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "hardware": hardware(setup.device),
+        "versions": versions(),
+        "configuration": configuration,
+        "left_out": LEFT_OUT if config.quick else [],
+        "parts": {},
+    }
 
 
 def _measure(config, setup, names, results):
@@ -211,7 +252,7 @@ def _measure(config, setup, names, results):
                 failed.append(f"{name} ({found['notes'][0][8:200]})")
             results["parts"][title] = {**found, "seconds": time.monotonic() - start}
             release_memory(setup.device)
-            with whole_file(config.output) as f:
+            with atomic_write(config.output) as f:
                 f.write(json.dumps(results, indent=1) + "\n")
             bar.write("\n" + "\n".join(tables.part(title, results["parts"][title])), file=sys.stdout)
             bar.update(weights[name])

@@ -6,24 +6,24 @@ import inspect
 
 import torch
 
-from .data.image_datasets import SceneDataset
+from .console import InputError
+from .data.datasets import SceneDataset
 from .data.loading import scene_batches
 from .data.semantics import SemanticCoding, conditioning_channels
 from .diffusion.gaussian_diffusion import create_gaussian_diffusion
 from .diffusion.resample import create_schedule_sampler
 from .diffusion.unet import DEFAULT_CHANNEL_MULT, SPADE_PLACES, UNetModel, check_size
-from .errors import InputError
 from .link.channel import snr_to_sigma
 from .link.noise_bank import NoiseBank
-from .placement import check_compiler, compiled, placed
 from .prepare import ema_rates, multipliers, numbers
 from .random_streams import stream_seed
 from .training.checkpoint_choice import resume_point
 from .training.distributed import pins_memory, select_device, usable_precision
 from .training.group import Group
+from .training.inputs import TrainingInputs
 from .training.loop import LoopSettings, TrainLoop
+from .training.placement import check_compiler, compiled, placed
 from .training.ranks import find_ranks
-from .training.samples import SampleRules
 from .training.validation import Validation
 
 # -- model and diffusion ----------------------------------------------------------------------------------------------
@@ -48,10 +48,28 @@ def create_model_and_diffusion(**flags):
     return model, create_diffusion(**{name: flags[name] for name in _DIFFUSION_FLAGS})
 
 
-def create_model(*, image_size, num_classes, num_channels, num_res_blocks, num_heads, num_heads_upsample,
-                 num_head_channels, attention_resolutions, channel_mult, dropout, class_cond, use_checkpoint,
-                 use_scale_shift_norm, resblock_updown, use_new_attention_order, no_instance, one_hot_label, unet_model,
-                 learn_sigma):  # fmt: skip
+def create_model(
+    *,
+    image_size,
+    num_classes,
+    num_channels,
+    num_res_blocks,
+    num_heads,
+    num_heads_upsample,
+    num_head_channels,
+    attention_resolutions,
+    channel_mult,
+    dropout,
+    class_cond,
+    use_checkpoint,
+    use_scale_shift_norm,
+    resblock_updown,
+    use_new_attention_order,
+    no_instance,
+    one_hot_label,
+    unet_model,
+    learn_sigma,
+):
     """Build the semantic UNet from flags (see `config.ModelFlags`)."""
     if not class_cond:
         raise InputError("--class_cond False: this network is conditional; set it to True")
@@ -79,8 +97,18 @@ def create_model(*, image_size, num_classes, num_channels, num_res_blocks, num_h
     )
 
 
-def create_diffusion(*, learn_sigma, diffusion_steps, noise_schedule, timestep_respacing, use_kl, prediction,
-                     predict_xstart, rescale_timesteps, rescale_learned_sigmas):  # fmt: skip
+def create_diffusion(
+    *,
+    learn_sigma,
+    diffusion_steps,
+    noise_schedule,
+    timestep_respacing,
+    use_kl,
+    prediction,
+    predict_xstart,
+    rescale_timesteps,
+    rescale_learned_sigmas,
+):
     """Build the diffusion process from flags (see `config.DiffusionFlags`)."""
     if predict_xstart and prediction == "v":
         raise InputError("--predict_xstart True is --prediction x0, but prediction is v; drop one of them")
@@ -105,7 +133,9 @@ def _channel_mult(text, image_size):
         return multipliers(text)
     if image_size not in DEFAULT_CHANNEL_MULT:
         known = ", ".join(str(size) for size in DEFAULT_CHANNEL_MULT)
-        raise InputError(f'--image_size {image_size} has no default --channel_mult (only {known} have); set it: "1,2,3,4"')
+        raise InputError(
+            f'--image_size {image_size} has no default --channel_mult (only {known} have); set it: "1,2,3,4"'
+        )
     return DEFAULT_CHANNEL_MULT[image_size]
 
 
@@ -128,20 +158,26 @@ def diffusion_from(config, **changes):
 # -- data and bank ----------------------------------------------------------------------------------------------------
 
 
-def data_set(config, is_train, say=None, augment=False, cached=True):
+def data_set(config, is_train, log=None, augment=False, cached=True):
     """Open one split of the configuration's data set, and say what it lacks.
 
     :param cached: from the --cache_dir of the configuration, if it names one and this is not a dry run.
     """
     dataset = SceneDataset(
-        config.dataset_mode, config.data_dir, config.image_size, is_train, num_classes=config.num_classes,
-        no_instance=config.no_instance, augment=augment, seed=config.seed,
+        config.dataset_mode,
+        config.data_dir,
+        config.image_size,
+        is_train,
+        num_classes=config.num_classes,
+        no_instance=config.no_instance,
+        augment=augment,
+        seed=config.seed,
         cache_dir=config.cache_dir if cached and not config.dry_run else "",
-    )  # fmt: skip
-    if say is not None and not dataset.has_images:
-        say("this split has no pictures: working from labels alone, without image edges")
-    if say is not None and not dataset.has_instances and not config.no_instance:
-        say("this split has no instance maps: the edge plane holds image edges alone")
+    )
+    if log is not None and not dataset.has_images:
+        log("this split has no pictures: working from labels alone, without image edges")
+    if log is not None and not dataset.has_instances and not config.no_instance:
+        log("this split has no instance maps: the edge plane holds image edges alone")
     return dataset
 
 
@@ -194,7 +230,7 @@ def join_group(config, ranks=None):
     return Group(ranks, device, flags, problem), device
 
 
-def training_loop(config, given, say, group=None, device=None):
+def training_loop(config, given, log, group=None, device=None):
     """Build a training run, resumed where asked for.
 
     :param given: the flags given explicitly.
@@ -203,20 +239,20 @@ def training_loop(config, given, say, group=None, device=None):
     :return: `TrainLoop`.
     """
     group, device = group or Group(), device or select_device(config.device)
-    precision = precision_of(config, device, say)
-    _check_sharding(config, group, precision, say)
+    precision = precision_of(config, device, log)
+    _check_sharding(config, group, precision, log)
     if config.compile:
         check_compiler(device)
     torch.manual_seed(stream_seed(config.seed, "initial weights"))
     model = model_from(config)
-    say_idle_attention(config, model, say)
+    say_idle_attention(config, model, log)
     with group.main_first():  # it builds what --cache_dir lacks
-        pictures, validation_pictures = training_data(config, say)
+        pictures, validation_pictures = training_data(config, log)
     skips = config.on_bad_image == "skip"
     height, width = picture_size(pictures, model, skips)
     rates = ema_rates(config.ema_rate)
-    start = _resume_point(config, group, say)
-    rules = SampleRules(
+    start = _resume_point(config, group, log)
+    rules = TrainingInputs(
         num_classes=config.num_classes,
         one_hot=config.one_hot_label,
         edge_plane=not config.no_instance,
@@ -233,33 +269,45 @@ def training_loop(config, given, say, group=None, device=None):
     sampler = create_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps).to(device)
     model = model if settings.fsdp else placed(model, device)  # shards go there one by one
     loop = TrainLoop(
-        compiled(model, say) if config.compile and not settings.fsdp else model, diffusion, sampler, rules,
+        compiled(model, log) if config.compile and not settings.fsdp else model,
+        diffusion,
+        sampler,
+        rules,
         lambda position: _training_batches(config, pictures, position, device, group),
-        _validation(config, validation_pictures, rules, diffusion, device, precision), settings, group, device,
-    )  # fmt: skip
+        _validation(config, validation_pictures, rules, diffusion, device, precision),
+        settings,
+        group,
+        device,
+    )
     if start is not None:
         missing = loop.resume(*start, partial=config.resume_partial)
-        say(f"resumed from step {start[1]} in {start[0]}" + (f", without {', '.join(missing)}" if missing else ""))
+        log(f"resumed from step {start[1]} in {start[0]}" + (f", without {', '.join(missing)}" if missing else ""))
     elif config.resume_checkpoint:
-        say(f"no checkpoint in {config.checkpoint_dir} yet: starting afresh")
-    say(f"training on {len(pictures)} pictures of {height}x{width}; checkpoints, progress.csv and previews go to"
-        f" {config.checkpoint_dir}")  # fmt: skip
-    say(_batch_line(settings, group))
+        log(f"no checkpoint in {config.checkpoint_dir} yet: starting afresh")
+    log(
+        f"training on {len(pictures)} pictures of {height}x{width}; checkpoints, progress.csv and previews go to"
+        f" {config.checkpoint_dir}"
+    )
+    log(_batch_line(settings, group))
     return loop
 
 
-def _check_sharding(config, group, precision, say):
+def _check_sharding(config, group, precision, log):
     if config.compile and config.fsdp and group.world_size > 1:
-        say("warning: --compile True has no effect: sharded networks are not compiled")
+        log("warning: --compile True has no effect: sharded networks are not compiled")
     if config.fsdp and group.world_size == 1:
-        say("warning: --fsdp True has no effect: there is one process")
+        log("warning: --fsdp True has no effect: there is one process")
     elif config.fsdp and precision == "fp16":
         raise InputError("--fsdp True: fp16 needs a loss scale that all shards agree on; use --precision bf16 or fp32")
 
 
-def _resume_point(config, group, say):
+def _resume_point(config, group, log):
     """Let rank 0 find where to resume, for all."""
-    start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial, say) if group.main else None
+    start = (
+        resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial, log)
+        if group.main
+        else None
+    )
     return group.gather(start)[0]
 
 
@@ -272,17 +320,19 @@ def _batch_line(settings, group):
     return line + (" (the last one smaller)" if settings.batch_size % size else "")
 
 
-def training_data(config, say):
+def training_data(config, log):
     """Open the training split, and the validation split or None where nothing looks at it; check that both have pictures."""
-    pictures = data_set(config, config.is_train, say, augment=config.is_train)
+    pictures = data_set(config, config.is_train, log, augment=config.is_train)
     if not pictures.has_images:
         raise InputError(f"--data_dir {config.data_dir}: training needs pictures, and this split has labels alone")
     if not config.preview_items and not config.eval_interval:
         return pictures, None
     validation = data_set(config, is_train=False, cached=False)  # few of its pictures are read, and once
     if not validation.has_images:
-        raise InputError(f"--data_dir {config.data_dir}: previews and scores need validation pictures; set --preview_items 0"
-                         " and --eval_interval 0 to train without")  # fmt: skip
+        raise InputError(
+            f"--data_dir {config.data_dir}: previews and scores need validation pictures; set --preview_items 0"
+            " and --eval_interval 0 to train without"
+        )
     return pictures, validation
 
 
@@ -303,9 +353,15 @@ def _loop_settings(config, rates, precision, device, group):
 
 def _training_batches(config, pictures, position, device, group):
     return scene_batches(
-        pictures, batch_size=config.batch_size, start=position, rank=group.rank, world_size=group.world_size,
-        num_workers=config.num_workers, pin_memory=pins_memory(device), on_bad_image=config.on_bad_image,
-    )  # fmt: skip
+        pictures,
+        batch_size=config.batch_size,
+        start=position,
+        rank=group.rank,
+        world_size=group.world_size,
+        num_workers=config.num_workers,
+        pin_memory=pins_memory(device),
+        on_bad_image=config.on_bad_image,
+    )
 
 
 def _validation(config, pictures, rules, diffusion, device, precision):
@@ -317,8 +373,10 @@ def _validation(config, pictures, rules, diffusion, device, precision):
     # Spread over the split, because neighbours in a drive look alike; every other one first, for the preview's share.
     spread = [k * len(pictures) // count for k in range(count)]
     skips, everything = config.on_bad_image == "skip", list(range(len(pictures)))
-    items = [_first_readable(lambda k: pictures.batch([k]), everything[i:] + everything[:i], skips)
-             for i in spread[::2] + spread[1::2]]  # fmt: skip
+    items = [
+        _first_readable(lambda k: pictures.batch([k]), everything[i:] + everything[:i], skips)
+        for i in spread[::2] + spread[1::2]
+    ]
     steps = min(config.preview_steps, diffusion.num_timesteps)
     preview = diffusion_from(config, timestep_respacing=str(steps)).to(device)
     clean = dataclasses.replace(rules, add_noise=False, drop_rate=0.0)
@@ -328,17 +386,19 @@ def _validation(config, pictures, rules, diffusion, device, precision):
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def precision_of(config, device, say):
+def precision_of(config, device, log):
     """Return the precision that a device can do, and say so where it is not the one asked for."""
     precision, why = usable_precision(device, config.precision)
     if why:
-        say(why)
+        log(why)
     return precision
 
 
-def say_idle_attention(config, model, say):
+def say_idle_attention(config, model, log):
     """Warn of attention resolutions that no level of the network has."""
     for size in numbers(config.attention_resolutions, "attention_resolutions", int):
         stride = config.image_size // size
         if not 1 <= stride <= model.downsampling or stride & (stride - 1):
-            say(f"warning: --attention_resolutions {size} has no effect: no level of this network is {stride} times smaller")
+            log(
+                f"warning: --attention_resolutions {size} has no effect: no level of this network is {stride} times smaller"
+            )

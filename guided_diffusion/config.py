@@ -12,8 +12,8 @@ import json
 import math
 import os
 
-from .errors import InputError
-from .files import whole_file
+from .console import InputError
+from .files import atomic_write
 from .flags import (
     CODECS,
     LINKS,
@@ -34,10 +34,20 @@ from .presets import PRESETS
 MAX_CONFIG_BYTES = 2**20
 
 # What a checkpoint fixes: sampling with other values would be another model.
-_FREE = {"dropout", "use_checkpoint", "class_cond", "timestep_respacing", "use_kl", "rescale_learned_sigmas",
-         "noise_bank_cache"}  # fmt: skip
+_FREE = {
+    "dropout",
+    "use_checkpoint",
+    "class_cond",
+    "timestep_respacing",
+    "use_kl",
+    "rescale_learned_sigmas",
+    "noise_bank_cache",
+}
 FIXED_BY_TRAINING = [
-    f.name for group in (ModelFlags, DiffusionFlags, BankFlags) for f in dataclasses.fields(group) if f.name not in _FREE
+    f.name
+    for group in (ModelFlags, DiffusionFlags, BankFlags)
+    for f in dataclasses.fields(group)
+    if f.name not in _FREE
 ]
 
 
@@ -94,7 +104,9 @@ def settle(config, given):
         raise InputError("--class_cond False: this network is conditional; leave the flag out or set it to True")
     if config.predict_xstart:
         if "prediction" in given and config.prediction != "x0":
-            raise InputError(f"--predict_xstart True is --prediction x0, but --prediction {config.prediction} was given")
+            raise InputError(
+                f"--predict_xstart True is --prediction x0, but --prediction {config.prediction} was given"
+            )
         config.prediction = "x0"
     elif {"predict_xstart", "prediction"} <= given and config.prediction == "x0":
         raise InputError("--predict_xstart False contradicts --prediction x0: drop one of them")
@@ -105,15 +117,45 @@ def settle(config, given):
         raise InputError("--use_fp16 False contradicts --precision fp16: drop one of them")
     if not config.precision or ("use_fp16" in given and "precision" not in given):
         config.precision = "fp16" if config.use_fp16 else "fp32"
-    for name, low in (("image_size", 1), ("num_classes", 1), ("num_channels", 1), ("num_res_blocks", 1),
-                      ("diffusion_steps", 1), ("noise_bank_size", 0), ("noise_bank_cache", 0), ("num_workers", 0),
-                      ("batch_size", 1), ("num_samples", 1), ("log_interval", 1), ("save_interval", 1), ("lr", 0),
-                      ("weight_decay", 0), ("total_steps", 0), ("lr_anneal_steps", 0), ("lr_warmup_steps", 0),
-                      ("eval_interval", 0), ("eval_items", 1), ("patience", 0), ("min_delta", 0), ("preview_items", 0),
-                      ("preview_steps", 1), ("s", 1), ("stop_tol", 0), ("stop_patience", 1), ("stop_min_steps", 1),
-                      ("panel_items", 0), ("candidates", 1), ("feedback_steps", 0), ("step_candidates", 1),
-                      ("step_atoms", 1), ("selected_steps", 0), ("tail_steps", 0), ("keep_checkpoints", 0),
-                      ("save_failures", 1), ("label_memory", 0)):  # fmt: skip
+    for name, low in (
+        ("image_size", 1),
+        ("num_classes", 1),
+        ("num_channels", 1),
+        ("num_res_blocks", 1),
+        ("diffusion_steps", 1),
+        ("noise_bank_size", 0),
+        ("noise_bank_cache", 0),
+        ("num_workers", 0),
+        ("batch_size", 1),
+        ("num_samples", 1),
+        ("log_interval", 1),
+        ("save_interval", 1),
+        ("lr", 0),
+        ("weight_decay", 0),
+        ("total_steps", 0),
+        ("lr_anneal_steps", 0),
+        ("lr_warmup_steps", 0),
+        ("eval_interval", 0),
+        ("eval_items", 1),
+        ("patience", 0),
+        ("min_delta", 0),
+        ("preview_items", 0),
+        ("preview_steps", 1),
+        ("s", 1),
+        ("stop_tol", 0),
+        ("stop_patience", 1),
+        ("stop_min_steps", 1),
+        ("panel_items", 0),
+        ("candidates", 1),
+        ("feedback_steps", 0),
+        ("step_candidates", 1),
+        ("step_atoms", 1),
+        ("selected_steps", 0),
+        ("tail_steps", 0),
+        ("keep_checkpoints", 0),
+        ("save_failures", 1),
+        ("label_memory", 0),
+    ):
         if not getattr(config, name, low) >= low:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least {low}")
     if getattr(config, "microbatch", -1) < 1 and getattr(config, "microbatch", -1) != -1:
@@ -177,7 +219,9 @@ def _settle_link(config, given):
     if config.role == "receive" and not config.messages:
         raise InputError("--role receive needs --messages: the folder with the .dgo files of --role transmit")
     if config.role != "link" and len(points(config)) > 1:
-        raise InputError(f"--role {config.role}: one run makes one set of messages; drop the lists of --link, --pool and --snr")
+        raise InputError(
+            f"--role {config.role}: one run makes one set of messages; drop the lists of --link, --pool and --snr"
+        )
     _settle_selection(config)
     if "noise_bank_size" in given:
         check_bank(config, given)
@@ -211,7 +255,9 @@ def check_bank(config, given):
         if index == "best" or config.selection != "initial":
             raise InputError("--noise_bank_size 0: noise selection needs a noise bank")
         if config.role != "link" or parts_of(config.link) != ["analog"]:
-            raise InputError("--noise_bank_size 0: a message names its noise by a bank index; only --link analog works without")
+            raise InputError(
+                "--noise_bank_size 0: a message names its noise by a bank index; only --link analog works without"
+            )
         return
     for name in ("candidates", "step_candidates"):
         if name in given and getattr(config, name) > size:
@@ -231,15 +277,26 @@ def points(config):
     for link in dict.fromkeys(parts_of(config.link)):
         pools = dict.fromkeys(parts_of(config.pool)) if link == "analog" else ["None"]
         found += itertools.product([link], pools, snrs if link != "ideal" else [math.inf])
-    return [dataclasses.replace(config, link=link, pool=pool, snr=snr,
-                                results_path=_point_folder(config.results_path, link, pool, snr, len(found) == 1))
-            for link, pool, snr in found]  # fmt: skip
+    return [
+        dataclasses.replace(
+            config,
+            link=link,
+            pool=pool,
+            snr=snr,
+            results_path=_point_folder(config.results_path, link, pool, snr, len(found) == 1),
+        )
+        for link, pool, snr in found
+    ]
 
 
 def _point_folder(root, link, pool, snr, single):
     if single:
         return root
-    words = [link, *([pool] if pool != "None" else []), *([f"{snr!r}dB".replace(".0dB", "dB")] if math.isfinite(snr) else [])]
+    words = [
+        link,
+        *([pool] if pool != "None" else []),
+        *([f"{snr!r}dB".replace(".0dB", "dB")] if math.isfinite(snr) else []),
+    ]
     return os.path.join(root, "_".join(words))
 
 
@@ -266,7 +323,9 @@ def adopt_training_config(config, given, trained, path, also=()):
                 differing.append(f"--{name} {asked} is not what the checkpoint was trained with ({value}, {path})")
             continue
         if name in given and asked != value:
-            raise InputError(f"--{name} {asked} contradicts the checkpoint, trained with {value} ({path}); drop the flag")
+            raise InputError(
+                f"--{name} {asked} contradicts the checkpoint, trained with {value} ({path}); drop the flag"
+            )
         setattr(config, name, value)
     settle(config, given - {"prediction", "predict_xstart", "precision", "use_fp16"})
     return sorted(differing)
@@ -284,13 +343,24 @@ def adopt_resumed(config, given):
     if not resumed or not os.path.exists(path) or not glob.glob(os.path.join(glob.escape(folder), "model*.pt")):
         return []
     trained = load_config(path)
-    lines = adopt_training_config(config, given, trained, path, also=("use_kl", "rescale_learned_sigmas", "timestep_respacing"))
+    lines = adopt_training_config(
+        config, given, trained, path, also=("use_kl", "rescale_learned_sigmas", "timestep_respacing")
+    )
     watched = {f.name for group in (TrainFlags, ChannelFlags, DataFlags) for f in dataclasses.fields(group)}
     watched |= {"precision", "dropout"}
-    watched -= {"resume_checkpoint", "resume_partial", "checkpoint_dir", "total_steps", "num_workers", "batch_size",
-                "cache_dir"}  # fmt: skip
+    watched -= {
+        "resume_checkpoint",
+        "resume_partial",
+        "checkpoint_dir",
+        "total_steps",
+        "num_workers",
+        "batch_size",
+        "cache_dir",
+    }
     changed = [name for name in sorted(watched & trained.keys()) if getattr(config, name) != trained[name]]
-    return lines + [f"resuming with --{name} {getattr(config, name)}; the earlier run had {trained[name]}" for name in changed]
+    return lines + [
+        f"resuming with --{name} {getattr(config, name)}; the earlier run had {trained[name]}" for name in changed
+    ]
 
 
 def print_config(config):
@@ -305,7 +375,7 @@ def _digest(values):
 def save_config(config, path):
     """Write the config as JSON, with a digest that tells a damaged file from a good one."""
     values = dataclasses.asdict(config)
-    with whole_file(path) as f:
+    with atomic_write(path) as f:
         f.write(json.dumps(values | {"sha256": _digest(values)}, indent=1) + "\n")
 
 
@@ -322,6 +392,8 @@ def load_config(path):
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}; restore it or move it away")
     if values.pop("sha256", None) not in (None, _digest(values)):
-        raise InputError(f"{path}: differs from its SHA-256, so it is damaged or was edited; restore it, or remove the line"
-                         ' "sha256" to use it as it is')  # fmt: skip
+        raise InputError(
+            f"{path}: differs from its SHA-256, so it is damaged or was edited; restore it, or remove the line"
+            ' "sha256" to use it as it is'
+        )
     return values

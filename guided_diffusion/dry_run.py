@@ -3,55 +3,55 @@
 import os
 
 from . import build
-from .data.image_datasets import label_histogram
+from .data.datasets import label_histogram
+from .evaluation.memory import describe_labels, describe_network
 from .prepare import ema_rates
-from .report import describe_labels, describe_network
 from .training.checkpoint import load_weights
 from .training.checkpoint_choice import resume_point
 from .training.distributed import select_device
 
 
-def dry_run(config, say, weights=None):
+def dry_run(config, log, weights=None):
     """Check data, labels, sizes and (given a path) weights; say what was found, and what the run would take.
 
     :param weights: path of the weights in sampling; None in training.
     """
     device = select_device(config.device)
-    precision = build.precision_of(config, device, say)
+    precision = build.precision_of(config, device, log)
     model = build.untrained_model(config)
-    build.say_idle_attention(config, model, say)
+    build.say_idle_attention(config, model, log)
     build.diffusion_from(config)
     build.semantic_coding(config)
     training = weights is None
     if not training and (config.role == "receive" or config.extractor != "gt"):
-        _check_weights(config, weights, say)
-        say("dry run: flags and weights were accepted; messages and extracted label maps are not looked at")
+        _check_weights(config, weights, log)
+        log("dry run: flags and weights were accepted; messages and extracted label maps are not looked at")
         return
-    dataset = build.training_data(config, say)[0] if training else build.data_set(config, config.is_train, say)
+    dataset = build.training_data(config, log)[0] if training else build.data_set(config, config.is_train, log)
     height, width = build.picture_size(dataset, model, skips=training and config.on_bad_image == "skip")
     if training:
-        start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial, say)
-        say(
+        start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial, log)
+        log(
             f"checkpoints: {config.checkpoint_dir}, "
             + ("starting afresh" if start is None else f"resuming from step {start[1]}")
         )
-    say(f"pictures: {len(dataset)} of {height}x{width}" + ("" if dataset.has_images else ", labels alone"))
-    say("label histogram:")
+    log(f"pictures: {len(dataset)} of {height}x{width}" + ("" if dataset.has_images else ", labels alone"))
+    log("label histogram:")
     for line in describe_labels(label_histogram(dataset, progress=True)):
-        say(line)
+        log(line)
     count = len(ema_rates(config.ema_rate)) if training else None
     batch = build.pass_size(config, device) if training else config.batch_size
     chain = {} if training else {"s": config.s, "label_memory": config.label_memory}
     for line in describe_network(lambda: model, height, width, batch, precision, count, **chain):
-        say(line)
+        log(line)
     if not training:
-        _check_weights(config, weights, say)
-    say("dry run: everything was accepted; nothing was trained, sampled or saved")
+        _check_weights(config, weights, log)
+    log("dry run: everything was accepted; nothing was trained, sampled or saved")
 
 
-def _check_weights(config, weights, say):
+def _check_weights(config, weights, log):
     if not os.path.exists(weights):
-        say(f"--model_path {weights or '(empty)'}: does not exist yet, so the weights were not checked")
+        log(f"--model_path {weights or '(empty)'}: does not exist yet, so the weights were not checked")
         return
     load_weights(build.untrained_model(config), weights)
-    say(f"--model_path {weights}: fits the network")
+    log(f"--model_path {weights}: fits the network")

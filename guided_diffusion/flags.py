@@ -21,10 +21,13 @@ class RunFlags:
     """Run"""
 
     preset: str = flag("", "starting values that explicit flags override", ("", *PRESETS))
-    dry_run: bool = flag(False, "check data, labels, sizes and weights, print the configuration and a memory estimate, stop")
+    dry_run: bool = flag(
+        False, "check data, labels, sizes and weights, print the configuration and a memory estimate, stop"
+    )
     device: str = flag("auto", "auto, cpu or cuda[:N]; auto gives each process of a node its own GPU")
-    precision: str = flag("", "fp32, bf16 or fp16 (torch.amp); empty: fp16 with --use_fp16 True, else fp32",
-                          ("", "fp32", "bf16", "fp16"))  # fmt: skip
+    precision: str = flag(
+        "", "fp32, bf16 or fp16 (torch.amp); empty: fp16 with --use_fp16 True, else fp32", ("", "fp32", "bf16", "fp16")
+    )
     use_fp16: bool = flag(False, "the family's flag for --precision fp16; a CPU then uses bf16 and says so")
     seed: int = flag(0, "seed of everything but the noise bank: data order, crops, flips, timesteps, channel noise")
     compile: bool = flag(
@@ -40,8 +43,11 @@ class DataFlags:
     dataset_mode: str = flag("cityscapes", "folder layout and label ids", ("cityscapes", "ade20k", "coco"))
     is_train: bool = flag(True, "True reads the training split, False the validation split")
     num_workers: int = flag(2, "processes that load pictures; 0 loads in the main process")
-    cache_dir: str = flag("", "keep the resized pictures and maps in a memory-mapped file there, made once (not for random"
-                          " crops); empty: no cache")  # fmt: skip
+    cache_dir: str = flag(
+        "",
+        "keep the resized pictures and maps in a memory-mapped file there, made once (not for random"
+        " crops); empty: no cache",
+    )
 
 
 @dataclass(kw_only=True)
@@ -55,8 +61,12 @@ class ModelFlags:
     num_heads: int = flag(4, "attention heads, where num_head_channels is -1")
     num_heads_upsample: int = flag(-1, "attention heads in the decoder; -1: num_heads")
     num_head_channels: int = flag(-1, "channels per attention head; -1: use num_heads")
-    attention_resolutions: str = flag("16,8", "image sizes at which attention runs, as image_size // size = downsampling")
-    channel_mult: str = flag("", 'width multiplier per level, such as "1,2,3,4"; empty: the default of image_size 64...512')
+    attention_resolutions: str = flag(
+        "16,8", "image sizes at which attention runs, as image_size // size = downsampling"
+    )
+    channel_mult: str = flag(
+        "", 'width multiplier per level, such as "1,2,3,4"; empty: the default of image_size 64...512'
+    )
     dropout: float = flag(0.0, "dropout in the residual blocks, 0...1")
     class_cond: bool = flag(True, "must be True: this network is conditional")
     use_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
@@ -65,8 +75,11 @@ class ModelFlags:
     use_new_attention_order: bool = flag(False, "split q, k, v before the heads (published weights: False)")
     no_instance: bool = flag(False, "leave out the edge plane (instance and image edges)")
     one_hot_label: bool = flag(True, "one plane per class; False: one plane with the raw label id")
-    unet_model: str = flag("unet", "where SPADE blocks are: unet (middle, decoder), spadeboth, enconly (encoder, middle)",
-                           ("unet", "spadeboth", "enconly"))  # fmt: skip
+    unet_model: str = flag(
+        "unet",
+        "where SPADE blocks are: unet (middle, decoder), spadeboth, enconly (encoder, middle)",
+        ("unet", "spadeboth", "enconly"),
+    )
 
 
 @dataclass(kw_only=True)
@@ -102,7 +115,9 @@ class SourceFlags:
     """Source coding of the semantics (training uses what the link will send)"""
 
     label_scale: int = flag(1, "send one label for so many pixels in each direction: 1, 2, 4 or 8", (1, 2, 4, 8))
-    edge_levels: int = flag(0, "values of an image-edge pixel: 0 (image edges are not sent), 2 (thresholded) ... 256 (GESCO)")
+    edge_levels: int = flag(
+        0, "values of an image-edge pixel: 0 (image edges are not sent), 2 (thresholded) ... 256 (GESCO)"
+    )
     edge_threshold: float = flag(0.3, "with --edge_levels 2: image edges from here on are sent as 1")
     edge_scale: int = flag(1, "send one image-edge pixel for so many in each direction: 1, 2, 4 or 8", (1, 2, 4, 8))
 
@@ -116,8 +131,12 @@ class ChannelFlags:
         "dB in GESCO's table 100:0 30:0.05 25:0.08 20:0.13 15:0.22 10:0.36 5:0.6 1:0.9 (standard deviation of the noise"
         " on the semantic planes; log-linear between rows; a convention, not a signal-to-noise ratio: 10 dB would be 0.316)",
     )
-    add_noise: bool = flag(False, "training: noise on the semantics, per sample one of the table's rows, or --snr if given")
-    noise_to: str = flag("semantics", "training: noise on all planes, or on the label planes alone", ("semantics", "label"))
+    add_noise: bool = flag(
+        False, "training: noise on the semantics, per sample one of the table's rows, or --snr if given"
+    )
+    noise_to: str = flag(
+        "semantics", "training: noise on all planes, or on the label planes alone", ("semantics", "label")
+    )
 
 
 @dataclass(kw_only=True)
@@ -128,23 +147,37 @@ class TrainFlags:
     resume_checkpoint: str = flag("", "model file to go on from, or auto: the newest in checkpoint_dir, if any")
     resume_partial: bool = flag(False, "resume although parts of the checkpoint are missing")
     batch_size: int = flag(1, "pictures per step in each process")
-    microbatch: int = flag(-1, "pictures per forward pass (gradient accumulation); -1: the whole batch, on a CPU two (so that"
-                           " the number of processes hardly matters)")  # fmt: skip
+    microbatch: int = flag(
+        -1,
+        "pictures per forward pass (gradient accumulation); -1: the whole batch, on a CPU two (so that"
+        " the number of processes hardly matters)",
+    )
     lr: float = flag(1e-4, "learning rate of AdamW")
     weight_decay: float = flag(0.0, "weight decay of AdamW")
     lr_warmup_steps: int = flag(0, "steps over which the learning rate rises from 0")
-    lr_anneal_steps: int = flag(0, "the learning rate falls linearly to 0 over so many steps, and training ends; 0: constant")
+    lr_anneal_steps: int = flag(
+        0, "the learning rate falls linearly to 0 over so many steps, and training ends; 0: constant"
+    )
     total_steps: int = flag(0, "stop after so many steps; 0: go on until stopped (or lr_anneal_steps)")
     ema_rate: str = flag("0.9999", "decay of the averaged weights; several, separated by commas, make several averages")
     schedule_sampler: str = flag("uniform", "which timesteps to train on", ("uniform", "loss-second-moment"))
-    drop_rate: float = flag(0.0, "share of samples trained without conditioning; needed for guidance (0.1 in the presets)")
+    drop_rate: float = flag(
+        0.0, "share of samples trained without conditioning; needed for guidance (0.1 in the presets)"
+    )
     log_interval: int = flag(10, "steps between rows of progress.csv")
     save_interval: int = flag(5000, "steps between checkpoints and previews")
     keep_checkpoints: int = flag(0, "keep so many of the newest checkpoints, and the one with the best score; 0: all")
-    save_failures: int = flag(3, "end the run when so many saves in a row fail (a full disk); until then it goes on training")
-    on_bad_image: str = flag("error", "an unreadable file among the pictures ends the run, or is skipped and listed at the end",
-                             ("error", "skip"))  # fmt: skip
-    fsdp: bool = flag(False, "shard weights, averages and optimizer over the processes (FSDP2), for models beyond one GPU")
+    save_failures: int = flag(
+        3, "end the run when so many saves in a row fail (a full disk); until then it goes on training"
+    )
+    on_bad_image: str = flag(
+        "error",
+        "an unreadable file among the pictures ends the run, or is skipped and listed at the end",
+        ("error", "skip"),
+    )
+    fsdp: bool = flag(
+        False, "shard weights, averages and optimizer over the processes (FSDP2), for models beyond one GPU"
+    )
     export_legacy: bool = flag(False, "add the unused spade_norm tensors that GESCO and Diff-GO-n insist on")
     fp16_scale_growth: float = flag(1e-3, "accepted, without effect: GradScaler has its own rule")
     eval_interval: int = flag(0, "steps between validation scores; 0: none")
@@ -164,10 +197,15 @@ class SampleFlags:
     num_samples: int = flag(10000, "at most so many pictures; each picture of the split once")
     batch_size: int = flag(1, "pictures per batch")
     use_ddim: bool = flag(False, "the family's flag for --sampler ddim")
-    sampler: str = flag("", "ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M: few steps, --timestep_respacing logsnr20);"
-                        " empty: ddim with --use_ddim True, else ddpm", ("", "ddpm", "ddim", "dpm++"))  # fmt: skip
-    label_memory: float = flag(4.0, "GiB that may hold what follows from label maps alone; beyond, it is computed anew at"
-                               " every step")  # fmt: skip
+    sampler: str = flag(
+        "",
+        "ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M: few steps, --timestep_respacing logsnr20);"
+        " empty: ddim with --use_ddim True, else ddpm",
+        ("", "ddpm", "ddim", "dpm++"),
+    )
+    label_memory: float = flag(
+        4.0, "GiB that may hold what follows from label maps alone; beyond, it is computed anew at every step"
+    )
     eta: float = flag(0.0, "share of fresh noise in --sampler ddim, 0...1")
     clip_denoised: bool = flag(True, "clip the predicted picture to the valid range at every step")
     s: float = flag(1.0, "guidance scale, at least 1; above 1 doubles the cost")
@@ -184,19 +222,33 @@ class SampleFlags:
 class LinkFlags:
     """Link"""
 
-    role: str = flag("link", "link: both ends and the channel between; transmit: write messages; receive: read messages",
-                     ("link", "transmit", "receive"))  # fmt: skip
-    link: str = flag("analog", "analog (noise on the planes, GESCO), digital (coded bits, needs sionna-no-rt) or ideal (bits"
-                     " arrive); several, separated by commas, are compared")  # fmt: skip
-    pool: str = flag("None", "analog: filter on the received planes: None, med (3x3 median), mean (3x3), max (mean, then 3x3"
-                     " maximum); several, separated by commas, are compared")  # fmt: skip
+    role: str = flag(
+        "link",
+        "link: both ends and the channel between; transmit: write messages; receive: read messages",
+        ("link", "transmit", "receive"),
+    )
+    link: str = flag(
+        "analog",
+        "analog (noise on the planes, GESCO), digital (coded bits, needs sionna-no-rt) or ideal (bits"
+        " arrive); several, separated by commas, are compared",
+    )
+    pool: str = flag(
+        "None",
+        "analog: filter on the received planes: None, med (3x3 median), mean (3x3), max (mean, then 3x3"
+        " maximum); several, separated by commas, are compared",
+    )
     modulation: str = flag("16qam", "digital: symbols of the maps", ("qpsk", "16qam", "64qam"))
     code_rate: float = flag(0.5, "digital: rate of the maps' LDPC code, 0.2...0.95")
     fading: str = flag("awgn", "digital: constant channel, or Rayleigh block fading", ("awgn", "rayleigh"))
     messages: str = flag("", "receive: folder with .dgo files; the checkpoint is all it needs besides")
-    extractor: str = flag("gt", "where label maps come from: gt (the data set) or a segmenter's file (TorchScript or"
-                          " torch.export), which reads them off the pictures")  # fmt: skip
-    local_picture: bool = flag(False, "also make the transmitter's local picture, and report how far the receiver's is from it")
+    extractor: str = flag(
+        "gt",
+        "where label maps come from: gt (the data set) or a segmenter's file (TorchScript or"
+        " torch.export), which reads them off the pictures",
+    )
+    local_picture: bool = flag(
+        False, "also make the transmitter's local picture, and report how far the receiver's is from it"
+    )
 
 
 @dataclass(kw_only=True)
@@ -208,15 +260,23 @@ class SelectionFlags:
     distance: str = flag(
         "mse", "best: what the transmitter compares its local pictures by", ("mse", "ssim", "lpips", "segmenter")
     )
-    feedback_steps: int = flag(0, "best: look at all candidates with so many network evaluations each, more closely at the best"
-                               " quarter, and so on (5 does for 50 steps); 0: whole chains for all")  # fmt: skip
-    selection: str = flag("initial", "what is chosen: the start (--noise_index), the noise of each step, or both",
-                          ("initial", "per_step", "both"))  # fmt: skip
+    feedback_steps: int = flag(
+        0,
+        "best: look at all candidates with so many network evaluations each, more closely at the best"
+        " quarter, and so on (5 does for 50 steps); 0: whole chains for all",
+    )
+    selection: str = flag(
+        "initial",
+        "what is chosen: the start (--noise_index), the noise of each step, or both",
+        ("initial", "per_step", "both"),
+    )
     step_candidates: int = flag(256, "per step: bank entries to choose from")
     step_atoms: int = flag(4, "per step: entries chosen, each with a sign")
     selected_steps: int = flag(0, "per step: choose in the last so many steps that carry noise; 0: in all")
     tail_steps: int = flag(0, "the last so many steps without noise (DDIM, eta 0); not for dpm++")
-    segmenter: str = flag("", "a segmenter's file (TorchScript or torch.export), for --distance segmenter and --metrics miou")
+    segmenter: str = flag(
+        "", "a segmenter's file (TorchScript or torch.export), for --distance segmenter and --metrics miou"
+    )
 
 
 @dataclass(kw_only=True)
@@ -226,8 +286,12 @@ class MeasureFlags:
     metrics: str = flag("psnr,ssim", "any of psnr, ssim, ms_ssim, lpips, fid, kid, miou, separated by commas")
     lpips_weights: str = flag("", "backbone weights for lpips; empty: TORCH_HOME, or downloaded")
     fid_weights: str = flag("", "Inception weights for fid and kid; empty: TORCH_HOME, or downloaded")
-    features: str = flag("", "a feature network's file (TorchScript or torch.export) for fid and kid instead of Inception")
-    baseline: str = flag("", "classical codecs at the message's bits: any of jpeg, webp, avif, jxl, separated by commas")
+    features: str = flag(
+        "", "a feature network's file (TorchScript or torch.export) for fid and kid instead of Inception"
+    )
+    baseline: str = flag(
+        "", "classical codecs at the message's bits: any of jpeg, webp, avif, jxl, separated by commas"
+    )
 
 
 @dataclass(kw_only=True)
@@ -236,8 +300,19 @@ class TrainConfig(RunFlags, DataFlags, ModelFlags, DiffusionFlags, BankFlags, So
 
 
 @dataclass(kw_only=True)
-class SampleConfig(RunFlags, DataFlags, ModelFlags, DiffusionFlags, BankFlags, SourceFlags, ChannelFlags, SampleFlags,
-                   LinkFlags, SelectionFlags, MeasureFlags):  # fmt: skip
+class SampleConfig(
+    RunFlags,
+    DataFlags,
+    ModelFlags,
+    DiffusionFlags,
+    BankFlags,
+    SourceFlags,
+    ChannelFlags,
+    SampleFlags,
+    LinkFlags,
+    SelectionFlags,
+    MeasureFlags,
+):
     """Configuration of image_sample.py."""
 
     is_train: bool = flag(False, "True reads the training split, False the validation split")

@@ -4,7 +4,7 @@ import math
 import os
 
 from .config import load_config
-from .errors import InputError
+from .console import InputError
 from .training.checkpoint_choice import newest_ema, resume_point
 from .training.manifest import noted_config
 
@@ -61,7 +61,11 @@ def check_places(config):
     """
     if getattr(config, "checkpoint_dir", "") and not config.resume_checkpoint:
         resume_point(config.checkpoint_dir, "")
-    if "://" in config.data_dir or getattr(config, "role", "") == "receive" or getattr(config, "extractor", "gt") != "gt":
+    if (
+        "://" in config.data_dir
+        or getattr(config, "role", "") == "receive"
+        or getattr(config, "extractor", "gt") != "gt"
+    ):
         return
     from .data.pairing import dataset_facts, find_pairs
 
@@ -70,16 +74,16 @@ def check_places(config):
         find_pairs(config.dataset_mode, config.data_dir, config.is_train, config.no_instance)  # says what is wrong
 
 
-def draw_toy_scenes(config, given, say):
+def draw_toy_scenes(config, given, log):
     """Draw the scenes of the toy preset into its own folder, unless they are there or another folder was named."""
     if config.preset == "toy" and "data_dir" not in given and not os.path.exists(config.data_dir):
         from .data.toy_scenes import write_toy_scenes
 
-        say(f"drawing toy scenes into {config.data_dir}")
+        log(f"drawing toy scenes into {config.data_dir}")
         write_toy_scenes(config.data_dir)
 
 
-def find_weights(model_path, may_lack=False, say=None):
+def find_weights(model_path, may_lack=False, log=None):
     """Return the weights file that --model_path means: the file itself, or a folder's newest EMA file.
 
     :param may_lack: do not insist that it exists (dry runs).
@@ -88,7 +92,7 @@ def find_weights(model_path, may_lack=False, say=None):
     if not model_path and not may_lack:
         raise InputError("--model_path is empty: name a .pt file, or a folder with checkpoints")
     if os.path.isdir(model_path):
-        return str(newest_ema(model_path, say))
+        return str(newest_ema(model_path, log))
     if not os.path.exists(model_path) and not may_lack:
         raise InputError(f"--model_path {model_path}: no such file; train first, or name another .pt file or folder")
     return model_path

@@ -30,8 +30,16 @@ def tiny_network(**flags):
     from guided_diffusion import create_model_and_diffusion, model_and_diffusion_defaults
 
     torch.manual_seed(0)
-    small = {"image_size": 8, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1, "num_heads": 2,
-             "attention_resolutions": "4", "num_classes": 4, "learn_sigma": True}  # fmt: skip
+    small = {
+        "image_size": 8,
+        "num_channels": 32,
+        "channel_mult": "1,1",
+        "num_res_blocks": 1,
+        "num_heads": 2,
+        "attention_resolutions": "4",
+        "num_classes": 4,
+        "learn_sigma": True,
+    }
     model, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **small, **flags})
     with torch.no_grad():
         for parameter in model.parameters():
@@ -66,7 +74,7 @@ def make_loop(scenes, tmp_path):
         directory.mkdir(exist_ok=True)
         flags = {"data_dir": scenes, "checkpoint_dir": directory, **TINY, **TRAIN, **flags}
         config, given = parse_config(TrainConfig, "", as_arguments(flags))
-        return build.training_loop(config, given, say=lambda line: None)
+        return build.training_loop(config, given, log=lambda line: None)
 
     return make
 
@@ -80,7 +88,7 @@ def trained(scenes, tmp_path_factory):
     directory = tmp_path_factory.mktemp("trained")
     flags = {"data_dir": scenes, "checkpoint_dir": directory, **TINY, **TRAIN, "total_steps": "4", "drop_rate": "0.1"}
     config, given = parse_config(TrainConfig, "", as_arguments(flags))
-    loop = build.training_loop(config, given, say=lambda line: None)
+    loop = build.training_loop(config, given, log=lambda line: None)
     save_config(config, directory / "config.json")
     loop.run()
     return directory

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from conftest import tiny_network
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
 from guided_diffusion.training.checkpoint import file_name, load_parts, load_weights, save_parts
 from guided_diffusion.training.checkpoint_choice import newest_ema, resume_point
 from guided_diffusion.training.manifest import manifest_name, noted_config
@@ -64,8 +64,12 @@ class Folder:
             torch._foreach_lerp_(list(average.values()), list(self.model.state_dict().values()), 0.5)
             if step in STEPS:
                 state = {"step": step, "position": 4 * step, "best": 1 / step, "stream": draws.get_state()}
-                parts = {"model": self.model.state_dict(), "opt": optimizer.state_dict(), "state": state,
-                         f"ema_{RATE}_": average}  # fmt: skip
+                parts = {
+                    "model": self.model.state_dict(),
+                    "opt": optimizer.state_dict(),
+                    "state": state,
+                    f"ema_{RATE}_": average,
+                }
                 facts = {"config": {"lr": 0.1, "data_dir": "scenes"}, "val_score": 1 / step}
                 save_parts(self.path, step, parts, facts)
                 self.truth[step], _ = load_parts(self.path, step, [RATE])
@@ -98,7 +102,7 @@ def resumed(folder, hurt):
     """Resume by itself after step `hurt` was damaged; return the outcome, which begins with WRONG if it is not allowed."""
     told = []
     try:
-        directory, step = resume_point(folder.path, "auto", say=told.append)
+        directory, step = resume_point(folder.path, "auto", log=told.append)
         parts, missing = load_parts(directory, step, [RATE])
     except InputError as error:
         return f"WRONG: refused though whole steps were there ({error})"
@@ -108,7 +112,9 @@ def resumed(folder, hurt):
         return "newest step untouched" if step == max(STEPS) and not told else f"WRONG: took {step}, said {told}"
     if step == hurt:
         return f"WRONG: a damaged file of step {hurt} was not recognised"
-    return "fell back" if any(f"checkpoint {hurt} " in line for line in told) else f"WRONG: fell back to {step} in silence"
+    return (
+        "fell back" if any(f"checkpoint {hurt} " in line for line in told) else f"WRONG: fell back to {step} in silence"
+    )
 
 
 def sampled(folder, hurt, kind):
@@ -127,7 +133,9 @@ def sampled(folder, hurt, kind):
         return "WRONG: the noted configuration differs"
     concerned = hurt == max(STEPS) and kind in (f"ema_{RATE}_", "manifest")
     if not concerned:
-        return "newest averages untouched" if step == max(STEPS) and not told else f"WRONG: took {path.name}, said {told}"
+        return (
+            "newest averages untouched" if step == max(STEPS) and not told else f"WRONG: took {path.name}, said {told}"
+        )
     return "fell back" if step < hurt and told else f"WRONG: took {path.name} in silence"
 
 

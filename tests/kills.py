@@ -26,9 +26,23 @@ SAVE_EVERY = 3
 
 def command(folder, scenes, steps):
     """Return the command of the run, resuming."""
-    flags = {"data_dir": scenes, "checkpoint_dir": folder, **TINY, **TRAIN, "total_steps": steps, "save_interval": SAVE_EVERY,
-             "dropout": 0.1, "add_noise": True, "drop_rate": 0.1, "eval_interval": 5, "eval_items": 2, "num_workers": 1,
-             "schedule_sampler": "loss-second-moment", "resume_checkpoint": "auto", "keep_checkpoints": 4}  # fmt: skip
+    flags = {
+        "data_dir": scenes,
+        "checkpoint_dir": folder,
+        **TINY,
+        **TRAIN,
+        "total_steps": steps,
+        "save_interval": SAVE_EVERY,
+        "dropout": 0.1,
+        "add_noise": True,
+        "drop_rate": 0.1,
+        "eval_interval": 5,
+        "eval_items": 2,
+        "num_workers": 1,
+        "schedule_sampler": "loss-second-moment",
+        "resume_checkpoint": "auto",
+        "keep_checkpoints": 4,
+    }
     return [sys.executable, SCRIPT, *as_arguments(flags)]
 
 
@@ -41,7 +55,9 @@ def kill_once(folder, scenes, steps, draw, log):
         while process.poll() is None and len(re.findall(r"saved step (\d+)", log.read_text())) < saves:
             time.sleep(0.01)
         deadline = time.monotonic() + (60 if during_save else wait)
-        while process.poll() is None and time.monotonic() < deadline and not (during_save and list(folder.glob("*.tmp"))):
+        while (
+            process.poll() is None and time.monotonic() < deadline and not (during_save and list(folder.glob("*.tmp")))
+        ):
             time.sleep(0.0005)
         process.kill()
         if process.wait() != -signal.SIGKILL:
@@ -70,8 +86,11 @@ def main():
             lost += bool(problem)
             print(f"LOST: step {step} had been reported as saved: {problem}\n" if problem else "", end="")
         seconds = time.monotonic() - started
-        print(f"kill {kills}: {'in a save, ' if in_save else ''}step {newest} is safe; {seconds:.0f} s,"
-              f" {seconds / kills * (arguments.kills - kills):.0f} s left", flush=True)  # fmt: skip
+        print(
+            f"kill {kills}: {'in a save, ' if in_save else ''}step {newest} is safe; {seconds:.0f} s,"
+            f" {seconds / kills * (arguments.kills - kills):.0f} s left",
+            flush=True,
+        )
     last = newest + 2 * SAVE_EVERY
     for name in ("killed", "straight"):
         (root / name).mkdir(exist_ok=True)
@@ -79,11 +98,15 @@ def main():
         assert done.returncode == 0, done.stderr
     different = []
     for kind in ("model", "ema_0.9_", "opt", "state"):
-        one, two = (torch.load(root / name / f"{kind}{last:06d}.pt", weights_only=True) for name in ("killed", "straight"))
+        one, two = (
+            torch.load(root / name / f"{kind}{last:06d}.pt", weights_only=True) for name in ("killed", "straight")
+        )
         different += [kind] if not equal(one, two) else []
     left = [path.name for path in (root / "killed").glob("*.tmp")]
-    print(f"{kills} kills, {torn} of them in a save; checkpoints lost: {lost}; parts of step {last} that differ from the run"
-          f" left in peace: {different or 'none'}; temporary files left: {left or 'none'}")  # fmt: skip
+    print(
+        f"{kills} kills, {torn} of them in a save; checkpoints lost: {lost}; parts of step {last} that differ from the run"
+        f" left in peace: {different or 'none'}; temporary files left: {left or 'none'}"
+    )
     return 1 if lost or different or left or kills < arguments.kills else 0
 
 

@@ -131,14 +131,18 @@ class SlurmCluster:
                     break
                 log = Path(facts["StdOut"])
                 text = log.read_text(errors="replace") if log.exists() else "has no log"
-                raise RuntimeError(f"job {job} did not {words} within {seconds} s: {facts}\n--- its log\n{text}\n{self.logs()}")
+                raise RuntimeError(
+                    f"job {job} did not {words} within {seconds} s: {facts}\n--- its log\n{text}\n{self.logs()}"
+                )
             time.sleep(0.1)
         return facts
 
     def logs(self, lines=30):
         """Return the ends of the daemons' logs."""
-        return "\n".join(f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
-                         for path in sorted(self.folder.glob("*.log")))  # fmt: skip
+        return "\n".join(
+            f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+            for path in sorted(self.folder.glob("*.log"))
+        )
 
     def _configure(self):
         self.folder.chmod(0o755)
@@ -158,9 +162,17 @@ class SlurmCluster:
 
     def _start(self, name, *arguments):
         with open(self.folder / f"{name}.log", "wb") as log:
-            self._daemons.append(subprocess.Popen(
-                [shutil.which(name, path=_SEARCHED), *arguments], env=self.environment, cwd=self.folder,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True))  # fmt: skip
+            self._daemons.append(
+                subprocess.Popen(
+                    [shutil.which(name, path=_SEARCHED), *arguments],
+                    env=self.environment,
+                    cwd=self.folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            )
 
     def _await(self, what, ready, seconds=60):
         deadline = time.monotonic() + seconds

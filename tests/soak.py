@@ -29,7 +29,9 @@ def resident_mib(pid):
 
 def children(pid):
     """Process ids of all descendants."""
-    found = [int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()]
+    found = [
+        int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()
+    ]
     return found + [grandchild for child in found for grandchild in children(child)]
 
 
@@ -45,9 +47,19 @@ def main():
     arguments = parser.parse_args()
     root = Path(tempfile.mkdtemp())
     write_toy_scenes(str(root / "scenes"), train=6, val=3, height=32, width=64, progress=False)
-    flags = {"data_dir": root / "scenes", "checkpoint_dir": root / "run", **TINY, **TRAIN, "save_interval": 15,
-             "keep_checkpoints": 2, "eval_interval": 15, "eval_items": 2, "preview_items": 1, "preview_steps": 2,
-             "num_workers": 1}  # fmt: skip
+    flags = {
+        "data_dir": root / "scenes",
+        "checkpoint_dir": root / "run",
+        **TINY,
+        **TRAIN,
+        "save_interval": 15,
+        "keep_checkpoints": 2,
+        "eval_interval": 15,
+        "eval_items": 2,
+        "preview_items": 1,
+        "preview_steps": 2,
+        "num_workers": 1,
+    }
     with open(root / "log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, SCRIPT, *as_arguments(flags)], stdout=log, stderr=log, start_new_session=True
@@ -59,7 +71,9 @@ def main():
         if len(seen) % 6 == 0:
             minutes, memory, files, processes = seen[-1][0] / 60, *seen[-1][1:]
             saves = (root / "log").read_text().count("saved step")
-            print(f"{minutes:5.1f} min: {memory:.1f} MiB, {files} files, {processes} children, {saves} saves", flush=True)
+            print(
+                f"{minutes:5.1f} min: {memory:.1f} MiB, {files} files, {processes} children, {saves} saves", flush=True
+            )
     family = children(process.pid) if process.poll() is None else []
     process.send_signal(signal.SIGTERM)
     code = process.wait(timeout=120)
@@ -75,12 +89,16 @@ def main():
     left = [path.name for path in root.rglob("*.tmp")]
     growth = late / early - 1
     kept = sorted(path.name for path in (root / "run").glob("manifest*"))
-    for line in (f"resident memory {early:.1f} MiB after a fifth of the time, {late:.1f} MiB at the end ({growth:+.2%})",
-                 f"file descriptors {files}, then {more_files}; children {processes}, then {more_processes}",
-                 f"exit code {code}; processes left: {alive or 'none'}; temporary files left: {left or 'none'}",
-                 f"{(root / 'log').read_text().count('saved step')} saves; kept: {kept}"):  # fmt: skip
+    for line in (
+        f"resident memory {early:.1f} MiB after a fifth of the time, {late:.1f} MiB at the end ({growth:+.2%})",
+        f"file descriptors {files}, then {more_files}; children {processes}, then {more_processes}",
+        f"exit code {code}; processes left: {alive or 'none'}; temporary files left: {left or 'none'}",
+        f"{(root / 'log').read_text().count('saved step')} saves; kept: {kept}",
+    ):
         print(line)
-    return int(abs(growth) > 0.02 or bool(alive or left) or code != 75 or more_files > files or more_processes > processes)
+    return int(
+        abs(growth) > 0.02 or bool(alive or left) or code != 75 or more_files > files or more_processes > processes
+    )
 
 
 if __name__ == "__main__":

@@ -10,10 +10,17 @@ from conftest import as_arguments
 
 from guided_diffusion import benchmark
 from guided_diffusion.benchmarks import sampling, scaling, services, tables
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
 
-NETWORK = {"image_size": 16, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1, "num_head_channels": 32,
-           "attention_resolutions": "8", "noise_bank_size": 16}  # fmt: skip
+NETWORK = {
+    "image_size": 16,
+    "num_channels": 32,
+    "channel_mult": "1,1",
+    "num_res_blocks": 1,
+    "num_head_channels": 32,
+    "attention_resolutions": "8",
+    "noise_bank_size": 16,
+}
 SHORT = {"rounds": 2, "matmul": 16, "device": "cpu"}
 
 
@@ -32,7 +39,12 @@ def test_configurations_and_flags_over_them():
     assert (network.image_size, network.num_channels, network.attention_resolutions) == (64, 64, "16,8")
     assert names == list(benchmark.PARTS) and not given
     _, network, given, _ = benchmark.parse(["--configuration", "readme", "--num_channels", "64"])
-    assert (network.image_size, network.num_channels, network.prediction, network.use_checkpoint) == (256, 64, "v", True)
+    assert (network.image_size, network.num_channels, network.prediction, network.use_checkpoint) == (
+        256,
+        64,
+        "v",
+        True,
+    )
     assert given == {"num_channels"}
 
 
@@ -67,7 +79,9 @@ def test_flags_that_cannot_be_meant(flags, words):
 
 
 def test_help_loads_no_torch():
-    code = "import sys; from guided_diffusion import benchmark\ntry: benchmark.main(['--help'])\nexcept SystemExit: pass\n"
+    code = (
+        "import sys; from guided_diffusion import benchmark\ntry: benchmark.main(['--help'])\nexcept SystemExit: pass\n"
+    )
     code += "print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n") and "--quick" in done.stdout
@@ -78,7 +92,9 @@ def test_help_loads_no_torch():
 
 def test_a_run_measures_prints_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "CANDIDATES", (1, 3))
-    found = run(tmp_path, "--quick", only="step,picture,training,candidates,sizes,banks", precision="fp32,bf16", **NETWORK)
+    found = run(
+        tmp_path, "--quick", only="step,picture,training,candidates,sizes,banks", precision="fp32,bf16", **NETWORK
+    )
     printed = capsys.readouterr().out
     assert str(tmp_path / "out" / "benchmark.json") in printed
     parts = found["parts"]
@@ -142,7 +158,9 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
     monkeypatch.setattr(services, "bank", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, only="step,bank", quick=True, **NETWORK)
-    assert list(json.loads((tmp_path / "out" / "benchmark.json").read_text())["parts"]) == ["Reverse step with guidance"]
+    assert list(json.loads((tmp_path / "out" / "benchmark.json").read_text())["parts"]) == [
+        "Reverse step with guidance"
+    ]
 
 
 def test_the_document_of_a_file_is_what_was_printed(tmp_path, capsys):
@@ -159,7 +177,10 @@ def test_the_document_of_a_file_is_what_was_printed(tmp_path, capsys):
 
 
 def test_a_table_has_a_column_for_each_key():
-    rows = [{"path": "plain", "ms": 1234.5, "gflop": None}, {"path": "fast", "ms": 0.5, "gflop": 2e-6, "times_faster": 12}]
+    rows = [
+        {"path": "plain", "ms": 1234.5, "gflop": None},
+        {"path": "fast", "ms": 0.5, "gflop": 2e-6, "times_faster": 12},
+    ]
     assert tables.table(rows) == [
         "| path  |    ms |   gflop | times faster |",
         "| ----- | ----: | ------: | -----------: |",

@@ -52,7 +52,9 @@ def test_contenders_take_turns_in_their_context_after_a_warm_up():
         yield
         calls.append(")")
 
-    times = alternate({"a": Contender(lambda: calls.append("a"), inside), "b": Contender(lambda: calls.append("b"))}, 2, CPU)
+    times = alternate(
+        {"a": Contender(lambda: calls.append("a"), inside), "b": Contender(lambda: calls.append("b"))}, 2, CPU
+    )
     assert "".join(calls) == "(a)b" * 3
     assert len(times["a"]) == len(times["b"]) == 2
 
@@ -213,7 +215,10 @@ def test_the_plain_step_is_the_products(setup):
         expected = plain.train_step(batch)
         torch.testing.assert_close(loop.train_step(batch)["loss"], expected, atol=1e-5, rtol=1e-3)
     assert list(plain.emas) == ["0.99", "0.2"]
-    pairs = [(loop.model.state_dict(), plain.model.state_dict()), *((loop.emas[rate], plain.emas[rate]) for rate in loop.emas)]
+    pairs = [
+        (loop.model.state_dict(), plain.model.state_dict()),
+        *((loop.emas[rate], plain.emas[rate]) for rate in loop.emas),
+    ]
     for ours, theirs in pairs:
         apart, moved = flat(ours) - flat(theirs), flat(theirs) - first
         assert apart.norm() < 0.01 * moved.norm()  # rounding alone: 0.0015

@@ -8,7 +8,7 @@ from conftest import TINY, TRAIN, as_arguments
 
 from guided_diffusion import build, create_model_and_diffusion, model_and_diffusion_defaults, prepare
 from guided_diffusion.config import TrainConfig, parse_config
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
 
 SMALL = {"image_size": 32, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1}
 
@@ -23,7 +23,12 @@ def test_model_and_diffusion_from_flags():
 
 @pytest.mark.parametrize(
     "flags, channels",
-    [({}, 36), ({"no_instance": True}, 35), ({"one_hot_label": False}, 2), ({"num_classes": 151, "no_instance": True}, 151)],
+    [
+        ({}, 36),
+        ({"no_instance": True}, 35),
+        ({"one_hot_label": False}, 2),
+        ({"num_classes": 151, "no_instance": True}, 151),
+    ],
 )
 def test_conditioning_channels(flags, channels):
     model, _ = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **SMALL, **flags})
@@ -128,12 +133,15 @@ def test_the_flags_of_training_come_from_config_json_or_else_from_the_manifest(t
     assert prepare.trained_config(str(tmp_path / "ema_0.9_000004.pt"))[0] == {}
 
 
-@pytest.mark.parametrize(("flags", "line"), [
-    ({"batch_size": 4}, "global batch 4 = 2 × 1 process × 2 accumulated"),
-    ({"batch_size": 1}, "global batch 1 = 1 × 1 process × 1 accumulated"),
-    ({"batch_size": 5, "microbatch": 3}, "global batch 5 = 3 × 1 process × 2 accumulated (the last one smaller)"),
-    ({"batch_size": 4, "microbatch": 8}, "global batch 4 = 4 × 1 process × 1 accumulated"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"batch_size": 4}, "global batch 4 = 2 × 1 process × 2 accumulated"),
+        ({"batch_size": 1}, "global batch 1 = 1 × 1 process × 1 accumulated"),
+        ({"batch_size": 5, "microbatch": 3}, "global batch 5 = 3 × 1 process × 2 accumulated (the last one smaller)"),
+        ({"batch_size": 4, "microbatch": 8}, "global batch 4 = 4 × 1 process × 1 accumulated"),
+    ],
+)
 def test_the_global_batch_is_said(scenes, tmp_path, flags, line):
     flags = {"data_dir": scenes, "checkpoint_dir": tmp_path, **TINY, **TRAIN, **flags}
     config, given = parse_config(TrainConfig, "", as_arguments(flags))

@@ -10,9 +10,9 @@ from conftest import TINY, as_arguments
 
 from guided_diffusion import build_link, prepare
 from guided_diffusion.config import SampleConfig, parse_config, points
-from guided_diffusion.digests import digest
-from guided_diffusion.errors import InputError
-from guided_diffusion.regenerate import Regeneration
+from guided_diffusion.console import InputError
+from guided_diffusion.evaluation.run import Regeneration
+from guided_diffusion.files import digest
 
 FLAGS = {**TINY, "timestep_respacing": "4"}
 
@@ -167,7 +167,7 @@ def test_nothing_is_chosen_where_nothing_is_searched(parts, flags):
 
 
 @pytest.mark.parametrize(
-    "flags, picks, evaluations",
+    "flags, codewords, evaluations",
     [
         ({"noise_index": "best", "candidates": 3}, 0, 3 * 4 + 4),
         ({"noise_index": "best", "candidates": 3, "s": 2}, 0, 2 * (3 * 4 + 4)),
@@ -177,10 +177,10 @@ def test_nothing_is_chosen_where_nothing_is_searched(parts, flags):
         ({"selection": "both", "candidates": 2}, 3, 2 * 4 + 4 + 4),
     ],
 )
-def test_each_flag_has_its_search(parts, flags, picks, evaluations):
+def test_each_flag_has_its_search(parts, flags, codewords, evaluations):
     point, sampling = parts(step_candidates=8, step_atoms=2, distance="ssim", **flags)
     choice = sampling["transmitter"](point).send(sampling["dataset"].batch([1]), 2).choice
-    assert (len(choice.picks), choice.evaluations) == (picks, evaluations)
+    assert (len(choice.codewords), choice.evaluations) == (codewords, evaluations)
     assert choice.score > 0 and choice.index < point.candidates
 
 
@@ -201,7 +201,9 @@ def test_a_segmenter_gives_goal_driven_feedback(parts, segmenter):
     choice = transmitter.send(scene, 0).choice
     network = torch.jit.load(segmenter)
     pictures = [transmitter.chain.run(transmitter.describe(scene)[1], [i]).images for i in range(3)]
-    scores = [float((network(picture).argmax(1, keepdim=True) != scene["label"]).float().mean()) for picture in pictures]
+    scores = [
+        float((network(picture).argmax(1, keepdim=True) != scene["label"]).float().mean()) for picture in pictures
+    ]
     assert choice.score == pytest.approx(min(scores), abs=0.01) and 0 < choice.score <= 1
 
 

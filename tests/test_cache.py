@@ -20,9 +20,9 @@ from test_image_datasets import equal, load, make_ade20k, make_cityscapes, make_
 
 from guided_diffusion import build
 from guided_diffusion.config import SampleConfig, TrainConfig, parse_config
+from guided_diffusion.console import InputError
 from guided_diffusion.data import cache as caching
-from guided_diffusion.data.image_datasets import SceneDataset
-from guided_diffusion.errors import InputError
+from guided_diffusion.data.datasets import SceneDataset
 
 
 @pytest.fixture
@@ -75,8 +75,10 @@ def test_squares(tmp_path, monkeypatch, mode, make, val):
     make(tmp_path / "data")
     make(tmp_path / "data", split=val)
     for options in ({"is_train": False}, {"deterministic": True}, {"random_crop": False}):
-        plain, kept = (load(tmp_path / "data", mode, image_size=16, stop=9, **options, cache_dir=folder)
-                       for folder in ("", tmp_path / "cache"))  # fmt: skip
+        plain, kept = (
+            load(tmp_path / "data", mode, image_size=16, stop=9, **options, cache_dir=folder)
+            for folder in ("", tmp_path / "cache")
+        )
         with monkeypatch.context() as patch:
             seen = reads(patch)
             kept = rows(kept)
@@ -206,7 +208,7 @@ def test_new_dates_and_another_place_are_no_other_contents(city, tmp_path, monke
 
 def test_another_pillow_and_another_format_are_built_anew(city, tmp_path, monkeypatch, capsys):
     opened(city, tmp_path / "cache")
-    monkeypatch.setattr("guided_diffusion.data.image_datasets.PIL.__version__", "0.1")
+    monkeypatch.setattr("guided_diffusion.data.datasets.PIL.__version__", "0.1")
     opened(city, tmp_path / "cache")
     assert "made with another Pillow" in capsys.readouterr().err
 
@@ -262,7 +264,13 @@ def test_no_room_leaves_nothing(city, tmp_path, monkeypatch):
         return written(f, arrays)
 
     monkeypatch.setattr(caching, "_written", filling)
-    refuse(lambda: opened(city, tmp_path / "cache"), "--cache_dir", tmp_path / "cache", "No space left on device", "make room")
+    refuse(
+        lambda: opened(city, tmp_path / "cache"),
+        "--cache_dir",
+        tmp_path / "cache",
+        "No space left on device",
+        "make room",
+    )
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
     assert same(opened(city, ""), opened(city, tmp_path / "cache"))
 

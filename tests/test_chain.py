@@ -31,11 +31,11 @@ def parts(request):
 # -- one label map for many samples -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reuse_bytes", [0, 2**31])
+@pytest.mark.parametrize("cache_bytes", [0, 2**31])
 @pytest.mark.parametrize("s", [1.0, 2.0])
-def test_one_label_map_serves_all_samples(parts, s, reuse_bytes):
+def test_one_label_map_serves_all_samples(parts, s, cache_bytes):
     model, diffusion, y, noise = parts
-    options = {"s": s, "seeds": SEEDS, "reuse_bytes": reuse_bytes}
+    options = {"s": s, "seeds": SEEDS, "cache_bytes": cache_bytes}
     repeated = sample(model, diffusion, y.repeat(3, 1, 1, 1), noise, **options).images
     shared = sample(model, diffusion, y, noise, **options).images
     torch.testing.assert_close(shared, repeated, rtol=0, atol=1e-5)
@@ -43,13 +43,13 @@ def test_one_label_map_serves_all_samples(parts, s, reuse_bytes):
     assert (shared - other).abs().max() > 1e-3  # the label map matters
 
 
-@pytest.mark.parametrize("reuse_bytes", [0, 2**31])
-def test_one_label_map_serves_those_that_early_stopping_leaves(parts, reuse_bytes):
+@pytest.mark.parametrize("cache_bytes", [0, 2**31])
+def test_one_label_map_serves_those_that_early_stopping_leaves(parts, cache_bytes):
     model, diffusion, y, noise = parts
     moves = []
     sample(model, diffusion, y, noise, "ddim", on_step=lambda t, x, out: moves.append(out["pred_xstart"]))
     middle = (moves[4] - moves[3]).square().mean(dim=(1, 2, 3)).sqrt().sort().values[:2].mean().item()
-    options = {"early_stop": EarlyStop(middle, patience=1, min_steps=5), "reuse_bytes": reuse_bytes, "s": 1.0}
+    options = {"early_stop": EarlyStop(middle, patience=1, min_steps=5), "cache_bytes": cache_bytes, "s": 1.0}
     shared = sample(model, diffusion, y, noise, "ddim", **options)
     repeated = sample(model, diffusion, y.repeat(3, 1, 1, 1), noise, "ddim", **options)
     assert shared.steps.tolist() == repeated.steps.tolist() and (shared.steps == 5).sum() == 1
@@ -74,7 +74,9 @@ def test_label_map_work_is_shared_between_calls(parts):
         lambda module, inputs, output: calls.append(len(output))
     )
     prepared = Conditioning(model, y, 2.0)
-    images = [sample(model, diffusion, prepared, noise[k : k + 1], s=2.0, seeds=SEEDS[k : k + 1]).images for k in range(3)]
+    images = [
+        sample(model, diffusion, prepared, noise[k : k + 1], s=2.0, seeds=SEEDS[k : k + 1]).images for k in range(3)
+    ]
     handle.remove()
     assert calls == [1, 1]  # the label map and the empty one
     together = sample(model, diffusion, y.repeat(3, 1, 1, 1), noise, s=2.0, seeds=SEEDS).images
@@ -89,7 +91,7 @@ def test_without_memory_a_shared_label_map_is_still_computed_once_per_evaluation
     handle = model.middle_block[0].in_norm.mlp_shared.register_forward_hook(
         lambda module, inputs, output: sizes.append(len(output))
     )
-    sample(model, diffusion, y, noise, reuse_bytes=0)
+    sample(model, diffusion, y, noise, cache_bytes=0)
     handle.remove()
     assert sizes == [1] * T
 
@@ -97,7 +99,9 @@ def test_without_memory_a_shared_label_map_is_still_computed_once_per_evaluation
 # -- the network at a few steps only ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"method": "ddpm"}, {"method": "ddim", "eta": 0.5}, {"method": "ddpm", "tail_steps": 3}])
+@pytest.mark.parametrize(
+    "options", [{"method": "ddpm"}, {"method": "ddim", "eta": 0.5}, {"method": "ddpm", "tail_steps": 3}]
+)
 @pytest.mark.parametrize("count", [1, 3, T])
 def test_holding_the_prediction_equals_the_naive_loop(parts, options, count):
     model, diffusion, y, noise = parts
@@ -137,7 +141,9 @@ def test_holding_in_a_deterministic_chain_is_the_respaced_chain(parts, method):
 # -- noise and variance -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method, eta, variance", [("ddpm", 0.0, "model"), ("ddpm", 0.0, "posterior"), ("ddim", 1.0, "model")])
+@pytest.mark.parametrize(
+    "method, eta, variance", [("ddpm", 0.0, "model"), ("ddpm", 0.0, "posterior"), ("ddim", 1.0, "model")]
+)
 @pytest.mark.parametrize("tail", [0, 1, 3, T])
 def test_variance_and_tail_equal_the_naive_loop(parts, method, eta, variance, tail):
     model, diffusion, y, noise = parts

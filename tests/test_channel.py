@@ -7,8 +7,8 @@ from statistics import median
 import pytest
 import torch
 
+from guided_diffusion.console import InputError
 from guided_diffusion.data.semantics import encode_semantics
-from guided_diffusion.errors import InputError
 from guided_diffusion.link.channel import POOLS, apply_pool, sent_planes, snr_to_sigma, transmit
 
 K, PRESENT = 5, [0, 2, 3]  # classes 1 and 4 do not occur

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_package import run_python
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
 from guided_diffusion.link import channel_coding
 from guided_diffusion.link.channel_coding import (
     BLOCK_BYTES,
@@ -134,7 +134,13 @@ def test_coded_length_is_the_rate_in_whole_symbols(rate, q):
 @pytest.mark.parametrize("rate", [0.2, 0.31, 0.5, 0.75, 0.95])
 @pytest.mark.parametrize("modulation", MODULATIONS)
 def test_a_clean_channel_delivers_every_byte(modulation, rate):
-    parts = {"header": payload(1), "labels": payload(3), "edges": payload(38), "more": payload(190), "indices": payload(130)}
+    parts = {
+        "header": payload(1),
+        "labels": payload(3),
+        "edges": payload(38),
+        "more": payload(190),
+        "indices": payload(130),
+    }
     received = deliver(parts, 100, modulation=modulation, code_rate=rate, iterations=5)
     assert {name: received.part(name) for name in parts} == parts
     assert {name: received.prefix(name) for name in parts} == parts

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from guided_diffusion import create_model_and_diffusion, load_weights, model_and_diffusion_defaults
+from guided_diffusion.console import InputError
 from guided_diffusion.diffusion.unet import ResBlock, SPADEResBlock
-from guided_diffusion.errors import InputError
 from guided_diffusion.training.checkpoint import (
     load_file,
     load_parts,
@@ -91,7 +91,9 @@ def test_parse_checkpoint_path(name):
     assert parse_checkpoint_path(f"runs/a.b/{name}") == (Path("runs/a.b"), int(name[5:-3]))
 
 
-@pytest.mark.parametrize("name", ["ema_0.9999_000012.pt", "opt000012.pt", "model12.pt", "model000012.pt.tmp", "model.pt", ""])
+@pytest.mark.parametrize(
+    "name", ["ema_0.9999_000012.pt", "opt000012.pt", "model12.pt", "model000012.pt.tmp", "model.pt", ""]
+)
 def test_other_names_are_refused(name):
     with pytest.raises(InputError, match=r"--resume_checkpoint .*: expected a file called model<step>\.pt, or auto"):
         parse_checkpoint_path(f"runs/{name}")
@@ -105,7 +107,9 @@ def test_the_manifest_appears_last_and_the_state_before_it(tmp_path, monkeypatch
 
     def note(source, target):
         order.append(Path(target).name)
-        assert len(list(tmp_path.glob("*.tmp"))) == 8 - len(order)  # everything was written before the first took its name
+        assert len(list(tmp_path.glob("*.tmp"))) == 8 - len(
+            order
+        )  # everything was written before the first took its name
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", note)
@@ -127,7 +131,7 @@ def test_a_first_save_that_is_cut_short_is_no_checkpoint_yet(tmp_path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             save_parts(tmp_path, 7, parts())
     said = []
-    assert resume_point(tmp_path, "auto", say=said.append) is None and "starting afresh" in said[0]
+    assert resume_point(tmp_path, "auto", log=said.append) is None and "starting afresh" in said[0]
     save_parts(tmp_path, 7, parts())
     assert resume_point(tmp_path, "auto") == (str(tmp_path), 7)
 
@@ -148,7 +152,9 @@ def test_a_failed_save_leaves_the_earlier_files_and_nothing_else(tmp_path, monke
     monkeypatch.setattr(torch, "save", fill_the_disk)
     for step in (7, 8):  # over a whole checkpoint, and a new one
         calls.clear()
-        with pytest.raises(OSError, match=rf"{KINDS[fails_at]}00000{step}\.pt: cannot be written .*change --checkpoint_dir"):
+        with pytest.raises(
+            OSError, match=rf"{KINDS[fails_at]}00000{step}\.pt: cannot be written .*change --checkpoint_dir"
+        ):
             save_parts(tmp_path, step, parts(2.0))
     monkeypatch.undo()
     assert sorted(os.listdir(tmp_path)) == names(7)
@@ -280,13 +286,17 @@ def test_weights_from_a_dict_and_from_paths(tmp_path, weights):
 
 
 def test_spade_norm_extras_are_ignored(weights):
-    extras = {f"input_blocks.{k}.0.spade_norm.mlp_{m}.weight": torch.zeros(3) for k in (1, 12) for m in ("gamma", "shared.0")}
+    extras = {
+        f"input_blocks.{k}.0.spade_norm.mlp_{m}.weight": torch.zeros(3) for k in (1, 12) for m in ("gamma", "shared.0")
+    }
     model = tiny_model(2)
     load_weights(model, {**weights, **extras})
     assert same(model.state_dict(), weights)
 
 
-@pytest.mark.parametrize("key", ["middle_block.0.spade_norm.mlp_gamma.weight", "input_blocks.1.spade_norm.w", "ema.out.2.bias"])
+@pytest.mark.parametrize(
+    "key", ["middle_block.0.spade_norm.mlp_gamma.weight", "input_blocks.1.spade_norm.w", "ema.out.2.bias"]
+)
 def test_other_extras_are_named(weights, key):
     with pytest.raises(InputError, match=f"unexpected key {key};"):
         load_weights(tiny_model(), {**weights, key: torch.zeros(1)})
@@ -342,8 +352,12 @@ def test_legacy_keys_for_every_plain_block_of_the_encoder(flags):
     model = tiny_model(1, **flags)
     extended = with_legacy_keys(model.state_dict(), model)
     added = {k: v for k, v in extended.items() if k not in model.state_dict()}
-    blocks = {f"input_blocks.{i}.{j}": block for i, stage in enumerate(model.input_blocks)
-              for j, block in enumerate(stage) if isinstance(block, ResBlock)}  # fmt: skip
+    blocks = {
+        f"input_blocks.{i}.{j}": block
+        for i, stage in enumerate(model.input_blocks)
+        for j, block in enumerate(stage)
+        if isinstance(block, ResBlock)
+    }
     assert len(blocks) == (5 if flags else 2)
     assert added.keys() == {f"{name}.spade_norm.{key}" for name in blocks for key in LEGACY_SHAPES}
     for name, block in blocks.items():
@@ -383,7 +397,9 @@ def test_weights_that_differ_from_their_manifest_are_refused(tmp_path, weights):
     load_weights(model, path)
     assert same(model.state_dict(), weights)
     flip(path)
-    with pytest.raises(InputError, match=r"ema_0\.99_000004\.pt: it is damaged \(.*differs from its SHA-256\); restore it"):
+    with pytest.raises(
+        InputError, match=r"ema_0\.99_000004\.pt: it is damaged \(.*differs from its SHA-256\); restore it"
+    ):
         load_weights(model, path)
     (tmp_path / "elsewhere").mkdir()
     path.rename(tmp_path / "elsewhere" / path.name)  # as files from elsewhere, it cannot be verified
@@ -420,7 +436,9 @@ def test_every_part_is_verified_as_it_is_read(tmp_path):
 
 def test_missing_parts_are_named_unless_asked_for(tmp_path):
     save_parts(tmp_path, 4, parts(kinds=("model", "state", "ema_0.9999_")))
-    with pytest.raises(InputError, match=r"checkpoint 4 lacks opt000004\.pt, ema_0\.99_000004\.pt;.*--resume_partial True"):
+    with pytest.raises(
+        InputError, match=r"checkpoint 4 lacks opt000004\.pt, ema_0\.99_000004\.pt;.*--resume_partial True"
+    ):
         load_parts(tmp_path, 4, RATES)
     loaded, missing = load_parts(tmp_path, 4, RATES, partial=True)
     assert missing == ["opt000004.pt", "ema_0.99_000004.pt"]

@@ -7,8 +7,14 @@ import pytest
 import torch
 from test_checkpoint import KINDS, RATES, flip, names, parts
 
-from guided_diffusion.errors import InputError
-from guided_diffusion.training.checkpoint import load_parts, problem_of, prune_checkpoints, save_parts, sweep_temporary_files
+from guided_diffusion.console import InputError
+from guided_diffusion.training.checkpoint import (
+    load_parts,
+    problem_of,
+    prune_checkpoints,
+    save_parts,
+    sweep_temporary_files,
+)
 from guided_diffusion.training.checkpoint_choice import newest_checkpoint, newest_ema, resume_point
 from guided_diffusion.training.manifest import file_name, manifest_name
 
@@ -19,17 +25,17 @@ def test_newest_checkpoint_is_one_that_is_whole_and_what_is_passed_over_is_said(
     for step in (9, 10, 100):
         save_parts(tmp_path, step, parts())
     said = []
-    assert newest_checkpoint(tmp_path, say=said.append) == 100 and said == []
+    assert newest_checkpoint(tmp_path, log=said.append) == 100 and said == []
     flip(tmp_path / "opt000100.pt")
     (tmp_path / "state000010.pt").unlink()
     assert newest_checkpoint(tmp_path) == 9
-    assert resume_point(tmp_path, "auto", say=said.append) == (str(tmp_path), 9)
+    assert resume_point(tmp_path, "auto", log=said.append) == (str(tmp_path), 9)
     assert said == [
         f"checkpoint 100 in {tmp_path} is damaged or incomplete (opt000100.pt differs from its SHA-256); going back to 9",
         f"checkpoint 10 in {tmp_path} is damaged or incomplete (state000010.pt is missing); going back to 9",
     ]
     (tmp_path / manifest_name(100)).unlink()
-    newest_checkpoint(tmp_path, say=said.append)
+    newest_checkpoint(tmp_path, log=said.append)
     assert "it has no manifest: its save was cut short" in said[2]
 
 
@@ -37,7 +43,9 @@ def test_damage_everywhere_is_not_a_reason_to_start_afresh(tmp_path):
     for step in (4, 5):
         save_parts(tmp_path, step, parts())
         (tmp_path / file_name("opt", step)).unlink()
-    with pytest.raises(InputError, match=r"checkpoint 5 .*\(opt000005\.pt is missing\), and no older one is whole; .*partial"):
+    with pytest.raises(
+        InputError, match=r"checkpoint 5 .*\(opt000005\.pt is missing\), and no older one is whole; .*partial"
+    ):
         resume_point(tmp_path, "auto")
     said = []
     assert resume_point(tmp_path, "auto", True, said.append) == (str(tmp_path), 5)
@@ -66,8 +74,8 @@ def test_checkpoints_of_older_versions_are_taken_unverified(tmp_path):
         save_parts(tmp_path, step, parts())
         (tmp_path / manifest_name(step)).unlink()
     said = []
-    assert newest_checkpoint(tmp_path, say=said.append) == 4
-    assert resume_point(tmp_path, str(tmp_path / "model000004.pt"), say=said.append) == (str(tmp_path), 4)
+    assert newest_checkpoint(tmp_path, log=said.append) == 4
+    assert resume_point(tmp_path, str(tmp_path / "model000004.pt"), log=said.append) == (str(tmp_path), 4)
     assert len(said) == 2 and all("could not be verified" in line for line in said)
     (tmp_path / "state000004.pt").unlink()
     assert newest_checkpoint(tmp_path) == 2
@@ -118,8 +126,14 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(tmp_path):
 
 def test_half_written_files_are_swept_and_nothing_else(tmp_path):
     save_parts(tmp_path, 5, parts())
-    for name in ("model000006.pt.tmp", "opt000006.pt.0123abcd.tmp", "ema_0.9999_000006.pt.89abcdef.tmp",
-                 "manifest000006.json.01234567.tmp", "config.json.01234567.tmp", "progress.csv.01234567.tmp"):  # fmt: skip
+    for name in (
+        "model000006.pt.tmp",
+        "opt000006.pt.0123abcd.tmp",
+        "ema_0.9999_000006.pt.89abcdef.tmp",
+        "manifest000006.json.01234567.tmp",
+        "config.json.01234567.tmp",
+        "progress.csv.01234567.tmp",
+    ):
         (tmp_path / name).write_bytes(b"half")
     others = ["notes.pt.tmp", "model000006.pt.mine.tmp", "flags.json.01234567.tmp", "progress.csv"]
     for name in others:
@@ -152,14 +166,18 @@ def test_damaged_averages_are_passed_over_and_said(tmp_path):
     assert newest_ema(tmp_path, said.append).name == "ema_0.9999_000008.pt" and said == []
     flip(tmp_path / "ema_0.9999_000008.pt")
     assert newest_ema(tmp_path, said.append).name == "ema_0.99_000008.pt"
-    assert len(said) == 1 and "ema_0.9999_000008.pt differs from its SHA-256); going back to ema_0.99_000008.pt" in said[0]
+    assert (
+        len(said) == 1 and "ema_0.9999_000008.pt differs from its SHA-256); going back to ema_0.99_000008.pt" in said[0]
+    )
     (tmp_path / manifest_name(8)).unlink()  # a save cut short
     (tmp_path / "ema_0.9999_000006.pt").unlink()
     (tmp_path / "ema_0.99_000006.pt").write_bytes(b"short")
     (tmp_path / "ema_0.999_000006.pt").write_bytes(b"left over, and in no manifest")
     assert newest_ema(tmp_path).name == "ema_0.9999_000004.pt"
     (tmp_path / manifest_name(4)).write_bytes(b"{}")
-    with pytest.raises(InputError, match=r"no ema_\*\.pt file is whole \(newest: .*ema_0\.9999_000008\.pt has no manifest"):
+    with pytest.raises(
+        InputError, match=r"no ema_\*\.pt file is whole \(newest: .*ema_0\.9999_000008\.pt has no manifest"
+    ):
         newest_ema(tmp_path)
 
 

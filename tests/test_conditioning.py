@@ -19,19 +19,26 @@ def normals(*shape, seed=0):
 @pytest.fixture(scope="module", params=["unet", "enconly"])
 def parts(request):
     model, diffusion = tiny_network(unet_model=request.param)
-    return model.requires_grad_(False), diffusion, (normals(3, 5, *SIZE, seed=7) > 0.8).float(), normals(3, 3, *SIZE, seed=8)
+    return (
+        model.requires_grad_(False),
+        diffusion,
+        (normals(3, 5, *SIZE, seed=7) > 0.8).float(),
+        normals(3, 3, *SIZE, seed=8),
+    )
 
 
-@pytest.mark.parametrize("reuse_bytes", [0, 900_000, 2**31])  # the second: too little for the empty label map
+@pytest.mark.parametrize("cache_bytes", [0, 900_000, 2**31])  # the second: too little for the empty label map
 @pytest.mark.parametrize("s", [1.0, 2.5])
-def test_equals_the_plain_denoiser(parts, s, reuse_bytes):
+def test_equals_the_plain_denoiser(parts, s, cache_bytes):
     model, diffusion, y, x = parts
     t = torch.tensor([999, 500, 0])
     plain = guided_denoiser(model, diffusion, y, s)(x, t)
-    condition = Conditioning(model, y, s, reuse_bytes)
+    condition = Conditioning(model, y, s, cache_bytes)
     torch.testing.assert_close(condition.denoiser(diffusion, s, 3)(x, t), plain, rtol=0, atol=2e-5)
     rows = torch.tensor([True, False, True])
-    torch.testing.assert_close(condition.denoiser(diffusion, s, 2, rows)(x[rows], t[rows]), plain[rows], rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        condition.denoiser(diffusion, s, 2, rows)(x[rows], t[rows]), plain[rows], rtol=0, atol=2e-5
+    )
 
 
 def test_the_bound_counts_bytes_of_the_precision(parts):
@@ -67,6 +74,6 @@ def test_bad_arguments(parts):
         Conditioning(model, y, 0.5)
     with pytest.raises(InputError, match="made ready for 2"):
         Conditioning(model, y, 2.0).denoiser(diffusion, 1.0, 3)
-    for reuse_bytes in (0, 2**31):
+    for cache_bytes in (0, 2**31):
         with pytest.raises(InputError, match="conditioning y: expected"):
-            Conditioning(model, y[:, 1:], 1.0, reuse_bytes)
+            Conditioning(model, y[:, 1:], 1.0, cache_bytes)

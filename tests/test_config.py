@@ -23,34 +23,74 @@ from guided_diffusion.config import (
     print_config,
     save_config,
 )
-from guided_diffusion.errors import InputError
-from guided_diffusion.idle_flags import ineffective_flags
+from guided_diffusion.console import InputError
+from guided_diffusion.idle_flags import unused_flags
 from guided_diffusion.presets import PRESETS
 
 BOTH = [TrainConfig, SampleConfig]
 
 # The flags of the family's two public scripts, with a value that is not the default.
 MODEL = {
-    "image_size": 256, "num_classes": 151, "num_channels": 64, "num_res_blocks": 3, "num_heads": 2, "num_heads_upsample": 1,
-    "num_head_channels": 64, "attention_resolutions": "32,16,8", "channel_mult": "1,2", "dropout": 0.1, "class_cond": True,
-    "use_checkpoint": True, "use_scale_shift_norm": False, "resblock_updown": True, "use_fp16": True,
-    "use_new_attention_order": True, "no_instance": True, "one_hot_label": False, "unet_model": "spadeboth",
-}  # fmt: skip
+    "image_size": 256,
+    "num_classes": 151,
+    "num_channels": 64,
+    "num_res_blocks": 3,
+    "num_heads": 2,
+    "num_heads_upsample": 1,
+    "num_head_channels": 64,
+    "attention_resolutions": "32,16,8",
+    "channel_mult": "1,2",
+    "dropout": 0.1,
+    "class_cond": True,
+    "use_checkpoint": True,
+    "use_scale_shift_norm": False,
+    "resblock_updown": True,
+    "use_fp16": True,
+    "use_new_attention_order": True,
+    "no_instance": True,
+    "one_hot_label": False,
+    "unet_model": "spadeboth",
+}
 DIFFUSION = {
-    "learn_sigma": True, "diffusion_steps": 500, "noise_schedule": "cosine", "timestep_respacing": "ddim50", "use_kl": True,
-    "predict_xstart": True, "rescale_timesteps": True, "rescale_learned_sigmas": True,
-}  # fmt: skip
+    "learn_sigma": True,
+    "diffusion_steps": 500,
+    "noise_schedule": "cosine",
+    "timestep_respacing": "ddim50",
+    "use_kl": True,
+    "predict_xstart": True,
+    "rescale_timesteps": True,
+    "rescale_learned_sigmas": True,
+}
 CHANNEL = {"snr": 12.5, "add_noise": True, "noise_to": "label"}
 DATA = {"data_dir": "/data", "dataset_mode": "coco"}
 TRAIN = {
-    "schedule_sampler": "loss-second-moment", "lr": 2e-4, "weight_decay": 0.05, "lr_anneal_steps": 10, "batch_size": 4,
-    "microbatch": 2, "ema_rate": "0.9,0.99", "drop_rate": 0.1, "log_interval": 5, "save_interval": 50,
-    "resume_checkpoint": "auto", "fp16_scale_growth": 2e-3, "is_train": False, "checkpoint_dir": "/runs",
-}  # fmt: skip
+    "schedule_sampler": "loss-second-moment",
+    "lr": 2e-4,
+    "weight_decay": 0.05,
+    "lr_anneal_steps": 10,
+    "batch_size": 4,
+    "microbatch": 2,
+    "ema_rate": "0.9,0.99",
+    "drop_rate": 0.1,
+    "log_interval": 5,
+    "save_interval": 50,
+    "resume_checkpoint": "auto",
+    "fp16_scale_growth": 2e-3,
+    "is_train": False,
+    "checkpoint_dir": "/runs",
+}
 SAMPLE = {
-    "clip_denoised": False, "num_samples": 12, "use_ddim": True, "model_path": "/m.pt", "results_path": "/r", "is_train": True,
-    "s": 2.5, "pool": "max", "batch_size": 3, "snr": "12.5",
-}  # fmt: skip
+    "clip_denoised": False,
+    "num_samples": 12,
+    "use_ddim": True,
+    "model_path": "/m.pt",
+    "results_path": "/r",
+    "is_train": True,
+    "s": 2.5,
+    "pool": "max",
+    "batch_size": 3,
+    "snr": "12.5",
+}
 FAMILY = [
     (config_class, name, value)
     for config_class, own in ((TrainConfig, TRAIN), (SampleConfig, SAMPLE))
@@ -103,7 +143,7 @@ def test_the_familys_commands(config_class, line):
     assert len(given) == line.count("--")
     assert (config.image_size, config.num_channels, config.learn_sigma, config.precision) == (256, 256, True, "fp16")
     assert config.prediction == "eps" and config.attention_resolutions == "32,16,8"
-    assert ineffective_flags(config, given) == []
+    assert unused_flags(config, given) == []
 
 
 @pytest.mark.parametrize("config_class", BOTH)
@@ -111,7 +151,12 @@ def test_defaults_that_others_rely_on(config_class):
     config, given = parse(config_class)
     assert given == set()
     assert config.one_hot_label is True and config.num_classes == 35 and config.class_cond is True
-    assert (config.noise_bank_size, config.noise_bank_seed, float(config.snr), config.unet_model) == (1000, 150, 100, "unet")
+    assert (config.noise_bank_size, config.noise_bank_seed, float(config.snr), config.unet_model) == (
+        1000,
+        150,
+        100,
+        "unet",
+    )
     assert (config.prediction, config.predict_xstart, config.precision) == ("eps", False, "fp32")
     assert config.is_train is (config_class is TrainConfig)
     if config_class is SampleConfig:
@@ -220,7 +265,8 @@ def test_an_explicit_default_overrides_a_preset():
 
 
 @pytest.mark.parametrize(
-    ("line", "prediction"), [("--predict_xstart True", "x0"), ("--prediction x0", "x0"), ("--prediction v", "v"), ("", "eps")]
+    ("line", "prediction"),
+    [("--predict_xstart True", "x0"), ("--prediction x0", "x0"), ("--prediction v", "v"), ("", "eps")],
 )
 def test_predict_xstart_and_prediction_say_the_same(line, prediction):
     config, _ = parse(TrainConfig, line)
@@ -253,7 +299,12 @@ def test_use_ddim_and_sampler_say_the_same(line, sampler):
 
 @pytest.mark.parametrize(
     ("line", "precision"),
-    [("", "fp32"), ("--use_fp16 True", "fp16"), ("--precision bf16", "bf16"), ("--use_fp16 True --precision fp16", "fp16")],
+    [
+        ("", "fp32"),
+        ("--use_fp16 True", "fp16"),
+        ("--precision bf16", "bf16"),
+        ("--use_fp16 True --precision fp16", "fp16"),
+    ],
 )
 def test_use_fp16_and_precision_say_the_same(line, precision):
     assert parse(TrainConfig, line)[0].precision == precision
@@ -352,13 +403,23 @@ def test_the_banks_size_is_checked_once_it_is_known():
 def test_every_link_pool_and_snr_gets_a_folder_of_its_own():
     found = points(parse(SampleConfig, "--snr 10,2.5 --pool None,med --link analog,digital,ideal --results_path r")[0])
     assert [(p.link, p.pool, p.snr) for p in found] == [
-        ("analog", "None", 10.0), ("analog", "None", 2.5), ("analog", "med", 10.0), ("analog", "med", 2.5),
-        ("digital", "None", 10.0), ("digital", "None", 2.5), ("ideal", "None", float("inf")),
-    ]  # fmt: skip
+        ("analog", "None", 10.0),
+        ("analog", "None", 2.5),
+        ("analog", "med", 10.0),
+        ("analog", "med", 2.5),
+        ("digital", "None", 10.0),
+        ("digital", "None", 2.5),
+        ("ideal", "None", float("inf")),
+    ]
     assert [p.results_path for p in found] == [
-        "r/analog_10dB", "r/analog_2.5dB", "r/analog_med_10dB", "r/analog_med_2.5dB", "r/digital_10dB", "r/digital_2.5dB",
+        "r/analog_10dB",
+        "r/analog_2.5dB",
+        "r/analog_med_10dB",
+        "r/analog_med_2.5dB",
+        "r/digital_10dB",
+        "r/digital_2.5dB",
         "r/ideal",
-    ]  # fmt: skip
+    ]
 
 
 def test_selecting_both_searches_for_the_start():
@@ -498,8 +559,17 @@ def test_create_parser_keeps_flags_that_are_not_given_out():
 # -- damaged and malicious config.json ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("contents", [b"[" * 10**6, b"\x80\x04c__builtin__\nexec\n(S'boom'\ntR.", b" " * 2**21 + b"{}", b"",
-                                      b'{"lr": ' + b"9" * 5000 + b"}", b"\xff\xfe"])  # fmt: skip
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b"[" * 10**6,
+        b"\x80\x04c__builtin__\nexec\n(S'boom'\ntR.",
+        b" " * 2**21 + b"{}",
+        b"",
+        b'{"lr": ' + b"9" * 5000 + b"}",
+        b"\xff\xfe",
+    ],
+)
 def test_a_config_that_is_none_is_refused(tmp_path, contents):
     path = tmp_path / "config.json"
     path.write_bytes(contents)

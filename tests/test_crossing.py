@@ -67,15 +67,19 @@ def test_the_analog_way_is_the_channel(pool, form):
     one_hot = form.get("one_hot", True)
     wanted = transmit(sent.y, 0.22, generators=[stream(7)], num_classes=CLASSES, one_hot=one_hot, pool=pool)
     assert torch.equal(arrival.y, wanted) and not torch.equal(arrival.y, sent.y)
-    assert (arrival.header, arrival.start, arrival.picks, arrival.problems) == (sent.message.header, 3, (), ())
+    assert (arrival.header, arrival.start, arrival.codewords, arrival.problems) == (sent.message.header, 3, (), ())
 
 
 # -- ideal ------------------------------------------------------------------------------------------------------------
 
 
 def same(arrival, sent):
-    return (torch.equal(arrival.y, sent.y) and arrival.header == sent.message.header
-            and arrival.start == sent.message.start_index and not arrival.problems)  # fmt: skip
+    return (
+        torch.equal(arrival.y, sent.y)
+        and arrival.header == sent.message.header
+        and arrival.start == sent.message.start_index
+        and not arrival.problems
+    )
 
 
 def test_bits_that_arrive_are_the_message():

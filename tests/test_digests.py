@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from guided_diffusion import digests
-from guided_diffusion.digests import digest, digest_once
+from guided_diffusion import files as digests
+from guided_diffusion.files import digest, digest_once
 
 
 @pytest.fixture

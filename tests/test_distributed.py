@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
 from guided_diffusion.training.distributed import (
     autocast,
     grad_scaler,
@@ -76,7 +76,9 @@ def test_bf16_on_a_gpu(monkeypatch, supported, used):
     assert usable_precision(torch.device("cuda"), "fp16") == ("fp16", None)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_autocast_dtype(precision, dtype):
     a = torch.ones(2, 2)
     with autocast(CPU, precision):

@@ -6,13 +6,13 @@ import re
 
 import pytest
 
-from guided_diffusion.errors import InputError
-from guided_diffusion.files import check_folder, whole_file
+from guided_diffusion.console import InputError
+from guided_diffusion.files import atomic_write, check_folder
 
 
 def test_a_file_appears_under_its_name_when_it_is_complete(tmp_path):
     path = tmp_path / "a.txt"
-    with whole_file(path) as f:
+    with atomic_write(path) as f:
         f.write("new\n")
         assert not path.exists()
     assert path.read_text() == "new\n"
@@ -22,7 +22,7 @@ def test_a_file_appears_under_its_name_when_it_is_complete(tmp_path):
 def test_a_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), whole_file(path, "wb") as f:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path, "wb") as f:
         f.write(b"half")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old"
@@ -31,9 +31,9 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     path = tmp_path / "a.txt"
-    with whole_file(path) as first:
+    with atomic_write(path) as first:
         first.write("first")
-        with whole_file(path) as second:
+        with atomic_write(path) as second:
             second.write("second, longer")
         assert path.read_text() == "second, longer"
         temporary = [entry.name for entry in tmp_path.iterdir() if entry != path]
@@ -44,7 +44,7 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 
 def test_a_file_in_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with whole_file("a.txt") as f:
+    with atomic_write("a.txt") as f:
         f.write("x")
     assert (tmp_path / "a.txt").read_text() == "x"
 
@@ -58,7 +58,7 @@ def test_the_file_reaches_the_disk_before_its_name_and_the_name_before_the_end(t
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), replace(*names)))
-    with whole_file(tmp_path / "a.txt") as f:
+    with atomic_write(tmp_path / "a.txt") as f:
         f.write("x")
     assert done == ["file", "rename", "folder"]
 
@@ -74,10 +74,10 @@ def test_only_a_platforms_refusal_to_sync_a_folder_is_passed_over(tmp_path, monk
 
     monkeypatch.setattr(os, "fsync", refuse_folders)
     if passes:
-        with whole_file(tmp_path / "a.txt") as f:
+        with atomic_write(tmp_path / "a.txt") as f:
             f.write("x")
     else:
-        with pytest.raises(OSError, match="Input/output error"), whole_file(tmp_path / "a.txt") as f:
+        with pytest.raises(OSError, match="Input/output error"), atomic_write(tmp_path / "a.txt") as f:
             f.write("x")
 
 

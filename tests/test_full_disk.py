@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import torch
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
 from guided_diffusion.training.manifest import problem_of
 
 

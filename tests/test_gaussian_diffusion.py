@@ -228,7 +228,9 @@ def test_a_respaced_process_keeps_the_noise_levels():
 
 
 def losses_of(output, diffusion, t=STEPS, y=None):
-    return diffusion.training_losses(Fixed(output), pictures(), t, y=no_labels() if y is None else y, noise=normals(*SHAPE))
+    return diffusion.training_losses(
+        Fixed(output), pictures(), t, y=no_labels() if y is None else y, noise=normals(*SHAPE)
+    )
 
 
 @pytest.mark.parametrize(
@@ -418,7 +420,13 @@ def test_a_guidance_scale_below_one_is_an_error(s):
 def test_flags_choose_the_process(flags, loss_type, prediction):
     tiny = {"image_size": 32, "num_channels": 32, "channel_mult": "1", "num_res_blocks": 1, "diffusion_steps": 40}
     _, diffusion = create_model_and_diffusion(
-        **{**model_and_diffusion_defaults(), **tiny, "timestep_respacing": "ddim10", "noise_schedule": "cosine", **flags}
+        **{
+            **model_and_diffusion_defaults(),
+            **tiny,
+            "timestep_respacing": "ddim10",
+            "noise_schedule": "cosine",
+            **flags,
+        }
     )
     assert (diffusion.loss_type, diffusion.prediction, diffusion.num_timesteps) == (loss_type, prediction, 10)
     assert diffusion.learn_sigma is flags.get("learn_sigma", False)
@@ -426,7 +434,9 @@ def test_flags_choose_the_process(flags, loss_type, prediction):
     torch.testing.assert_close(diffusion.alphas_cumprod, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options, words", [({"prediction": "score"}, "--prediction score"), ({"loss_type": "l1"}, "l1")])
+@pytest.mark.parametrize(
+    "options, words", [({"prediction": "score"}, "--prediction score"), ({"loss_type": "l1"}, "l1")]
+)
 def test_unknown_names_are_errors(options, words):
     with pytest.raises(InputError, match=f"{words}.*choose one of"):
         GaussianDiffusion(np.full(10, 0.1), **options)

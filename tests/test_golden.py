@@ -95,15 +95,27 @@ def message_digests():
     for k, (scale, levels, method) in enumerate(((1, 0, "ddim"), (2, 2, "dpm++"), (1, 16, "ddpm"))):
         steps = 3 if k == 2 else 0
         header = Header(
-            height=32, width=64, num_classes=35, boundaries=True, label_scale=scale, edge_levels=levels, method=method,
-            steps="20", eta=0.3 if method == "ddim" else 0.0, s=1.7, selected_steps=steps, step_candidates=64 if k == 2 else 0,
-            step_atoms=2 if k == 2 else 0, step_variance="posterior" if k == 2 else "model", fingerprint=bytes(range(8)),
-        )  # fmt: skip
+            height=32,
+            width=64,
+            num_classes=35,
+            boundaries=True,
+            label_scale=scale,
+            edge_levels=levels,
+            method=method,
+            steps="20",
+            eta=0.3 if method == "ddim" else 0.0,
+            s=1.7,
+            selected_steps=steps,
+            step_candidates=64 if k == 2 else 0,
+            step_atoms=2 if k == 2 else 0,
+            step_variance="posterior" if k == 2 else "model",
+            fingerprint=bytes(range(8)),
+        )
         boundary = np.zeros((32, 64), bool)
         boundary[20, 10 : 20 + k] = True
         edges = (np.indices((32, 64)).sum(0) * (k + 1) % levels).astype(np.uint8) if levels else None
-        picks = (((3, 9), (1, -1)), ((0, 63), (1, 1)), ((5, 6), (-1, -1)))[:steps]
-        message = Message(header, label_map(k)[::scale, ::scale], boundary, edges, 321 + k, picks)
+        codewords = (((3, 9), (1, -1)), ((0, 63), (1, 1)), ((5, 6), (-1, -1)))[:steps]
+        message = Message(header, label_map(k)[::scale, ::scale], boundary, edges, 321 + k, codewords)
         found.append(hashlib.sha256(message.to_bytes()).hexdigest())
     return found
 
@@ -126,7 +138,10 @@ def runs():
         train |= {"drop_rate": 0.2, "schedule_sampler": "loss-second-moment", "dropout": 0.1}
         script("image_train.py", *as_arguments({**train, "total_steps": 15}))
         script("image_train.py", *as_arguments({**train, "total_steps": 30, "resume_checkpoint": "auto"}))
-        found, link = {}, {**shared, "model_path": folder / "run", "timestep_respacing": 4, "num_samples": 2, "link": "ideal"}
+        found, link = (
+            {},
+            {**shared, "model_path": folder / "run", "timestep_respacing": 4, "num_samples": 2, "link": "ideal"},
+        )
         for kind in ("model", "ema_0.9_"):
             weights = torch.load(folder / "run" / f"{kind}000030.pt", weights_only=True)
             found[kind] = {name: float(value.double().norm()) for name, value in weights.items()}

@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from guided_diffusion.errors import InputError
-from guided_diffusion.scripts import Interrupted
+from guided_diffusion.console import InputError, Interrupted
 from guided_diffusion.training import group as module
 from guided_diffusion.training.group import FAILED, Group, LostPeer, _Watch, is_connection_error
 
@@ -34,13 +33,16 @@ def test_alone_errors_are_left_as_they_are(error):
     assert found.value is error
 
 
-@pytest.mark.parametrize("error, lost", [
-    (RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection closed by peer"), True),
-    (RuntimeError("NCCL error: remote process exited"), True),
-    (dist.DistNetworkError("Broken pipe"), True),
-    (RuntimeError("shape mismatch"), False),
-    (InputError("gloo"), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, lost",
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection closed by peer"), True),
+        (RuntimeError("NCCL error: remote process exited"), True),
+        (dist.DistNetworkError("Broken pipe"), True),
+        (RuntimeError("shape mismatch"), False),
+        (InputError("gloo"), False),
+    ],
+)
 def test_errors_that_only_come_of_a_lost_peer(error, lost):
     assert is_connection_error(error) == lost
 
@@ -137,14 +139,20 @@ def test_a_save_is_not_broken_off(monkeypatch, capsys):
 FACTS = {"device": "cuda", "batch_size": 4}
 
 
-@pytest.mark.parametrize("found, words", [
-    ([(FACTS, "a 1", ""), (FACTS, "a 2", ""), (FACTS, "b 1", "")], ""),
-    ([({"device": "cpu"}, None, ""), ({"device": "cpu"}, None, "")], ""),
-    ([(FACTS, "a 1", ""), (FACTS | {"batch_size": 8}, "a 2", "")], "--batch_size is 8 in rank 1 and 4 in rank 0"),
-    ([(FACTS, "a 1", ""), (FACTS | {"device": "cpu"}, None, "")], "--device is 'cpu' in rank 1 and 'cuda' in rank 0"),
-    ([(FACTS, "a 1", ""), (FACTS, "b 1", ""), (FACTS, "a 1", "")], "ranks 0 and 2 have the same GPU (a 1)"),
-    ([(FACTS, "a 1", ""), (FACTS | {"device": "cpu"}, None, "no GPU")], "rank 1: no GPU"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "found, words",
+    [
+        ([(FACTS, "a 1", ""), (FACTS, "a 2", ""), (FACTS, "b 1", "")], ""),
+        ([({"device": "cpu"}, None, ""), ({"device": "cpu"}, None, "")], ""),
+        ([(FACTS, "a 1", ""), (FACTS | {"batch_size": 8}, "a 2", "")], "--batch_size is 8 in rank 1 and 4 in rank 0"),
+        (
+            [(FACTS, "a 1", ""), (FACTS | {"device": "cpu"}, None, "")],
+            "--device is 'cpu' in rank 1 and 'cuda' in rank 0",
+        ),
+        ([(FACTS, "a 1", ""), (FACTS, "b 1", ""), (FACTS, "a 1", "")], "ranks 0 and 2 have the same GPU (a 1)"),
+        ([(FACTS, "a 1", ""), (FACTS | {"device": "cpu"}, None, "no GPU")], "rank 1: no GPU"),
+    ],
+)
 def test_what_keeps_processes_from_training_together(found, words):
     assert module.difference(found).startswith(words) and bool(module.difference(found)) == bool(words)
 
@@ -174,7 +182,9 @@ def second_of_two(watch):
     return group
 
 
-@pytest.mark.parametrize(("error", "kind"), [(InputError("no data"), InputError), (FileNotFoundError("no data"), OSError)])
+@pytest.mark.parametrize(
+    ("error", "kind"), [(InputError("no data"), InputError), (FileNotFoundError("no data"), OSError)]
+)
 def test_an_error_is_announced_and_named_after_its_rank(error, kind):
     watch = Watched()
     with pytest.raises(kind, match=r"^rank 1: no data$"), second_of_two(watch).guarded():
@@ -197,8 +207,13 @@ def test_a_bug_keeps_its_traceback():
     assert found.value is bug and watch.announced == ["rank 1 failed: division"]
 
 
-@pytest.mark.parametrize(("reason", "words"), [("rank 0 failed: no data", "rank 1 ends because rank 0 failed: no data"),
-                                               ("", "it lost the connection to another: was one killed. .gloo")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("rank 0 failed: no data", "rank 1 ends because rank 0 failed: no data"),
+        ("", "it lost the connection to another: was one killed. .gloo"),
+    ],
+)
 def test_a_lost_peer_is_said_with_its_reason(reason, words):
     watch = Watched(reason)
     with pytest.raises(LostPeer, match=words), second_of_two(watch).guarded():

@@ -6,7 +6,7 @@ import pytest
 
 from guided_diffusion.config import parse_config
 from guided_diffusion.flags import SampleConfig, TrainConfig
-from guided_diffusion.idle_flags import ineffective_flags
+from guided_diffusion.idle_flags import unused_flags
 
 
 def parse(config_class, line=""):
@@ -38,7 +38,11 @@ def parse(config_class, line=""):
         (TrainConfig, "--rescale_learned_sigmas True", ["rescale_learned_sigmas"]),
         (TrainConfig, "--rescale_learned_sigmas True --learn_sigma True", []),
         (TrainConfig, "--rescale_learned_sigmas True --learn_sigma True --use_kl True", ["rescale_learned_sigmas"]),
-        (TrainConfig, "--noise_bank_size 0 --noise_bank_seed 7 --noise_bank_cache 9", ["noise_bank_seed", "noise_bank_cache"]),
+        (
+            TrainConfig,
+            "--noise_bank_size 0 --noise_bank_seed 7 --noise_bank_cache 9",
+            ["noise_bank_seed", "noise_bank_cache"],
+        ),
         (TrainConfig, "--preview_items 0 --preview_steps 5", ["preview_steps"]),
         (SampleConfig, "--add_noise True --noise_to label --snr 10", ["add_noise", "noise_to"]),
         (SampleConfig, "--add_noise False", []),
@@ -56,7 +60,11 @@ def parse(config_class, line=""):
         (SampleConfig, "--link ideal --snr 10 --pool med", ["snr", "pool"]),
         (SampleConfig, "--link digital --snr 10 --modulation qpsk --code_rate 0.3 --fading rayleigh", []),
         (SampleConfig, "--modulation qpsk --code_rate 0.3 --fading rayleigh", ["modulation", "code_rate", "fading"]),
-        (SampleConfig, "--candidates 4 --distance ssim --feedback_steps 3", ["candidates", "distance", "feedback_steps"]),
+        (
+            SampleConfig,
+            "--candidates 4 --distance ssim --feedback_steps 3",
+            ["candidates", "distance", "feedback_steps"],
+        ),
         (SampleConfig, "--candidates 8 --distance ssim --feedback_steps 3 --noise_index best", []),
         (SampleConfig, "--candidates 4 --feedback_steps 3 --noise_index best", ["feedback_steps"]),
         (SampleConfig, "--distance ssim --selection per_step --local_picture True", ["local_picture"]),
@@ -64,7 +72,11 @@ def parse(config_class, line=""):
         (SampleConfig, "--sampler dpm++ --tail_steps 3", ["tail_steps"]),
         (SampleConfig, "--sampler ddpm --tail_steps 3", []),
         (SampleConfig, "--no_instance True --edge_threshold 0.2 --edge_scale 2", ["edge_threshold", "edge_scale"]),
-        (SampleConfig, "--role receive --messages m --metrics psnr --batch_size 2 --seed 3", ["metrics", "batch_size", "seed"]),
+        (
+            SampleConfig,
+            "--role receive --messages m --metrics psnr --batch_size 2 --seed 3",
+            ["metrics", "batch_size", "seed"],
+        ),
         (
             SampleConfig,
             "--step_candidates 4 --step_atoms 1 --selected_steps 3",
@@ -94,6 +106,6 @@ def parse(config_class, line=""):
 )
 def test_flags_without_effect_get_one_line_each(config_class, line, names):
     config, given = parse(config_class, line)
-    lines = ineffective_flags(config, given)
+    lines = unused_flags(config, given)
     assert sorted(text.split()[0] for text in lines) == sorted(f"--{name}" for name in names)
     assert all("has no effect: " in text for text in lines)

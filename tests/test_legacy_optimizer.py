@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
 from guided_diffusion.training.checkpoint import LEGACY_KEY, load_file
 from guided_diffusion.training.legacy_optimizer import fitted_state
 
@@ -35,8 +35,12 @@ def listed(model, unused=True):
     if not unused:
         return weights
     names = list(weights)
-    return {**{name: weights[name] for name in names[:2]}, UNUSED.format("weight"): torch.zeros(5, 3),
-            UNUSED.format("bias"): torch.zeros(5), **{name: weights[name] for name in names[2:]}}  # fmt: skip
+    return {
+        **{name: weights[name] for name in names[:2]},
+        UNUSED.format("weight"): torch.zeros(5, 3),
+        UNUSED.format("bias"): torch.zeros(5),
+        **{name: weights[name] for name in names[2:]},
+    }
 
 
 def steps(model, optimizer, count, seed):
@@ -126,7 +130,10 @@ def test_our_own_file_goes_on_exactly(uninterrupted):
     model = ours()
     optimizer = adamw(model.parameters())
     steps(model, optimizer, 3, seed=5)
-    legacy = {**model.state_dict(), UNUSED.format("weight"): torch.zeros(5, 3)}  # --export_legacy appends to the model file
+    legacy = {
+        **model.state_dict(),
+        UNUSED.format("weight"): torch.zeros(5, 3),
+    }  # --export_legacy appends to the model file
     for weights in (model.state_dict(), legacy):
         after = go_on(copy.deepcopy(optimizer.state_dict()), copy.deepcopy(weights))
         assert all(torch.equal(after[name], uninterrupted[name]) for name in uninterrupted)
@@ -171,7 +178,10 @@ def test_no_step_taken_yet():
     ("change", "reason"),
     [
         (lambda saved: saved["state"][0].update(exp_avg=torch.zeros(11)), r"first\.weight has exp_avg \(11,\)"),
-        (lambda saved: saved["state"][5].update(exp_avg_sq=1.5), r"second\.bias has exp_avg_sq float, the network needs"),
+        (
+            lambda saved: saved["state"][5].update(exp_avg_sq=1.5),
+            r"second\.bias has exp_avg_sq float, the network needs",
+        ),
         (lambda saved: saved["state"][0].pop("exp_avg"), "has exp_avg NoneType"),
         (lambda saved: saved["state"][0].update(exp_avg=torch.zeros(4, 3, dtype=torch.int64)), "has exp_avg"),
         (lambda saved: saved["state"][0].pop("step"), "no step count"),
@@ -181,7 +191,10 @@ def test_no_step_taken_yet():
         (lambda saved: saved.pop("state"), "expected the state of an optimizer"),
         (lambda saved: saved.update(param_groups=3), "expected the state of an optimizer"),
         (lambda saved: saved["state"].update({0: 3}), "expected the state of an optimizer"),
-        (lambda saved: saved["param_groups"][0].update(params=[0, 0, 2, 3, 4, 5]), "expected the state of an optimizer"),
+        (
+            lambda saved: saved["param_groups"][0].update(params=[0, 0, 2, 3, 4, 5]),
+            "expected the state of an optimizer",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(change, reason):

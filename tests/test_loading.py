@@ -11,9 +11,9 @@ import pytest
 import torch
 from test_image_datasets import equal, load, make_cityscapes, make_coco, refuse, rows, save
 
-from guided_diffusion.data.image_datasets import SceneDataset
+from guided_diffusion.console import InputError
+from guided_diffusion.data.datasets import SceneDataset
 from guided_diffusion.data.loading import MOST_SKIPPED, Positions, SceneBatches, Skipped, order
-from guided_diffusion.errors import InputError
 from guided_diffusion.random_streams import uniform
 
 

@@ -104,7 +104,7 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
 def test_bar_shows_loss_rate_and_goes_on_from_the_resumed_step(tmp_path, capsys):
     logger = RunLogger(tmp_path, start_step=40, total_steps=100)
     logger.row(values(50))
-    logger.say("a line")
+    logger.log("a line")
     logger.bar.update(10)
     assert (logger.bar.n, logger.bar.total) == (50, 100)
     assert "loss=0.5000" in str(logger.bar) and "images/s=3.00" in str(logger.bar)
@@ -117,7 +117,9 @@ def test_torn_lines_and_zeros_of_a_crashed_machine_are_removed(tmp_path):
     log(tmp_path, [10, 20])
     empty = b"," * (len(COLUMNS) - 1)
     with open(tmp_path / "progress.csv", "ab") as f:
-        f.write(b"15,480\r\n" + bytes(64) + b"18" + empty + b"\r\n19" + empty + b"0.1")  # 19 is cut off in its last value
+        f.write(
+            b"15,480\r\n" + bytes(64) + b"18" + empty + b"\r\n19" + empty + b"0.1"
+        )  # 19 is cut off in its last value
     log(tmp_path, [30], start_step=20)
     assert logged_steps(tmp_path) == [10, 20, 18, 30] and b"\0" not in (tmp_path / "progress.csv").read_bytes()
 
@@ -238,7 +240,9 @@ def test_tensorboard_is_left_out_after_its_thread_failed(tmp_path, capsys, monke
     logger.close()
     assert logged_steps(tmp_path) == [10, 20, 30, 40, 50]
     said = capsys.readouterr().err
-    assert said.count(f"TensorBoard cannot be written ({error}): left out from here on") == 1 and "Traceback" not in said
+    assert (
+        said.count(f"TensorBoard cannot be written ({error}): left out from here on") == 1 and "Traceback" not in said
+    )
     assert threading.excepthook is hook
 
 
@@ -262,7 +266,7 @@ def test_a_standard_error_on_a_full_disk_is_passed_over(tmp_path, monkeypatch):
         for step in (10, 20, 30):
             logger.bar.update(10)
             logger.bar.refresh()
-            logger.say("a line")
+            logger.log("a line")
             logger.row(values(step))
         logger.close()
         monkeypatch.undo()
@@ -280,7 +284,9 @@ def test_a_disk_that_is_really_full(tmp_path):
             done = subprocess.run([sys.executable, "-c", FILLED, disk], stderr=log_file, cwd=ROOT, timeout=120)
         said = (disk / "log").read_text()
         assert done.returncode == 0, said
-        assert logged_steps(disk) == list(range(1, 401)) and len((disk / "progress.csv").read_text().splitlines()) == 401
+        assert (
+            logged_steps(disk) == list(range(1, 401)) and len((disk / "progress.csv").read_text().splitlines()) == 401
+        )
         assert said.count("can be written again: ") == 1 and "Traceback" not in said
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -297,7 +303,7 @@ for step in range(1, 401):
     logger.bar.update()
     logger.row({"step": step, "loss": 0.1234567, "lr": 1e-4, "images_per_second": 3.0})
     if step % 10 == 0:
-        logger.say(f"step {step}")
+        logger.log(f"step {step}")
     if step == 300:
         assert logger._waiting and logger._board is None
         filler.unlink()
@@ -310,12 +316,12 @@ logger.close()
 
 def test_silent_logger_takes_what_the_other_takes_and_does_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("row", "picture", "say", "close"):
+    for name in ("row", "picture", "log", "close"):
         assert inspect.signature(getattr(SilentLogger, name)) == inspect.signature(getattr(RunLogger, name))
     logger = SilentLogger()
     logger.row(values(10))
     logger.picture("preview", np.zeros((4, 6, 3), np.uint8), 10)
-    logger.say("a line")
+    logger.log("a line")
     logger.bar.update()
     logger.bar.set_postfix({"loss": "1"}, refresh=True)
     logger.close()

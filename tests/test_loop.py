@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion.errors import InputError
-from guided_diffusion.scripts import Interrupted, Interrupts
+from guided_diffusion.console import InputError, Interrupted, Interrupts
 from guided_diffusion.training import run_state
 from guided_diffusion.training.loop import MAX_SKIPPED, MAX_SKIPPED_SCALED
 
@@ -31,10 +30,14 @@ def table(loop):
 
 
 def test_a_run_writes_whole_checkpoints_and_a_table(make_loop, tmp_path):
-    loop = make_loop(total_steps=3, save_interval=2, ema_rate="0.9,0.99", preview_items=2, preview_steps=2, eval_interval=2)
+    loop = make_loop(
+        total_steps=3, save_interval=2, ema_rate="0.9,0.99", preview_items=2, preview_steps=2, eval_interval=2
+    )
     assert loop.run() == 3
     names = {path.name for path in (tmp_path / "run").glob("*.pt")}
-    assert names == {f"{kind}{step:06d}.pt" for kind in ("model", "opt", "state", "ema_0.9_", "ema_0.99_") for step in (2, 3)}
+    assert names == {
+        f"{kind}{step:06d}.pt" for kind in ("model", "opt", "state", "ema_0.9_", "ema_0.99_") for step in (2, 3)
+    }
     assert {path.name for path in (tmp_path / "run" / "previews").iterdir()} == {"000002.png", "000003.png"}
     rows = table(loop)
     assert [row["step"] for row in rows] == ["1", "2", "3"]
@@ -106,11 +109,20 @@ def test_the_average_follows_its_formula_and_starts_young(make_loop):
             torch.testing.assert_close(loop.emas[rate][key], value, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("flags", [
-    {},
-    {"dropout": 0.3, "schedule_sampler": "loss-second-moment", "learn_sigma": True, "add_noise": True, "drop_rate": 0.3},
-    {"precision": "bf16", "noise_bank_size": 0, "microbatch": 1},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {
+            "dropout": 0.3,
+            "schedule_sampler": "loss-second-moment",
+            "learn_sigma": True,
+            "add_noise": True,
+            "drop_rate": 0.3,
+        },
+        {"precision": "bf16", "noise_bank_size": 0, "microbatch": 1},
+    ],
+)
 def test_resuming_is_exact(make_loop, flags):
     straight = make_loop("straight", total_steps=5, **flags)
     straight.run()

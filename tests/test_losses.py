@@ -17,7 +17,9 @@ def test_mean_flat_keeps_the_batch():
 
 
 def test_nats_to_bits():
-    torch.testing.assert_close(nats_to_bits(torch.tensor([math.log(2), math.log(8), 0.0])), torch.tensor([1.0, 3.0, 0.0]))
+    torch.testing.assert_close(
+        nats_to_bits(torch.tensor([math.log(2), math.log(8), 0.0])), torch.tensor([1.0, 3.0, 0.0])
+    )
 
 
 def test_kl_equals_that_of_torch_distributions():
@@ -33,13 +35,17 @@ def test_kl_equals_that_of_torch_distributions():
 @pytest.mark.parametrize("mean", [-1.0, -0.3, 0.0, 0.77, 1.0, 1.4])
 @pytest.mark.parametrize("scale", [0.002, 0.05, 0.5, 3.0])
 def test_probabilities_of_the_256_bins_sum_to_one(mean, scale):
-    log_likelihood = discretized_gaussian_log_likelihood(LEVELS, torch.full_like(LEVELS, mean), torch.tensor(math.log(scale)))
+    log_likelihood = discretized_gaussian_log_likelihood(
+        LEVELS, torch.full_like(LEVELS, mean), torch.tensor(math.log(scale))
+    )
     assert log_likelihood.exp().sum().item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("mean, scale", [(0.1, 0.3), (-0.95, 0.1), (0.5, 1.0)])
 def test_each_bin_has_its_share_of_the_gaussian(mean, scale):
-    log_likelihood = discretized_gaussian_log_likelihood(LEVELS, torch.full_like(LEVELS, mean), torch.tensor(math.log(scale)))
+    log_likelihood = discretized_gaussian_log_likelihood(
+        LEVELS, torch.full_like(LEVELS, mean), torch.tensor(math.log(scale))
+    )
     normal = Normal(torch.tensor(mean, dtype=torch.float64), scale)
     edges = torch.cat([LEVELS - 1 / 255, LEVELS[-1:] + 1 / 255])
     cdf = normal.cdf(edges)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from corruption import Folder, run
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
 from guided_diffusion.training.checkpoint import save_parts
 from guided_diffusion.training.manifest import (
     HashedWriter,
@@ -58,19 +58,22 @@ def test_torch_writes_in_sequence(tmp_path):
     assert torch.equal(torch.load(tmp_path / "a.pt", weights_only=True)["w"], contents["w"])
 
 
-@pytest.mark.parametrize("change", [
-    lambda raw: raw.replace(b'"val_score": 0.5', b'"val_score": 0.1'),
-    lambda raw: raw.replace(b'"lr"', b'"lR"'),
-    lambda raw: raw.replace(b'"step": 4', b'"step": 5'),
-    lambda raw: raw.replace(b"\n", b"\r\n"),
-    lambda raw: raw + b" ",
-    lambda raw: raw[:-1],
-    lambda raw: b"",
-    lambda raw: b"[" * 100_000,
-    lambda raw: b"\xff" * 50,
-    lambda raw: b"[1]",
-    lambda raw: b"{}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw.replace(b'"val_score": 0.5', b'"val_score": 0.1'),
+        lambda raw: raw.replace(b'"lr"', b'"lR"'),
+        lambda raw: raw.replace(b'"step": 4', b'"step": 5'),
+        lambda raw: raw.replace(b"\n", b"\r\n"),
+        lambda raw: raw + b" ",
+        lambda raw: raw[:-1],
+        lambda raw: b"",
+        lambda raw: b"[" * 100_000,
+        lambda raw: b"\xff" * 50,
+        lambda raw: b"[1]",
+        lambda raw: b"{}",
+    ],
+)
 def test_any_other_text_is_no_manifest(tmp_path, change):
     save(tmp_path, 4, facts={"config": {"lr": 1}, "val_score": 0.5})
     path = tmp_path / manifest_name(4)
@@ -83,7 +86,10 @@ def test_any_other_text_is_no_manifest(tmp_path, change):
 
 
 def test_a_manifest_cannot_point_elsewhere(tmp_path):
-    for name, entry in (("../model000004.pt", {"bytes": 1, "sha256": "0" * 64}), ("a.pt", {"bytes": "1", "sha256": "0" * 64})):
+    for name, entry in (
+        ("../model000004.pt", {"bytes": 1, "sha256": "0" * 64}),
+        ("a.pt", {"bytes": "1", "sha256": "0" * 64}),
+    ):
         (tmp_path / manifest_name(4)).write_text(manifest_text(4, {name: entry}))
         with pytest.raises(InputError, match="makes no sense"):
             read_manifest(tmp_path, 4)
@@ -123,8 +129,17 @@ def test_a_step_without_a_manifest_predates_them_or_was_cut_short(tmp_path):
 
 def test_steps_are_found_by_any_of_their_files(tmp_path):
     assert saved_steps(tmp_path / "gone") == set()
-    for name in ("model000001.pt", "opt000002.pt", "state000003.pt", "manifest1000004.json", "model000005.pt.tmp",
-                 "manifest000006.pt", "opt000007.json", "ema_0.9_000008.pt", "model9.pt"):  # fmt: skip
+    for name in (
+        "model000001.pt",
+        "opt000002.pt",
+        "state000003.pt",
+        "manifest1000004.json",
+        "model000005.pt.tmp",
+        "manifest000006.pt",
+        "opt000007.json",
+        "ema_0.9_000008.pt",
+        "model9.pt",
+    ):
         (tmp_path / name).touch()
     assert saved_steps(tmp_path) == {1, 2, 3, 1_000_004}
     assert saved_steps(tmp_path, ["model"]) == {1}

@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion.link.crossing import DigitalCrossing, IdealCrossing
-from guided_diffusion.measures import (
+from guided_diffusion.evaluation.measures import (
     BASELINE_COLUMNS,
     Measures,
     eight_bit,
@@ -20,9 +19,10 @@ from guided_diffusion.measures import (
     means,
     write_curves,
 )
-from guided_diffusion.metrics import Metrics, bootstrap_interval
-from guided_diffusion.panels import save_picture, to_uint8
-from guided_diffusion.results import ResultsFolder
+from guided_diffusion.evaluation.metrics import Metrics, bootstrap_interval
+from guided_diffusion.evaluation.panels import save_picture, to_uint8
+from guided_diffusion.evaluation.results import ResultsFolder
+from guided_diffusion.link.crossing import DigitalCrossing, IdealCrossing
 
 CLASSES, SIZE = 3, (32, 48)
 NUMBERS = {f"p{k}": k for k in range(3)} | {"q": 9}  # path -> what channel noise follows from
@@ -67,7 +67,9 @@ def test_pictures_are_measured_as_their_files_hold_them():
 
 def test_means_and_intervals_are_numpys():
     values = [20.5, 21.0, 19.0, 30.25]
-    rows = [{"psnr_db": str(v), "steps": k, "path": "x"} for k, v in enumerate(values)] + [{"psnr_db": "", "seconds": None}]
+    rows = [{"psnr_db": str(v), "steps": k, "path": "x"} for k, v in enumerate(values)] + [
+        {"psnr_db": "", "seconds": None}
+    ]
     assert means(rows) == {"psnr_db": np.mean(values), "steps": 1.5}
     assert intervals(rows) == {"psnr_db": list(bootstrap_interval(values))}
     low, high = intervals(rows)["psnr_db"]
@@ -77,7 +79,9 @@ def test_means_and_intervals_are_numpys():
 def test_values_that_are_not_finite_stay_json():
     rows = [{"mismatch_db": "inf", "psnr_db": "1"}, {"mismatch_db": "3", "psnr_db": "nan"}]
     found = means(rows)
-    assert found == {"mismatch_db": 3, "psnr_db": "nan"} and "psnr_db" not in intervals(rows)  # equal pictures are counted
+    assert found == {"mismatch_db": 3, "psnr_db": "nan"} and "psnr_db" not in intervals(
+        rows
+    )  # equal pictures are counted
     json.loads(json.dumps(found, allow_nan=False))
 
 
@@ -100,7 +104,9 @@ def brightness(images):
 def test_measures_over_the_set(results):
     folder, rows = results
     assert measures().whole_set(folder, rows) == {}
-    found = measures("fid,kid,miou", features=lambda images: images.mean((2, 3)), segmenter=brightness).whole_set(folder, rows)
+    found = measures("fid,kid,miou", features=lambda images: images.mean((2, 3)), segmenter=brightness).whole_set(
+        folder, rows
+    )
     assert found["miou_real"] == 1.0 and 0.5 < found["miou"] < 1
     assert 0 < found["fid_features"] < 0.01 and "kid_features" in found
     same = measures("fid", features=lambda images: images.mean((2, 3))).whole_set(folder, rows, "images")
@@ -142,7 +148,9 @@ def test_codecs_are_not_run_again(results, monkeypatch):
     first = ours.compare(folder, rows, IdealCrossing(), 0, NUMBERS)
     calls, code = [], ours._code
     monkeypatch.setattr(ours, "_code", lambda *args: calls.append(args[1]["name"]) or code(*args))
-    assert [row["psnr_db"] for row in ours.compare(folder, rows, IdealCrossing(), 0, NUMBERS)] == [r["psnr_db"] for r in first]
+    assert [row["psnr_db"] for row in ours.compare(folder, rows, IdealCrossing(), 0, NUMBERS)] == [
+        r["psnr_db"] for r in first
+    ]
     assert calls == []
     folder.file("baseline_jpeg", "n1").unlink()
     ours.compare(folder, rows, IdealCrossing(), 0, NUMBERS)
@@ -182,7 +190,12 @@ SUMMARIES = [
     ("analog", "None", 10.0, point(20.0)),
     ("analog", "med", 10.0, point(19.0)),
     ("analog", "None", 5.0, point(18.0)),
-    ("digital", "None", 5.0, point("inf", 1, baselines={"jpeg": {"mean": {"psnr_db": 15.0}, "set": {}, "without_picture": 2}})),
+    (
+        "digital",
+        "None",
+        5.0,
+        point("inf", 1, baselines={"jpeg": {"mean": {"psnr_db": 15.0}, "set": {}, "without_picture": 2}}),
+    ),
     ("ideal", "None", math.inf, point(21.0)),
 ]
 

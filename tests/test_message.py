@@ -17,7 +17,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
 from guided_diffusion.link import source_coding
 from guided_diffusion.link.message import CRC_BYTES, HEADER_BYTES, PARTS, Header, Message, read_header, receive_parts
 from guided_diffusion.link.source_coding import choice_bits
@@ -34,7 +34,7 @@ def make(seed=0, **fields):
     header, rng = Header(**fields), random.Random(seed)
     boundary = planes(header.height, header.width, 2, seed + 1).astype(bool) if header.boundaries else None
     edges = planes(*header.edge_shape, header.edge_levels, seed + 2, 2) if header.edge_levels else None
-    picks = tuple(
+    codewords = tuple(
         (
             tuple(sorted(rng.sample(range(header.step_candidates), header.step_atoms))),
             tuple(rng.choice((-1, 1)) for _ in range(header.step_atoms)),
@@ -42,7 +42,7 @@ def make(seed=0, **fields):
         for _ in range(header.selected_steps)
     )
     start = rng.randrange(header.bank_size) if header.start_sent else None
-    return Message(header, planes(*header.label_shape, header.num_classes, seed), boundary, edges, start, picks)
+    return Message(header, planes(*header.label_shape, header.num_classes, seed), boundary, edges, start, codewords)
 
 
 SELECTED = {"selected_steps": 12, "step_candidates": 256, "step_atoms": 4, "steps": "20", "step_variance": "posterior"}
@@ -50,9 +50,24 @@ KINDS = [
     {},
     {"boundaries": True, "edge_levels": 2, **SELECTED},
     {"boundaries": True, "label_scale": 8, "start_sent": False},
-    {"edge_levels": 256, "edge_scale": 4, "label_scale": 2, "stop_step": 17, "steps": "ddim50", "method": "ddim", "eta": 0.3},
+    {
+        "edge_levels": 256,
+        "edge_scale": 4,
+        "label_scale": 2,
+        "stop_step": 17,
+        "steps": "ddim50",
+        "method": "ddim",
+        "eta": 0.3,
+    },
     {"edge_plane": False, "one_hot": False, "height": 23, "width": 37, "label_scale": 4, "num_classes": 183, "s": 1.7},
-    {"bank_size": 1, "bank_seed": -(2**63), "clip_denoised": False, "precision": "bf16", "tail_steps": 9, "num_classes": 1},
+    {
+        "bank_size": 1,
+        "bank_seed": -(2**63),
+        "clip_denoised": False,
+        "precision": "bf16",
+        "tail_steps": 9,
+        "num_classes": 1,
+    },
     {"method": "dpm++", "steps": "logsnr20", "tail_steps": 3},
     {"start_sent": False, **SELECTED, "selected_steps": 20, "step_atoms": 1, "edge_levels": 3, "edge_scale": 8},
 ]
@@ -67,7 +82,11 @@ def test_from_bytes_is_the_inverse_of_to_bytes(fields):
     data = message.to_bytes()
     found = Message.from_bytes(data)
     assert found == message and found.to_bytes() == data
-    for mine, theirs in ((message.label, found.label), (message.boundary, found.boundary), (message.edges, found.edges)):
+    for mine, theirs in (
+        (message.label, found.label),
+        (message.boundary, found.boundary),
+        (message.edges, found.edges),
+    ):
         assert (mine is None and theirs is None) or (mine.dtype == theirs.dtype and mine.shape == theirs.shape)
     assert read_header(data)[0] == message.header
 
@@ -96,7 +115,7 @@ def test_equality_looks_into_the_maps():
         {"boundary": None},
         {"edges": 1 - message.edges},
         {"start_index": 0},
-        {"picks": message.picks[1:]},
+        {"codewords": message.codewords[1:]},
         {"header": dataclasses.replace(message.header, s=2)},
     ):
         assert dataclasses.replace(message, **change) != message
@@ -199,9 +218,9 @@ def test_headers_that_cannot_be_sent(fields, fragment):
         ({"label": np.full((24, 40), 35, np.uint8)}, "needs ids below 35"),
         ({"boundary": None}, "boundary plane of shape None"),
         ({"edges": np.zeros((24, 40), np.uint8)}, r"image edges of shape \(24, 40\); the header asks for \(12, 20\)"),
-        ({"start_index": None}, "start index None .* asks for a start index and 12 picks"),
+        ({"start_index": None}, "start index None .* asks for a start index and 12 codewords"),
         ({"start_index": 1000}, "noise index 1000"),
-        ({"picks": ()}, "0 picks"),
+        ({"codewords": ()}, "0 codewords"),
     ],
 )
 def test_maps_that_are_not_as_the_header_says(change, fragment):
@@ -258,8 +277,14 @@ def test_whole_parts_are_the_message():
     for fields in KINDS:
         message = make(**fields)
         reception = receive_parts(message.parts())
-        found = Message(reception.header, reception.label, reception.boundary, reception.edges, reception.start_index,
-                        reception.picks)  # fmt: skip
+        found = Message(
+            reception.header,
+            reception.label,
+            reception.boundary,
+            reception.edges,
+            reception.start_index,
+            reception.codewords,
+        )
         assert found == message and reception.problems == ()
 
 
@@ -275,7 +300,7 @@ def test_each_lost_part_costs_itself_alone(lost, how):
         "header": reception.header is not None,
         "labels": reception.label is not None,
         "edges": reception.boundary is not None and reception.edges is not None,
-        "indices": reception.start_index is not None and len(reception.picks) == 12,
+        "indices": reception.start_index is not None and len(reception.codewords) == 12,
     }
     assert there == {name: lost not in ("header", name) for name in PARTS}
 
@@ -289,13 +314,13 @@ def test_lost_indices_leave_their_beginning():
         whole = max(0, min(12, (8 * size - 10) // per_step))
         assert reception.problems == ("indices",)
         assert reception.start_index == (WHOLE.start_index if size >= 2 else None)
-        assert reception.picks == WHOLE.picks[:whole]
+        assert reception.codewords == WHOLE.codewords[:whole]
 
 
 def test_everything_lost():
     for parts in ({}, dict.fromkeys(PARTS), dict.fromkeys(PARTS, b"")):
         reception = receive_parts(parts, b"anything")
-        assert reception.problems == ("header",) and reception.header is None and reception.picks == ()
+        assert reception.problems == ("header",) and reception.header is None and reception.codewords == ()
 
 
 def test_a_missing_plugin_is_said(monkeypatch):
@@ -303,7 +328,7 @@ def test_a_missing_plugin_is_said(monkeypatch):
         raise source_coding.MissingPlugin("pip install pillow-jxl-plugin")
 
     monkeypatch.setattr(source_coding, "_from_lzma", refuse)
-    monkeypatch.setattr(source_coding.context_coding, "MAX_PIXELS", 0)
+    monkeypatch.setattr(source_coding.entropy_coding, "MAX_PIXELS", 0)
     monkeypatch.setattr(source_coding, "jxl_available", lambda: False)
     parts = make().parts()
     with pytest.raises(InputError, match="pip install pillow-jxl-plugin"):
@@ -353,14 +378,18 @@ def oversized(rng, data):
 
 def resized(rng, data):
     """Claim another picture size."""
-    height, width = rng.choice(((8192, 2048), (4096, 4096), (256, 512), (24, 41), (rng.randrange(8193), rng.randrange(8193))))
+    height, width = rng.choice(
+        ((8192, 2048), (4096, 4096), (256, 512), (24, 41), (rng.randrange(8193), rng.randrange(8193)))
+    )
     return data[:3] + struct.pack("<HH", height, width) + data[7:]
 
 
 def another_body(rng, data, message):
     """Replace a part's content by noise, a bomb or another map; checksums and lengths are right."""
     bodies = [part[:-CRC_BYTES] for part in list(message.parts().values())[1:]]
-    bomb = source_coding.lzma.compress(bytes(2**20), source_coding.lzma.FORMAT_RAW, filters=source_coding._lzma_filters(2**20))
+    bomb = source_coding.lzma.compress(
+        bytes(2**20), source_coding.lzma.FORMAT_RAW, filters=source_coding._lzma_filters(2**20)
+    )
     body = rng.choice(
         (
             rng.randbytes(rng.randrange(1, 400)),
@@ -379,8 +408,19 @@ def mutate(rng, messages, originals):
     """Return (kind, data): one damaged message."""
     k = rng.randrange(len(originals))
     data, other = originals[k], rng.choice(originals)
-    kind = rng.choice(("truncated", "extended", "flipped", "spliced", "forged flip", "forged header", "forged claim",
-                       "forged size", "forged part"))  # fmt: skip
+    kind = rng.choice(
+        (
+            "truncated",
+            "extended",
+            "flipped",
+            "spliced",
+            "forged flip",
+            "forged header",
+            "forged claim",
+            "forged size",
+            "forged part",
+        )
+    )
     match kind:
         case "truncated":
             return kind, data[: rng.randrange(len(data))]
@@ -408,7 +448,9 @@ def check_consistent(message):
     header = message.header
     header.check()
     assert message.label.shape == header.label_shape and message.label.max() < header.num_classes
-    assert (message.boundary is not None) == header.boundaries and (message.edges is not None) == (header.edge_levels > 0)
+    assert (message.boundary is not None) == header.boundaries and (message.edges is not None) == (
+        header.edge_levels > 0
+    )
     if header.height * header.width <= 2**12:
         assert Message.from_bytes(message.to_bytes()) == message
 
@@ -433,7 +475,9 @@ def fuzz(count, seed=0):
             found = None
         slowest = max(slowest, time.perf_counter() - started)
         if found is not None and not kind.startswith("forged"):
-            assert data in originals and found == messages[originals.index(data)], f"{kind}: wrong message passed as right"
+            assert data in originals and found == messages[originals.index(data)], (
+                f"{kind}: wrong message passed as right"
+            )
         elif found is not None:
             check_consistent(found)
         outcomes[kind, "refused" if found is None else "original" if data in originals else "another message"] += 1

@@ -13,9 +13,9 @@ import pytest
 import torch
 import torchvision
 
-from guided_diffusion import metrics
-from guided_diffusion.errors import InputError
-from guided_diffusion.metrics import (
+from guided_diffusion.console import InputError
+from guided_diffusion.evaluation import metrics
+from guided_diffusion.evaluation.metrics import (
     METRICS,
     Metrics,
     accuracy_and_iou,
@@ -104,7 +104,9 @@ def naive_ssim(a, b, contrast_only=False):
                 su, sv = (window * u * u).sum() - mu**2, (window * v * v).sum() - mv**2
                 cross = (window * u * v).sum() - mu * mv
                 contrast = (2 * cross + 0.03**2) / (su + sv + 0.03**2)
-                values.append(contrast if contrast_only else contrast * (2 * mu * mv + 0.01**2) / (mu**2 + mv**2 + 0.01**2))
+                values.append(
+                    contrast if contrast_only else contrast * (2 * mu * mv + 0.01**2) / (mu**2 + mv**2 + 0.01**2)
+                )
     return float(torch.stack(values).mean())
 
 
@@ -150,8 +152,10 @@ def backbones(tmp_path_factory):
         with torch.device("meta"):
             network = getattr(torchvision.models, kind)(weights=None).features
         stream = torch.Generator().manual_seed(0)
-        weights = {f"features.{key}": torch.randn(value.shape, generator=stream) / max(1, value[0].numel()) ** 0.5
-                   for key, value in network.state_dict().items()}  # fmt: skip
+        weights = {
+            f"features.{key}": torch.randn(value.shape, generator=stream) / max(1, value[0].numel()) ** 0.5
+            for key, value in network.state_dict().items()
+        }
         torch.save(weights, folder / f"{name}.pth")
     return folder
 
@@ -187,7 +191,9 @@ def test_loading_leaves_the_global_stream_alone(backbones):
 
 def test_lpips_weights_of_another_network(tmp_path, backbones):
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"--lpips_weights .*other.pth: not the weights of torchvision's AlexNet, VGG16"):
+    with pytest.raises(
+        InputError, match=r"--lpips_weights .*other.pth: not the weights of torchvision's AlexNet, VGG16"
+    ):
         lpips_network(tmp_path / "other.pth")
     part = torch.load(backbones / "alex.pth", weights_only=True)
     del part["features.6.bias"]
@@ -210,7 +216,9 @@ def test_bad_weight_files(content, tmp_path):
         path.write_text("hello")
     elif content != "none":
         torch.save(Bomb() if content == "bomb" else [1], path)
-    with pytest.raises(InputError, match=r"--lpips_weights .*weights.pth: (cannot be read|expected a state dict)") as caught:
+    with pytest.raises(
+        InputError, match=r"--lpips_weights .*weights.pth: (cannot be read|expected a state dict)"
+    ) as caught:
         Metrics("psnr,lpips", lpips_weights=str(path))
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
 
@@ -232,7 +240,9 @@ def test_missing_weights_are_one_line_before_the_run(torch_home, monkeypatch):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(metrics.urllib.request, "urlopen", refuse)
-    message = "--metrics lpips: AlexNet's weights are not at .*alexnet-owt.*no route.*give --lpips_weights FILE .*leave lpips"
+    message = (
+        "--metrics lpips: AlexNet's weights are not at .*alexnet-owt.*no route.*give --lpips_weights FILE .*leave lpips"
+    )
     with pytest.raises(InputError, match=message) as caught:
         Metrics(["lpips"])
     assert "\n" not in str(caught.value) and asked[0][1] <= 10
@@ -266,7 +276,9 @@ def test_lpips_from_torch_home(torch_home, backbones, monkeypatch):
 
 def test_fid_without_torch_fidelity(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(InputError, match="need Inception from torch-fidelity: pip install torch-fidelity, give --features"):
+    with pytest.raises(
+        InputError, match="need Inception from torch-fidelity: pip install torch-fidelity, give --features"
+    ):
         Metrics("kid")
 
 
@@ -347,7 +359,9 @@ def test_few_pictures_are_noted():
 def test_accuracy_and_iou_by_counting():
     draw = torch.Generator().manual_seed(3)
     label, predicted = (torch.randint(0, k, (2, 1, 8, 8), generator=draw) for k in (3, 5))
-    overlaps = [(((label == k) & (predicted == k)).sum() / ((label == k) | (predicted == k)).sum()).item() for k in range(3)]
+    overlaps = [
+        (((label == k) & (predicted == k)).sum() / ((label == k) | (predicted == k)).sum()).item() for k in range(3)
+    ]
     accuracy, iou = accuracy_and_iou(confusion_matrix(predicted, label, 6))
     assert accuracy == pytest.approx((label == predicted).float().mean().item())
     assert iou == pytest.approx(sum(overlaps) / 3)  # classes 3 and 4 are predicted, but not there
@@ -421,6 +435,6 @@ def test_bootstrap_interval():
 
 
 def test_importing_does_not_load_torchmetrics():
-    code = "import sys, guided_diffusion.metrics; print('torchmetrics' in sys.modules, 'torchvision' in sys.modules)"
+    code = "import sys, guided_diffusion.evaluation.metrics; print('torchmetrics' in sys.modules, 'torchvision' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "False False\n"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
 from guided_diffusion.link.noise_bank import NoiseBank
 
 PUBLISHED = [-0.35526115, -1.2102110, -0.23894458, -0.23477638]  # first floats of entry 0 at seed 150
@@ -54,7 +54,8 @@ def test_multiples_of_16_equal_one_draw(shape, size):
 
 
 @pytest.mark.parametrize(
-    ("shape", "size"), [((3, 5, 7), 12), ((3, 33, 65), 4), ((1, 1, 3), 9), ((3, 2, 4), 6), ((1, 2, 4), 6), ((1, 1, 1), 5)]
+    ("shape", "size"),
+    [((3, 5, 7), 12), ((3, 33, 65), 4), ((1, 1, 3), 9), ((3, 2, 4), 6), ((1, 2, 4), 6), ((1, 1, 1), 5)],
 )
 def test_other_sizes_are_drawn_entry_by_entry(shape, size):
     bank = NoiseBank(shape, size, seed=7)

@@ -5,9 +5,9 @@ import blobfile as bf
 import numpy as np
 import pytest
 
+from guided_diffusion.console import InputError
 from guided_diffusion.data import pairing
 from guided_diffusion.data.pairing import ade20k_ids, cityscapes_ids, coco_ids, find_pairs
-from guided_diffusion.errors import InputError
 
 
 def touch(root, *names):

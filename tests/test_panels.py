@@ -6,7 +6,14 @@ import torch
 from PIL import Image
 
 from guided_diffusion.data.semantics import encode_semantics
-from guided_diffusion.panels import colour_labels, palette, picture_grid, save_picture, show_semantics, to_uint8
+from guided_diffusion.evaluation.panels import (
+    colour_labels,
+    palette,
+    picture_grid,
+    save_picture,
+    show_semantics,
+    to_uint8,
+)
 
 K = 35
 LABEL = torch.tensor([[7, 8, 11], [23, 26, 34]])[None, None]  # (1, 1, 2, 3)
@@ -16,7 +23,9 @@ ROAD, CAR = (128, 64, 128), (0, 0, 142)
 # -- colours ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ident", "colour"), [(7, ROAD), (11, (70, 70, 70)), (23, (70, 130, 180)), (26, CAR), (0, (0, 0, 0))])
+@pytest.mark.parametrize(
+    ("ident", "colour"), [(7, ROAD), (11, (70, 70, 70)), (23, (70, 130, 180)), (26, CAR), (0, (0, 0, 0))]
+)
 def test_cityscapes_colours(ident, colour):
     assert tuple(palette(35)[ident]) == colour
 
@@ -35,7 +44,9 @@ def test_to_uint8_is_the_inverse_of_the_range_and_clips():
     array = to_uint8(pictures)
     assert array.shape == (2, 16, 16, 3) and array.dtype == np.uint8
     np.testing.assert_array_equal(array[1, :, :, 2].ravel(), np.arange(256))
-    assert to_uint8(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2).expand(1, 3, 1, 2)).tolist() == [[[[0] * 3, [255] * 3]]]
+    assert to_uint8(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2).expand(1, 3, 1, 2)).tolist() == [
+        [[[0] * 3, [255] * 3]]
+    ]
 
 
 def test_to_uint8_keeps_channels_and_pixels_in_place():

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion.data.image_datasets import SceneDataset
+from guided_diffusion.console import InputError
+from guided_diffusion.data.datasets import SceneDataset
 from guided_diffusion.data.picture_folder import PictureFolder, find_pictures
-from guided_diffusion.errors import InputError
 
 
 def darkness(image):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from guided_diffusion.console import InputError
 from guided_diffusion.data import pictures
-from guided_diffusion.errors import InputError
 
 
 def noise(height, width, channels=3, seed=0):

@@ -16,14 +16,37 @@ import torch
 from conftest import TINY, TRAIN, as_arguments
 
 SCRIPT = str(Path(__file__).resolve().parent.parent / "image_train.py")
-FLAGS = {**TINY, **TRAIN, "lr": 1e-4, "total_steps": 30, "save_interval": 15, "eval_interval": 10, "eval_items": 3,
-         "log_interval": 4, "preview_items": 1, "preview_steps": 2,
-         "schedule_sampler": "loss-second-moment", "diffusion_steps": 2}  # fmt: skip
-ALONE = {name: value for name, value in os.environ.items()
-         if not name.startswith(("SLURM_", "PMI_", "OMPI_")) and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}  # fmt: skip
+FLAGS = {
+    **TINY,
+    **TRAIN,
+    "lr": 1e-4,
+    "total_steps": 30,
+    "save_interval": 15,
+    "eval_interval": 10,
+    "eval_items": 3,
+    "log_interval": 4,
+    "preview_items": 1,
+    "preview_steps": 2,
+    "schedule_sampler": "loss-second-moment",
+    "diffusion_steps": 2,
+}
+ALONE = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("SLURM_", "PMI_", "OMPI_")) and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+}
 ENVIRONMENT = {**ALONE, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint",
-            "localhost:0"]  # fmt: skip
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node",
+    "2",
+    "--rdzv_backend",
+    "c10d",
+    "--rdzv_endpoint",
+    "localhost:0",
+]
 
 
 def train(launcher, folder, scenes, **changes):
@@ -92,7 +115,9 @@ def test_sharded_training_is_the_same_and_its_checkpoints_are_anybodys(alone, sc
     assert opt["state"].keys() == whole["state"].keys()
     assert all(opt["state"][k]["exp_avg"].shape == whole["state"][k]["exp_avg"].shape for k in whole["state"])
     shutil.copytree(folder, tmp_path / "one")
-    train([sys.executable], tmp_path / "one", scenes, batch_size=4, resume_checkpoint="auto")  # another number of processes
+    train(
+        [sys.executable], tmp_path / "one", scenes, batch_size=4, resume_checkpoint="auto"
+    )  # another number of processes
     train(TORCHRUN, folder, scenes, batch_size=2, microbatch=1, fsdp=True, resume_checkpoint="auto")
     for other in (folder, tmp_path / "one"):
         assert_nearly_same_training(alone, other)
@@ -130,9 +155,14 @@ class Pair:
             flags |= changes | per_rank[rank]
             self.logs.append(checkpoint_dir.parent / f"rank{rank}.log")
             with open(self.logs[-1], "w") as log:
-                self.processes.append(subprocess.Popen(
-                    [sys.executable, SCRIPT, *as_arguments(flags)], stdout=log, stderr=log,
-                    env=ENVIRONMENT | {name: str(value) for name, value in place.items()}))  # fmt: skip
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, SCRIPT, *as_arguments(flags)],
+                        stdout=log,
+                        stderr=log,
+                        env=ENVIRONMENT | {name: str(value) for name, value in place.items()},
+                    )
+                )
 
     def wait_for(self, path):
         deadline = time.monotonic() + 180
@@ -169,10 +199,13 @@ def test_one_rank_without_its_data_ends_both_with_the_reason(scenes, tmp_path, b
     assert not any("Traceback" in text for text in said)
 
 
-@pytest.mark.parametrize(("flag", "words"), [
-    ({"batch_size": 4}, "--batch_size is 4 in rank 1 and 2 in rank 0"),
-    ({"device": "cuda"}, "rank 1: --device cuda: this machine shows 0 CUDA devices"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ({"batch_size": 4}, "--batch_size is 4 in rank 1 and 2 in rank 0"),
+        ({"device": "cuda"}, "rank 1: --device cuda: this machine shows 0 CUDA devices"),
+    ],
+)
 def test_what_one_rank_cannot_or_does_otherwise_is_refused_by_both(scenes, tmp_path, flag, words):
     with Pair([scenes, scenes], tmp_path / "run", per_rank=({}, flag)) as pair:
         assert pair.codes() == [2, 2]
@@ -195,7 +228,9 @@ def test_a_killed_rank_ends_the_other(scenes, tmp_path, killed):
         codes = pair.codes(60)
         said = pair.said()[1 - killed]
     assert codes[killed] == -signal.SIGKILL and codes[1 - killed] == 1
-    assert re.search(rf"error: rank {1 - killed} ends because (it lost|rank {killed})", said) and "Traceback" not in said
+    assert (
+        re.search(rf"error: rank {1 - killed} ends because (it lost|rank {killed})", said) and "Traceback" not in said
+    )
 
 
 def test_a_signal_to_one_rank_saves_and_ends_both_alike(scenes, tmp_path):

@@ -21,7 +21,8 @@ def test_seeds_are_63_bit_integers():
 
 
 @pytest.mark.parametrize(
-    "other", [(1, "flip", 3, 4), (0, "crop", 3, 4), (0, "flip", 4, 3), (0, "flip", 3), (0, "flip", 3, 4, 0), (0, "flip", 3, -4)]
+    "other",
+    [(1, "flip", 3, 4), (0, "crop", 3, 4), (0, "flip", 4, 3), (0, "flip", 3), (0, "flip", 3, 4, 0), (0, "flip", 3, -4)],
 )
 def test_seed_purpose_and_every_position_count(other):
     assert stream_seed(0, "flip", 3, 4) != stream_seed(*other)

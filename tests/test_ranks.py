@@ -6,15 +6,26 @@ import sys
 
 import pytest
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
 from guided_diffusion.training import ranks
 from guided_diffusion.training.ranks import Ranks, Share, find_ranks, find_share
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
-STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1234",
-        "SLURM_JOB_NODELIST": "node9"}  # fmt: skip
-BATCH_SHELL = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "node9",
-               "SLURM_JOB_ID": "1234"}  # fmt: skip
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "1234",
+    "SLURM_JOB_NODELIST": "node9",
+}
+BATCH_SHELL = {
+    "SLURM_PROCID": "0",
+    "SLURM_NTASKS": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_NODELIST": "node9",
+    "SLURM_JOB_ID": "1234",
+}
 
 
 def without(environment, name):
@@ -114,8 +125,10 @@ def test_shares_of_ranks():
 
 
 def array(task, least, most, count):
-    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in
-            (("ID", task), ("MIN", least), ("MAX", most), ("COUNT", count))}  # fmt: skip
+    return {
+        f"SLURM_ARRAY_TASK_{name}": str(value)
+        for name, value in (("ID", task), ("MIN", least), ("MAX", most), ("COUNT", count))
+    }
 
 
 @pytest.mark.parametrize(("tasks", "ranks"), [(range(4), 1), (range(1, 4), 2), (range(3, 12, 4), 1), (range(5, 6), 3)])

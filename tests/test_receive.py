@@ -13,9 +13,9 @@ from PIL import Image
 
 from guided_diffusion import build_link, prepare
 from guided_diffusion.config import SampleConfig, parse_config, points
-from guided_diffusion.errors import InputError
-from guided_diffusion.receive import Receiving, read_message
-from guided_diffusion.regenerate import Regeneration
+from guided_diffusion.console import InputError
+from guided_diffusion.evaluation.receive import Receiving, read_message
+from guided_diffusion.evaluation.run import Regeneration
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -163,10 +163,15 @@ def test_a_folder_without_messages_is_named(receive, tmp_path):
 
 
 def test_messages_of_several_sizes_and_folders(transmit, receive, tmp_path):
-    rows = transmit("sent/wide", num_samples=2) + transmit("sent/large", num_samples=1, image_size=32, attention_resolutions=16)
+    rows = transmit("sent/wide", num_samples=2) + transmit(
+        "sent/large", num_samples=1, image_size=32, attention_resolutions=16
+    )
     received = receive("sent").run()
     assert sorted(row["picture_sha256"] for row in received) == sorted(row["picture_sha256"] for row in rows)
-    assert {picture.shape for picture in pixels(tmp_path / "received" / "samples").values()} == {(16, 32, 3), (32, 64, 3)}
+    assert {picture.shape for picture in pixels(tmp_path / "received" / "samples").values()} == {
+        (16, 32, 3),
+        (32, 64, 3),
+    }
     assert len({row["name"] for row in received}) == 3
 
 

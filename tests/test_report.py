@@ -6,7 +6,7 @@ from torch import nn
 
 from guided_diffusion import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.diffusion.unet import ResBlock
-from guided_diffusion.report import (
+from guided_diffusion.evaluation.memory import (
     activation_elements,
     describe_label_memory,
     describe_labels,
@@ -16,7 +16,13 @@ from guided_diffusion.report import (
 )
 
 H, W = 16, 32
-FLAGS = {"num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1, "num_classes": 4, "attention_resolutions": "32"}
+FLAGS = {
+    "num_channels": 32,
+    "channel_mult": "1,2",
+    "num_res_blocks": 1,
+    "num_classes": 4,
+    "attention_resolutions": "32",
+}
 
 
 def create(**flags):
@@ -119,8 +125,9 @@ def test_sampling_takes_less_than_training():
 def test_sampling_counts_label_maps_that_are_kept(s, factor):
     model = meta_model()
     kept = model.modulation_bytes(2, H, W) / 2**30
-    plain, exact, beyond = (memory_estimate(model, H, W, 2, "fp32", None, s, limit)["activations"]
-                            for limit in (0.0, kept, 0.99 * kept))  # fmt: skip
+    plain, exact, beyond = (
+        memory_estimate(model, H, W, 2, "fp32", None, s, limit)["activations"] for limit in (0.0, kept, 0.99 * kept)
+    )
     assert exact - plain == pytest.approx(kept) and beyond == plain
     assert plain == pytest.approx(factor * memory_estimate(model, H, W, 2, "fp32", None)["activations"])
     line = describe_label_memory(model, H, W, 2, "fp32", kept)
@@ -152,7 +159,11 @@ def test_describe_labels_of_nothing():
 def test_describe_network():
     parameters, memory = describe_network(create, 16, 32, 4, "bf16", ema_count=1)
     assert parameters == f"parameters: {parameter_count(create()):,}"
-    assert memory.startswith("memory estimate: ") and "optimizer and averages" in memory and "batch 4, 16x32, bf16" in memory
+    assert (
+        memory.startswith("memory estimate: ")
+        and "optimizer and averages" in memory
+        and "batch 4, 16x32, bf16" in memory
+    )
     assert "optimizer" not in describe_network(create, 16, 32, 4, "bf16")[1]
 
 

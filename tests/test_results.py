@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.errors import InputError
-from guided_diffusion.panels import save_picture
-from guided_diffusion.results import (
+from guided_diffusion.console import InputError
+from guided_diffusion.evaluation.panels import save_picture
+from guided_diffusion.evaluation.results import (
     ResultsFolder,
     is_last,
     picture_digest,
@@ -136,7 +136,9 @@ def test_shares_see_each_others_rows_and_write_their_own(shared):
     shared(2, 3).write_own(rows_of(2, 1))
     for share in ((0, 1), (0, 2), (2, 3)):
         assert shared(*share).finished_rows(NUMBERS, NAMES) == rows_of(0, 1, 2, 3, 4)
-    found = {share: shared(*share).finished_rows(NUMBERS, NAMES, own=True) for share in ((0, 1), (0, 2), (1, 2), (2, 3))}
+    found = {
+        share: shared(*share).finished_rows(NUMBERS, NAMES, own=True) for share in ((0, 1), (0, 2), (1, 2), (2, 3))
+    }
     assert found == {(0, 1): rows_of(0, 4), (0, 2): {}, (1, 2): rows_of(1, 3), (2, 3): rows_of(1, 2)}
     assert [path.name for path in shared(0, 1).shard_tables()] == ["results_1of2.csv", "results_2of3.csv"]
 

@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from guided_diffusion.errors import InputError
-from guided_diffusion.scripts import REQUEUE, Interrupted, Interrupts, bar_options, run_script, say
+from guided_diffusion.console import REQUEUE, InputError, Interrupted, Interrupts, bar_options, log, run_script
 
 
 @pytest.mark.parametrize(
@@ -76,14 +75,14 @@ def test_at_once_breaks_the_work_at_the_first_signal_only(number):
 def test_a_log_on_a_full_disk_ends_nothing():
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
-    code = "from guided_diffusion.scripts import say; say('line'); print('went on')"
+    code = "from guided_diffusion.console import log; log('line'); print('went on')"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, text=True)
     assert done.stdout == "went on\n"
 
 
 def test_say_writes_a_line(capsys):
-    say("line")
+    log("line")
     assert capsys.readouterr().err == "line\n"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tiny_network
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
 from guided_diffusion.training import safe_reading
 from guided_diffusion.training.checkpoint import load_file
 
@@ -45,7 +45,9 @@ def refused(monkeypatch):
         monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch got to read it"))
         tracemalloc.start()
         try:
-            with pytest.raises(InputError, match=rf"cannot be read as a checkpoint of plain tensors \({reason}") as caught:
+            with pytest.raises(
+                InputError, match=rf"cannot be read as a checkpoint of plain tensors \({reason}"
+            ) as caught:
                 load_file(path)
             assert tracemalloc.get_traced_memory()[1] < limit
         finally:
@@ -94,9 +96,22 @@ def test_every_plain_value_is_read(tmp_path, zipped):
         "device": torch.device("cpu"),
         "views": [storage[3:7], storage[::2], storage.view(4, 5).t(), storage[:0], torch.tensor(3)],
         "parameter": torch.nn.Parameter(torch.ones(2, 2)),
-        "dtypes": [torch.zeros(2, dtype=getattr(torch, name)) for name in
-                   ("float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")],
-    }  # fmt: skip
+        "dtypes": [
+            torch.zeros(2, dtype=getattr(torch, name))
+            for name in (
+                "float64",
+                "float16",
+                "bfloat16",
+                "int64",
+                "int32",
+                "int16",
+                "int8",
+                "uint8",
+                "bool",
+                "complex64",
+            )
+        ],
+    }
     save(contents, tmp_path / "a.pt", zipped)
     read = load_file(tmp_path / "a.pt")
     for key in ("numbers", "nested", "dtype", "device"):
@@ -175,7 +190,10 @@ def test_a_tensor_larger_than_its_storage(tmp_path, refused, zipped, count):
         rezip(path, lambda pickle: pickle.replace(b"M\xf4\x01", long(count)))
     else:
         path.write_bytes(path.read_bytes().replace(b"M\xf4\x01", long(count)))
-    refused(path, "it has a tensor whose size" if count < 0 else r"it has a tensor of [0-9,]+ elements in a storage of 1,000")
+    refused(
+        path,
+        "it has a tensor whose size" if count < 0 else r"it has a tensor of [0-9,]+ elements in a storage of 1,000",
+    )
 
 
 def test_a_tensor_of_one_number_repeated_or_out_of_bounds(tmp_path, refused):
@@ -255,7 +273,9 @@ def test_too_many_things(tmp_path, refused, monkeypatch):
         load_file(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("pickle", [b"R.", b"a.", b"(", b".", b"h\x07.", b"Q.", b"\x85.", b"X\xff\xff\xff\xffx.", b"K", b""])
+@pytest.mark.parametrize(
+    "pickle", [b"R.", b"a.", b"(", b".", b"h\x07.", b"Q.", b"\x85.", b"X\xff\xff\xff\xffx.", b"K", b""]
+)
 def test_broken_pickles(tmp_path, pickle):
     save({}, tmp_path / "a.pt")
     rezip(tmp_path / "a.pt", lambda _: b"\x80\x02" + pickle)

@@ -19,7 +19,9 @@ def normals(*shape, seed=0):
 
 
 def process(steps=1000, respacing="", schedule="cosine", **options):
-    return create_gaussian_diffusion(diffusion_steps=steps, noise_schedule=schedule, timestep_respacing=respacing, **options)
+    return create_gaussian_diffusion(
+        diffusion_steps=steps, noise_schedule=schedule, timestep_respacing=respacing, **options
+    )
 
 
 # -- a Gaussian data distribution: every optimal prediction is known --------------------------------------------------
@@ -60,7 +62,9 @@ def optimal_network(diffusion):
 
 def run_optimal(diffusion, **options):
     noise, y = normals(*SAMPLES), torch.zeros(4, 1, 32, 64)
-    return sample(optimal_network(diffusion), diffusion, y, noise, seeds=range(4), clip_denoised=False, **options).images
+    return sample(
+        optimal_network(diffusion), diffusion, y, noise, seeds=range(4), clip_denoised=False, **options
+    ).images
 
 
 def moments(images):
@@ -104,7 +108,9 @@ def test_few_steps_give_exactly_the_moments_of_the_recurrence(method, eta, respa
     diffusion = process(respacing=respacing)
     expected_mean, expected_std = chain_moments(diffusion, method, eta)
     mean, std = moments(run_optimal(diffusion, method=method, eta=eta))
-    torch.testing.assert_close(mean / STD.flatten(), expected_mean / STD.flatten(), rtol=0, atol=0.044)  # 4 standard errors
+    torch.testing.assert_close(
+        mean / STD.flatten(), expected_mean / STD.flatten(), rtol=0, atol=0.044
+    )  # 4 standard errors
     torch.testing.assert_close(std / expected_std, torch.ones(3).double(), rtol=0, atol=0.032)
 
 
@@ -147,7 +153,9 @@ def test_single_steps_equal_the_formulas():
         at, before = diffusion.alphas_cumprod[step].item(), diffusion.alphas_cumprod_prev[step].item()
         x_start = out["pred_xstart"][k]
         eps = (x[k] - math.sqrt(at) * x_start) / math.sqrt(1 - at)
-        torch.testing.assert_close(free[k], math.sqrt(before) * x_start + math.sqrt(1 - before) * eps, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            free[k], math.sqrt(before) * x_start + math.sqrt(1 - before) * eps, rtol=1e-4, atol=1e-5
+        )
         sigma = 0.5 * math.sqrt((1 - before) / (1 - at)) * math.sqrt(1 - at / before)
         expected = math.sqrt(before) * x_start + math.sqrt(1 - before - sigma**2) * eps + sigma * z[k]
         torch.testing.assert_close(noisy[k], expected, rtol=1e-4, atol=1e-5)
@@ -169,8 +177,9 @@ def conditions(n=4):
     return (normals(n, 5, *SIZE, seed=7) > 0.8).float(), normals(n, 3, *SIZE, seed=8)
 
 
-@pytest.mark.parametrize("options", [{"method": "ddpm", "s": 1.5}, {"method": "ddim", "eta": 0.5},
-                                     {"method": "dpm++", "s": 1.5}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{"method": "ddpm", "s": 1.5}, {"method": "ddim", "eta": 0.5}, {"method": "dpm++", "s": 1.5}]
+)
 def test_a_batch_of_four_equals_four_batches_of_one(unet, options):
     (y, noise), seeds = conditions(), torch.tensor([5, 2**40, 7, 5])
     together = sample(*unet, y, noise, seeds=seeds, **options).images
@@ -185,7 +194,7 @@ def test_a_batch_of_four_equals_four_batches_of_one(unet, options):
 def test_reusing_the_label_maps_changes_nothing(unet, s):
     arguments = (unet[0], process(respacing="6", learn_sigma=True), *conditions(2))
     reused = sample(*arguments, seeds=[1, 2], s=s).images
-    recomputed = sample(*arguments, seeds=[1, 2], s=s, reuse_bytes=0).images
+    recomputed = sample(*arguments, seeds=[1, 2], s=s, cache_bytes=0).images
     torch.testing.assert_close(reused, recomputed, rtol=0, atol=1e-5)
     assert (reused - sample(*arguments, seeds=[1, 2], s=s + 1).images).abs().max() > 1e-3  # guidance does something
 
@@ -197,18 +206,18 @@ def test_label_maps_are_computed_once_or_never(unet):
     sample(model, diffusion, y, noise, s=2.0)
     counts = [len(calls)]
     needed = model.modulation_bytes(2, *SIZE)  # one picture and the empty labels
-    for reuse_bytes in (needed, needed - 1, needed // 2 - 1):
+    for cache_bytes in (needed, needed - 1, needed // 2 - 1):
         calls.clear()
-        sample(model, diffusion, y, noise, s=2.0, reuse_bytes=reuse_bytes)
+        sample(model, diffusion, y, noise, s=2.0, cache_bytes=cache_bytes)
         counts.append(len(calls))
     handle.remove()
     assert counts == [2, 2, 1 + 6, 2 * 6]  # the empty labels' maps are the first to go
 
 
-@pytest.mark.parametrize("method, s, reuse_bytes", [("ddim", 1.0, 0), ("ddim", 2.0, 2**31), ("dpm++", 1.0, 2**31)])
-def test_early_stop_with_a_network_leaves_the_other_samples_alone(unet, method, s, reuse_bytes):
+@pytest.mark.parametrize("method, s, cache_bytes", [("ddim", 1.0, 0), ("ddim", 2.0, 2**31), ("dpm++", 1.0, 2**31)])
+def test_early_stop_with_a_network_leaves_the_other_samples_alone(unet, method, s, cache_bytes):
     (y, noise), predictions = conditions(), []
-    options = {"method": method, "s": s, "reuse_bytes": reuse_bytes}
+    options = {"method": method, "s": s, "cache_bytes": cache_bytes}
     full = sample(*unet, y, noise, on_step=lambda t, x, out: predictions.append(out["pred_xstart"]), **options)
     moves = (predictions[7] - predictions[6]).square().mean(dim=(1, 2, 3)).sqrt()
     between = moves.sort().values[1:3].mean().item()  # two samples move less at the eighth step, two more
@@ -276,11 +285,14 @@ def run_drifting(method="ddpm", **options):
 
 @pytest.mark.parametrize("method, eta", [("ddpm", 0), ("ddim", 1), ("dpm++", 0)])
 @pytest.mark.parametrize(
-    "rule", [EarlyStop(0.01, patience=3, min_steps=1), EarlyStop(0.01, patience=1, min_steps=12), EarlyStop(0.01, patience=2)]
+    "rule",
+    [EarlyStop(0.01, patience=3, min_steps=1), EarlyStop(0.01, patience=1, min_steps=12), EarlyStop(0.01, patience=2)],
 )
 def test_settled_samples_leave_and_the_others_do_not_notice(rule, method, eta):
     running = []
-    result = run_drifting(method, eta=eta, early_stop=rule, on_step=lambda t, x, out: running.append(out["rows"].tolist()))
+    result = run_drifting(
+        method, eta=eta, early_stop=rule, on_step=lambda t, x, out: running.append(out["rows"].tolist())
+    )
     full = run_drifting(method, eta=eta)
     ends = [expected_end(*labels, rule) for labels in zip(SETTLES, LEVELS, strict=True)]
     assert result.steps.tolist() == [taken for taken, _ in ends]
@@ -305,8 +317,13 @@ def test_a_sample_that_moves_again_starts_counting_anew():
     def network(x, timesteps, y):
         return torch.full_like(x, values[7 - int(timesteps[0])])
 
-    result = sample(network, process(8, prediction="x0"), torch.zeros(1, 1, 4, 6), normals(1, *PICTURE),
-                    early_stop=EarlyStop(tol=0.01, patience=3))  # fmt: skip
+    result = sample(
+        network,
+        process(8, prediction="x0"),
+        torch.zeros(1, 1, 4, 6),
+        normals(1, *PICTURE),
+        early_stop=EarlyStop(tol=0.01, patience=3),
+    )
     assert result.steps.tolist() == [7]
     torch.testing.assert_close(result.images, torch.full((1, *PICTURE), 0.1))
 
@@ -327,8 +344,14 @@ def zero(x, timesteps, y):
 def chain(diffusion, n=3, **options):
     """Run with a network that always predicts the same, and return the result and (t, x, out) of every step."""
     trace = []
-    result = sample(zero, diffusion, torch.zeros(n, 1, 4, 6), normals(n, *PICTURE),
-                    on_step=lambda t, x, out: trace.append((t, x, out)), **options)  # fmt: skip
+    result = sample(
+        zero,
+        diffusion,
+        torch.zeros(n, 1, 4, 6),
+        normals(n, *PICTURE),
+        on_step=lambda t, x, out: trace.append((t, x, out)),
+        **options,
+    )
     return result, trace
 
 
@@ -437,7 +460,9 @@ def test_sampling_leaves_its_arguments_alone_and_keeps_no_graph(unet):
     result = sample(*unet, y, noise)
     assert torch.equal(y, before[0]) and torch.equal(noise, before[1])
     assert not result.images.requires_grad
-    assert result.images.shape == (2, 3, *SIZE) and result.steps.tolist() == [20, 20] and result.steps.dtype == torch.int64
+    assert (
+        result.images.shape == (2, 3, *SIZE) and result.steps.tolist() == [20, 20] and result.steps.dtype == torch.int64
+    )
 
 
 def test_clipping_keeps_pictures_in_range():

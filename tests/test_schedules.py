@@ -45,7 +45,9 @@ def test_the_last_cosine_beta_is_capped():
     assert beta_schedule("cosine", 1000)[-1] == 0.999
 
 
-@pytest.mark.parametrize("name, steps, words", [("sqrt", 10, "sqrt.*linear or cosine"), ("linear", 0, "at least 1 step")])
+@pytest.mark.parametrize(
+    "name, steps, words", [("sqrt", 10, "sqrt.*linear or cosine"), ("linear", 0, "at least 1 step")]
+)
 def test_schedule_errors(name, steps, words):
     with pytest.raises(InputError, match=words):
         beta_schedule(name, steps)
@@ -98,7 +100,11 @@ def test_even_spacing_includes_both_ends():
 
 def test_sections_have_their_own_counts():
     chosen = np.array(space_timesteps(beta_schedule("cosine", 1000), "10,20,30"))  # sections of 334, 333 and 333 steps
-    assert [((chosen >= low) & (chosen < high)).sum() for low, high in ((0, 334), (334, 667), (667, 1000))] == [10, 20, 30]
+    assert [((chosen >= low) & (chosen < high)).sum() for low, high in ((0, 334), (334, 667), (667, 1000))] == [
+        10,
+        20,
+        30,
+    ]
 
 
 def test_a_number_serves_as_well_as_a_text():

@@ -40,7 +40,7 @@ def run(monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def script(name, *arguments):
-        from guided_diffusion.scripts import run_script
+        from guided_diffusion.console import run_script
 
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         module = __import__(name)
@@ -59,7 +59,13 @@ def train_flags(scenes, folder, **changes):
 
 
 def sample_flags(scenes, weights, folder, **changes):
-    flags = {"data_dir": scenes, "model_path": weights, "results_path": folder, "use_ddim": True, "timestep_respacing": 2}
+    flags = {
+        "data_dir": scenes,
+        "model_path": weights,
+        "results_path": folder,
+        "use_ddim": True,
+        "timestep_respacing": 2,
+    }
     return as_arguments({**flags, **changes})
 
 
@@ -74,7 +80,9 @@ def test_train_then_sample(run, scenes, tmp_path):
 
 
 def test_the_familys_commands_are_accepted(run, scenes):
-    code, out, said = run("image_train", "--data_dir", scenes, "--checkpoint_dir", "./ckpt", *SEED_TRAIN, "--dry_run", "True")
+    code, out, said = run(
+        "image_train", "--data_dir", scenes, "--checkpoint_dir", "./ckpt", *SEED_TRAIN, "--dry_run", "True"
+    )
     assert code == 0, said
     assert "parameters: 653,984,518" in out and "6 of 256x512" in out
     code, out, said = run("image_sample", "--data_dir", scenes, *SEED_SAMPLE, "--dry_run", "True")
@@ -137,7 +145,11 @@ def test_bad_training_input_is_one_line(run, scenes, tmp_path, case):
     changes, words = BAD_TRAINING[case]
     code, _, said = run("image_train", *train_flags(scenes, "ckpt", **changes))
     lines = [line for line in said.splitlines() if line and not line.startswith("warning")]
-    assert code == (1 if case == "memory" else 2) and words in lines[-1] and lines[-1].startswith("image_train.py: error: ")
+    assert (
+        code == (1 if case == "memory" else 2)
+        and words in lines[-1]
+        and lines[-1].startswith("image_train.py: error: ")
+    )
     assert "Traceback" not in said
     assert not (tmp_path / "ckpt").exists() or not any((tmp_path / "ckpt").glob("*.pt"))
 
@@ -265,7 +277,9 @@ def test_a_loss_is_not_switched_by_resuming(run, scenes, tmp_path):
     run("image_train", *train_flags(scenes, "ckpt", use_kl=True))
     code, _, said = run("image_train", *train_flags(scenes, "ckpt", total_steps=3, resume_checkpoint="auto"))
     assert code == 0 and json.loads((tmp_path / "ckpt" / "config.json").read_text())["use_kl"] is True
-    code, _, said = run("image_train", *train_flags(scenes, "ckpt", total_steps=4, use_kl=False, resume_checkpoint="auto"))
+    code, _, said = run(
+        "image_train", *train_flags(scenes, "ckpt", total_steps=4, use_kl=False, resume_checkpoint="auto")
+    )
     assert code == 2 and "--use_kl False contradicts" in said
 
 
@@ -303,12 +317,20 @@ def test_a_killed_run_resumes_to_the_same_weights(run, scenes, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs bash")
 def test_the_wrappers_run_under_bash(scenes, tmp_path):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DATA_DIR": str(scenes),
-                   "CHECKPOINT_DIR": str(tmp_path / "ckpt"), "MODEL_PATH": str(tmp_path / "ckpt"),
-                   "RESULTS_PATH": str(tmp_path / "out")}  # fmt: skip
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DATA_DIR": str(scenes),
+        "CHECKPOINT_DIR": str(tmp_path / "ckpt"),
+        "MODEL_PATH": str(tmp_path / "ckpt"),
+        "RESULTS_PATH": str(tmp_path / "out"),
+    }
     environment = {name: value for name, value in environment.items() if not name.startswith("SLURM_")}
     off = {"precision": "fp32", "learn_sigma": False, "eval_interval": 0, "total_steps": 1, "use_checkpoint": False}
-    for script, flags in (("train.sh", {**TINY, **TRAIN, **off}), ("sample.sh", {"timestep_respacing": 2, "num_samples": 1})):
+    for script, flags in (
+        ("train.sh", {**TINY, **TRAIN, **off}),
+        ("sample.sh", {"timestep_respacing": 2, "num_samples": 1}),
+    ):
         command = ["bash", str(ROOT / script), *as_arguments(flags)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -320,8 +342,16 @@ def test_the_wrappers_carry_their_sbatch_lines(script, memory):
     lines = (ROOT / script).read_text().splitlines()
     assert lines[0] == "#!/bin/bash"
     options = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
-    assert {"partition=partitions-gpu", "gres=gpu:1", "ntasks-per-node=1", "cpus-per-task=5", "time=72:00:00", f"mem={memory}",
-            "mail-type=END,FAIL", "mail-user=user@email.com"} <= options  # fmt: skip
+    assert {
+        "partition=partitions-gpu",
+        "gres=gpu:1",
+        "ntasks-per-node=1",
+        "cpus-per-task=5",
+        "time=72:00:00",
+        f"mem={memory}",
+        "mail-type=END,FAIL",
+        "mail-user=user@email.com",
+    } <= options
 
 
 @pytest.mark.parametrize("mode", ["coco", "ade20k"])
@@ -342,5 +372,7 @@ def test_the_other_data_sets_train_and_sample(run, tmp_path, mode):
     extra = {"dataset_mode": mode, "num_classes": classes, "no_instance": mode == "ade20k"}
     code, _, said = run("image_train", *train_flags(tmp_path / "data", "ckpt", **extra))
     assert code == 0, said
-    code, _, said = run("image_sample", *sample_flags(tmp_path / "data", "ckpt", "out", dataset_mode=mode, batch_size=2))
+    code, _, said = run(
+        "image_sample", *sample_flags(tmp_path / "data", "ckpt", "out", dataset_mode=mode, batch_size=2)
+    )
     assert code == 0 and "2 pictures" in said, said

@@ -10,8 +10,8 @@ import zipfile
 import pytest
 import torch
 
-from guided_diffusion.errors import InputError
-from guided_diffusion.segmenters import disagreement, features_of, load_network, segment, segmenter_of
+from guided_diffusion.console import InputError
+from guided_diffusion.evaluation.segmenters import disagreement, features_of, load_network, segment, segmenter_of
 
 CLASSES = 5
 
@@ -92,7 +92,9 @@ def test_rewriting_alone_breaks_nothing(files, network, images, tmp_path):
 
 
 def test_a_fixed_size_is_named(files):
-    with pytest.raises(InputError, match=r"--segmenter .*one.pt2 fails on 32x48 pictures \(.*give a network of that size"):
+    with pytest.raises(
+        InputError, match=r"--segmenter .*one.pt2 fails on 32x48 pictures \(.*give a network of that size"
+    ):
         load_network(files / "one.pt2", "segmenter")(torch.zeros(1, 3, 32, 48))
 
 
@@ -111,7 +113,9 @@ def test_other_files(content, tmp_path, network):
         torch.save(network if content == "module" else network.state_dict(), path)
     else:
         path.write_bytes(b"" if content == "empty" else b"hello")
-    with pytest.raises(InputError, match=r"--segmenter .*network.pt: neither TorchScript nor an exported program; write one"):
+    with pytest.raises(
+        InputError, match=r"--segmenter .*network.pt: neither TorchScript nor an exported program; write one"
+    ):
         load_network(path, "segmenter")
 
 
@@ -167,7 +171,9 @@ def pickled_bomb():
 
 def test_a_bomb_in_sample_inputs_is_refused(bomb, files, tmp_path):
     bad = rewritten(files / "any.pt2", tmp_path / "bad.pt2", **{"data/sample_inputs/model.pt": pickled_bomb()})
-    with pytest.raises(InputError, match="refused, because it brings a pickle of more than tensors in data/sample_inputs"):
+    with pytest.raises(
+        InputError, match="refused, because it brings a pickle of more than tensors in data/sample_inputs"
+    ):
         load_network(bad, "segmenter")
     assert not bomb.exists()
 
@@ -178,14 +184,18 @@ def test_bombs_in_other_places_are_refused(kind, bomb, files, tmp_path):
     if kind == "weight":
         config = json.loads(reader.get_record("data/weights/model_weights_config.json"))
         config["config"]["0.weight"]["use_pickle"] = True
-        changed = {"data/weights/model_weights_config.json": json.dumps(config).encode(),
-                   "data/weights/weight_0": pickled_bomb()}  # fmt: skip
+        changed = {
+            "data/weights/model_weights_config.json": json.dumps(config).encode(),
+            "data/weights/weight_0": pickled_bomb(),
+        }
     elif kind == "legacy weights":
         changed = {"data/weights/model.pt": pickled_bomb()}
     elif kind == "opaque constant":
         entry = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
-        changed = {"data/constants/model_constants_config.json": json.dumps({"config": {"c": entry}}).encode(),
-                   "data/constants/opaque_obj_0": pickle.dumps(Bomb())}  # fmt: skip
+        changed = {
+            "data/constants/model_constants_config.json": json.dumps({"config": {"c": entry}}).encode(),
+            "data/constants/opaque_obj_0": pickle.dumps(Bomb()),
+        }
     else:
         changed = {"data/aotinductor/model/code.so": b"\x7fELF"}
     bad = rewritten(files / "any.pt2", tmp_path / "bad.pt2", **changed)

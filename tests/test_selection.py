@@ -12,9 +12,9 @@ from guided_diffusion.diffusion.gaussian_diffusion import create_gaussian_diffus
 from guided_diffusion.link.selection import (
     Chain,
     StepCodebook,
+    codeword_noise,
     halving_rungs,
     mse,
-    picked_noise,
     select_both,
     select_initial,
     select_per_step,
@@ -65,7 +65,7 @@ def test_the_exhaustive_winner_is_the_best_of_single_chains(unet, make_chain, op
     scores = {i: mse(picture, IMAGE).item() for i, picture in alone.items()}
     best = min(scores, key=scores.get)
     choice = select_initial(make_chain(**options), Y, IMAGE, candidates, batch_size=2)
-    assert choice.index == best and choice.picks == () and choice.steps == T
+    assert choice.index == best and choice.codewords == () and choice.steps == T
     assert torch.equal(choice.picture[None], alone[best]) and choice.score == scores[best]
     worst = select_initial(make_chain(**options), Y, IMAGE, candidates, lambda *pair: -mse(*pair))
     assert worst.index == max(scores, key=scores.get)
@@ -73,8 +73,9 @@ def test_the_exhaustive_winner_is_the_best_of_single_chains(unet, make_chain, op
 
 def test_equal_scores_go_to_the_smaller_index(make_chain):
     for feedback_steps in (0, 2):
-        choice = select_initial(make_chain(), Y, IMAGE, [8, 5, 11, 6], lambda x, image: torch.ones(len(x)),
-                                feedback_steps=feedback_steps)  # fmt: skip
+        choice = select_initial(
+            make_chain(), Y, IMAGE, [8, 5, 11, 6], lambda x, image: torch.ones(len(x)), feedback_steps=feedback_steps
+        )
         assert choice.index == 5
 
 
@@ -152,7 +153,7 @@ def test_a_search_of_64_with_its_defaults_costs_less_than_a_quarter_of_the_exhau
 def by_definition(unet, options, candidates, atoms, selected_steps, tail_steps):
     """Per-step selection as a plain loop: (picks, picture)."""
     model, diffusion = unet
-    x, picks, d = BANK[0][None], [], math.prod(BANK.shape)
+    x, codewords, d = BANK[0][None], [], math.prod(BANK.shape)
     noisy = [t for t in reversed(range(T)) if t >= max(1, tail_steps)]
     selected = noisy[-selected_steps:] if selected_steps else noisy
     for t in reversed(range(T)):
@@ -171,13 +172,13 @@ def by_definition(unet, options, candidates, atoms, selected_steps, tail_steps):
             signs = [1 if products[k] >= 0 else -1 for k in best]
             z = sum(sign * codebook[k] for k, sign in zip(best, signs, strict=True))
             z = z / z.norm() * math.sqrt(d)
-            picks.append((tuple(best), tuple(signs)))
+            codewords.append((tuple(best), tuple(signs)))
         else:
             z = torch.randn(BANK.shape, generator=generator(BANK.chain_seed(0), "chain", timestep))
         beta = 1 - at / before
         mean = before.sqrt() * beta / (1 - at) * x_start + (1 - beta).sqrt() * (1 - before) / (1 - at) * x
         x = (mean + (beta * (1 - before) / (1 - at)).sqrt() * z).float()
-    return tuple(picks), x[0]
+    return tuple(codewords), x[0]
 
 
 @pytest.mark.parametrize("options", [{"method": "ddpm"}, {"method": "ddpm", "s": 1.5}, {"method": "ddim", "eta": 1.0}])
@@ -185,9 +186,9 @@ def by_definition(unet, options, candidates, atoms, selected_steps, tail_steps):
 def test_per_step_selection_is_the_definition(unet, make_chain, options, atoms, selected_steps, tail_steps):
     chain = make_chain(**options, selected_steps=selected_steps, tail_steps=tail_steps)
     choice = select_per_step(chain, Y, IMAGE, 0, StepCodebook(12, atoms), mse)
-    picks, picture = by_definition(unet, options, 12, atoms, selected_steps, tail_steps)
-    assert choice.picks == picks and choice.index == 0 and choice.steps == T
-    assert len(picks) == (selected_steps or T - max(1, tail_steps))
+    codewords, picture = by_definition(unet, options, 12, atoms, selected_steps, tail_steps)
+    assert choice.codewords == codewords and choice.index == 0 and choice.steps == T
+    assert len(codewords) == (selected_steps or T - max(1, tail_steps))
     torch.testing.assert_close(choice.picture, picture, rtol=0, atol=1e-3)
     assert choice.score == mse(choice.picture[None], IMAGE).item()
 
@@ -203,7 +204,9 @@ def test_masks_follow_from_bank_seed_and_timestep():
     assert mask.shape == BANK.shape and mask.dtype == torch.float32 and set(mask.unique().tolist()) == {-1.0, 1.0}
     assert abs(mask.mean().item()) < 0.2
     assert torch.equal(mask, step_mask(NoiseBank((3, *SIZE), 7, seed=150), 40))
-    assert not torch.equal(mask, step_mask(BANK, 41)) and not torch.equal(mask, step_mask(NoiseBank((3, *SIZE), 20, 151), 40))
+    assert not torch.equal(mask, step_mask(BANK, 41)) and not torch.equal(
+        mask, step_mask(NoiseBank((3, *SIZE), 20, 151), 40)
+    )
 
 
 class CountingBank(NoiseBank):
@@ -220,7 +223,7 @@ class CountingBank(NoiseBank):
 
 def test_picked_noise_has_the_norm_of_its_size_and_makes_only_its_entries():
     bank = CountingBank((3, *SIZE), 20, 150)
-    z = picked_noise(bank, ((4, 7, 19), (1, -1, 1)), 30)
+    z = codeword_noise(bank, ((4, 7, 19), (1, -1, 1)), 30)
     assert bank.made == [4, 7, 19]
     expected = step_mask(bank, 30) * (BANK[4] - BANK[7] + BANK[19])
     torch.testing.assert_close(z, expected * math.sqrt(z.numel()) / expected.norm())
@@ -230,7 +233,10 @@ def test_picked_noise_has_the_norm_of_its_size_and_makes_only_its_entries():
 @pytest.mark.parametrize("candidates", [1, 5, 32, 33, 70])
 def test_a_streamed_codebook_picks_what_a_kept_one_does(candidates):
     bank = CountingBank((3, 4, 6), 70, 3)
-    kept, streamed = StepCodebook(candidates, min(3, candidates)), StepCodebook(candidates, min(3, candidates), memory=0)
+    kept, streamed = (
+        StepCodebook(candidates, min(3, candidates)),
+        StepCodebook(candidates, min(3, candidates), memory=0),
+    )
     for k in range(3):
         assert kept.pick(bank, normals(3, 4, 6, seed=k), k) == streamed.pick(bank, normals(3, 4, 6, seed=k), k)
     assert bank.made == [*range(candidates)] * 4  # once for the one, at every step for the other
@@ -240,7 +246,9 @@ def test_a_kept_codebook_follows_the_picture_size():
     codebook, bank = StepCodebook(8, 2), NoiseBank((3, 4, 6), 8, 3)
     for size in ((4, 6), (4, 8), (4, 6)):
         residual = normals(3, *size)
-        assert codebook.pick(bank.sized(3, *size), residual, 5) == StepCodebook(8, 2).pick(bank.sized(3, *size), residual, 5)
+        assert codebook.pick(bank.sized(3, *size), residual, 5) == StepCodebook(8, 2).pick(
+            bank.sized(3, *size), residual, 5
+        )
 
 
 def test_ties_go_to_the_smaller_entry():
@@ -255,14 +263,20 @@ def test_a_residual_made_of_atoms_is_found():
 # -- the receiver -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"selected_steps": 0}, {"selected_steps": 3, "tail_steps": 2, "s": 1.5},
-                                     {"selected_steps": 5, "method": "ddim", "eta": 1.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"selected_steps": 0},
+        {"selected_steps": 3, "tail_steps": 2, "s": 1.5},
+        {"selected_steps": 5, "method": "ddim", "eta": 1.0},
+    ],
+)
 def test_the_receiver_replays_the_picture_bit_by_bit(make_chain, options):
     chain = make_chain(**options)
     choice = select_per_step(chain, Y, IMAGE, 6, StepCodebook(16, 4))
-    assert torch.equal(chain.run(Y, [6], [choice.picks]).images[0], choice.picture)
+    assert torch.equal(chain.run(Y, [6], [choice.codewords]).images[0], choice.picture)
     assert not torch.equal(chain.run(Y, [6]).images[0], choice.picture)
-    assert not torch.equal(chain.run(Y, [6], [choice.picks[:-1]]).images[0], choice.picture)
+    assert not torch.equal(chain.run(Y, [6], [choice.codewords[:-1]]).images[0], choice.picture)
 
 
 def test_the_winner_of_a_search_is_replayed_bit_by_bit(make_chain):
@@ -273,13 +287,13 @@ def test_the_winner_of_a_search_is_replayed_bit_by_bit(make_chain):
 
 def test_what_is_left_of_the_picks_is_used_and_the_rest_is_seeded(make_chain):
     chain = make_chain(selected_steps=4)
-    picks = select_per_step(chain, Y, IMAGE, 6, StepCodebook(16, 4)).picks
+    codewords = select_per_step(chain, Y, IMAGE, 6, StepCodebook(16, 4)).codewords
     noises = {}
 
     def tracing(t, x, out):
         noises[t] = x
 
-    pieces = [picks, picks[:2], (), picks[:1]]
+    pieces = [codewords, codewords[:2], (), codewords[:1]]
     chain.run(Y, [6] * 4, pieces, on_step=tracing)
     alone = [chain.run(Y, [6], [piece]).images for piece in pieces]
     together = chain.run(Y, [6] * 4, pieces).images
@@ -304,7 +318,7 @@ def test_both_selections_join(make_chain, evaluations):
     assert both.evaluations == sum(evaluations)
     first = select_initial(chain, Y, IMAGE, range(5), feedback_steps=2)
     second = select_per_step(chain, Y, IMAGE, first.index, codebook, mse)
-    assert (both.index, both.picks, both.score) == (first.index, second.picks, second.score)
+    assert (both.index, both.codewords, both.score) == (first.index, second.codewords, second.score)
     assert torch.equal(both.picture, second.picture) and both.evaluations == first.evaluations + second.evaluations
 
 
@@ -361,8 +375,10 @@ def test_more_atoms_come_nearer_and_the_masked_bank_is_as_good_as_fresh_codebook
             return StepCodebook(256, 16).pick(self.bank, residual, timestep)
 
     fresh = FreshCodebooks()
-    make = picked_noise
-    monkeypatch.setattr("guided_diffusion.link.selection.picked_noise", lambda bank, pick, t: make(fresh.bank, pick, t))
+    make = codeword_noise
+    monkeypatch.setattr(
+        "guided_diffusion.link.selection.codeword_noise", lambda bank, pick, t: make(fresh.bank, pick, t)
+    )
     assert psnr_of(select_per_step(chain, y, image, 0, fresh), image) == pytest.approx(many, abs=0.4)
 
 
@@ -421,7 +437,7 @@ def test_a_codebook_larger_than_the_bank(make_chain):
 def test_per_step_selection_needs_a_chain_for_it_and_picks_as_well(make_chain):
     with pytest.raises(InputError, match="--selected_steps"):
         select_per_step(make_chain(), Y, IMAGE, 0, StepCodebook(4, 1))
-    picks = [(((0,), (1,)),)]
-    for chain, samples, given in ((make_chain(), 1, picks), (make_chain(selected_steps=0), 2, picks)):
+    codewords = [(((0,), (1,)),)]
+    for chain, samples, given in ((make_chain(), 1, codewords), (make_chain(selected_steps=0), 2, codewords)):
         with pytest.raises(InputError, match="picks for 1 samples of up to 1 steps"):
             chain.run(Y, [0] * samples, given)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from guided_diffusion.console import InputError
 from guided_diffusion.data.semantics import (
     SemanticCoding,
     conditioning_channels,
@@ -14,7 +15,6 @@ from guided_diffusion.data.semantics import (
     received_semantics,
     restore,
 )
-from guided_diffusion.errors import InputError
 
 K = 6
 
@@ -187,7 +187,9 @@ def test_small_label_maps_come_from_pixels_of_their_blocks(scale):
 def test_edge_levels():
     edge = grown()[2]
     assert edge_symbols(edge, SemanticCoding(edge_levels=0)) is None
-    assert torch.equal(edge_symbols(edge, SemanticCoding(edge_levels=2, edge_threshold=0.4)), (edge >= 0.4).to(torch.uint8))
+    assert torch.equal(
+        edge_symbols(edge, SemanticCoding(edge_levels=2, edge_threshold=0.4)), (edge >= 0.4).to(torch.uint8)
+    )
     for levels in (3, 16, 256):
         symbols = edge_symbols(edge, SemanticCoding(edge_levels=levels))
         assert symbols.max() == levels - 1

@@ -12,12 +12,13 @@ import pytest
 import torch
 from conftest import TINY, as_arguments
 
-from guided_diffusion import build_link, prepare, regenerate
+from guided_diffusion import build_link, prepare
 from guided_diffusion.config import SampleConfig, parse_config
+from guided_diffusion.evaluation import run as regenerate
+from guided_diffusion.evaluation.receive import receive_all
+from guided_diffusion.evaluation.results import is_last, share_out
+from guided_diffusion.evaluation.run import Regeneration, run_points
 from guided_diffusion.link.message import receive_parts
-from guided_diffusion.receive import receive_all
-from guided_diffusion.regenerate import Regeneration, run_points
-from guided_diffusion.results import is_last, share_out
 from guided_diffusion.training.ranks import Share
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,8 +41,15 @@ def sample(street, trained, tmp_path):
     """Function that runs one share of a sampling run into a folder; returns what was said."""
 
     def run(folder, share=(0, 1), **flags):
-        flags = {"data_dir": street, "model_path": trained, "results_path": tmp_path / folder, **TINY,
-                 "timestep_respacing": "2", "use_ddim": True, **flags}  # fmt: skip
+        flags = {
+            "data_dir": street,
+            "model_path": trained,
+            "results_path": tmp_path / folder,
+            **TINY,
+            "timestep_respacing": "2",
+            "use_ddim": True,
+            **flags,
+        }
         config, _ = parse_config(SampleConfig, "", as_arguments(flags))
         weights, said, receiving = prepare.find_weights(config.model_path), [], config.role == "receive"
         build_parts = build_link.receiving_parts if receiving else build_link.sampling_parts
@@ -65,8 +73,11 @@ def summary(folder):
 def contents(folder):
     """Every file but the tables and the summary, as bytes."""
     names = ("results.csv", "summary.json", "settings.json", "curves.csv")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in names}  # fmt: skip
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in names
+    }
 
 
 def assert_equal(ours, theirs):
@@ -99,7 +110,10 @@ def test_batches_go_to_the_shares_in_turn(size):
         ({"snr": 5, "batch_size": 2}, [2, 0, 1]),
         ({"noise_bank_size": 0, "batch_size": 2}, [1, 0]),
         ({"link": "ideal", "edge_levels": 2, "baseline": "jpeg"}, [1, 0]),
-        ({"role": "transmit", "selection": "per_step", "step_candidates": 8, "step_atoms": 2, "use_ddim": False}, [1, 2, 0]),
+        (
+            {"role": "transmit", "selection": "per_step", "step_candidates": 8, "step_atoms": 2, "use_ddim": False},
+            [1, 2, 0],
+        ),
         ({"num_samples": 2}, [3, 1, 0, 2]),  # more shares than pictures
     ],
 )
@@ -113,7 +127,9 @@ def test_the_last_share_leaves_what_one_run_leaves(sample, tmp_path, flags, orde
             break
         assert f"share {index + 1} of {count} is done" in said[-1] and "the last share to end sums up" in said[-1]
     assert whole and (index == order[-1] or flags == {"num_samples": 2})
-    assert any("putting their tables together" in line for line in said) and not (tmp_path / "shared" / "shards").exists()
+    assert (
+        any("putting their tables together" in line for line in said) and not (tmp_path / "shared" / "shards").exists()
+    )
     assert_equal(tmp_path / "shared", tmp_path / "alone")
 
 
@@ -301,17 +317,34 @@ def test_two_tasks_of_an_array_at_once(sample, street, trained, tmp_path):
     torch.set_num_threads(1)  # as the tasks: pictures are equal to the bit
     sample("alone", snr=5)
     torch.set_num_threads(threads)
-    flags = {"data_dir": street, "model_path": trained, "results_path": tmp_path / "shared", "snr": 5, "num_workers": 0,
-             "timestep_respacing": 2, "use_ddim": True}  # fmt: skip
+    flags = {
+        "data_dir": street,
+        "model_path": trained,
+        "results_path": tmp_path / "shared",
+        "snr": 5,
+        "num_workers": 0,
+        "timestep_respacing": 2,
+        "use_ddim": True,
+    }
     command = [sys.executable, str(ROOT / "image_sample.py"), *as_arguments(flags)]
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PMI", "OMPI", "RANK"))}
     tasks = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env={
-            **plain, "OMP_NUM_THREADS": "1", "SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_MIN": "3",
-            "SLURM_ARRAY_TASK_MAX": "5", "SLURM_ARRAY_TASK_COUNT": "2",
-        })
+        subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={
+                **plain,
+                "OMP_NUM_THREADS": "1",
+                "SLURM_ARRAY_TASK_ID": str(task),
+                "SLURM_ARRAY_TASK_MIN": "3",
+                "SLURM_ARRAY_TASK_MAX": "5",
+                "SLURM_ARRAY_TASK_COUNT": "2",
+            },
+        )
         for task in (3, 5)
-    ]  # fmt: skip
+    ]
     said = [task.communicate(timeout=200)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], said
     assert "share 1 of 2 of 5 pictures" in said[0] and "share 2 of 2 of 5 pictures" in said[1]

@@ -96,7 +96,9 @@ def test_what_signals_do_to_a_job(cluster, project):
         assert facts["Restarts"] == str(int(again)) and log.count("resumed 3") == tasks * again, log
         assert facts["ExitCode"] == ("0:0" if again else f"{code}:0")
         assert ("is back in the queue" in log) == again
-        assert ("not requeued" in log) == (name == "cancelled") and ("submit it again" in log) == (name == "single-shot"), log
+        assert ("not requeued" in log) == (name == "cancelled") and ("submit it again" in log) == (
+            name == "single-shot"
+        ), log
     assert cluster.facts(jobs["other"])["JobState"] == "RUNNING"
     cluster.command("scancel", jobs["other"])
     cluster.await_end(jobs["other"], "CANCELLED")
@@ -125,13 +127,23 @@ def progress(folder):
 
 
 def test_training_in_two_tasks(cluster, scenes, tmp_path):
-    flags = {**TINY, **TRAIN, "precision": "fp32", "learn_sigma": False, "eval_interval": 0, "use_checkpoint": False,
-             "device": "cpu", "total_steps": 30}  # fmt: skip
+    flags = {
+        **TINY,
+        **TRAIN,
+        "precision": "fp32",
+        "learn_sigma": False,
+        "eval_interval": 0,
+        "use_checkpoint": False,
+        "device": "cpu",
+        "total_steps": 30,
+    }
 
     def submit(name, **changes):
         environment = {**JOBS, "DATA_DIR": str(scenes), "CHECKPOINT_DIR": str(tmp_path / name)}
         options = [TWO, f"--job-name={name}", f"--output={tmp_path}/%x.out"]
-        return cluster.submit("train.sh", *as_arguments({**flags, **changes}), options=options, cwd=ROOT, env=environment)
+        return cluster.submit(
+            "train.sh", *as_arguments({**flags, **changes}), options=options, cwd=ROOT, env=environment
+        )
 
     told, cancelled, straight = submit("told"), submit("cancelled", total_steps=10**6), submit("straight")
     cluster.await_that(told, lambda _: progress(tmp_path / "told"), "take a step")
@@ -151,7 +163,12 @@ def test_training_in_two_tasks(cluster, scenes, tmp_path):
 
     facts = cluster.await_end(told, "COMPLETED")
     log = log_of(facts)
-    assert facts["Restarts"] == "1" and "stopped: step" in log and "resumed from step" in log and "finished at step 30" in log
+    assert (
+        facts["Restarts"] == "1"
+        and "stopped: step" in log
+        and "resumed from step" in log
+        and "finished at step 30" in log
+    )
     assert [row["step"] for row in progress(tmp_path / "told")] == [str(step) for step in range(1, 31)]
     resumed, expected = (weights_in(tmp_path / name) for name in ("told", "straight"))
     assert resumed.keys() == expected.keys() and all(torch.equal(resumed[key], expected[key]) for key in expected)

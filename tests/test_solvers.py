@@ -17,7 +17,9 @@ def normals(*shape, seed=0):
 
 
 def process(steps=1000, respacing="", schedule="cosine", **options):
-    return create_gaussian_diffusion(diffusion_steps=steps, noise_schedule=schedule, timestep_respacing=respacing, **options)
+    return create_gaussian_diffusion(
+        diffusion_steps=steps, noise_schedule=schedule, timestep_respacing=respacing, **options
+    )
 
 
 def network_of(diffusion, predict):
@@ -94,8 +96,12 @@ def test_the_first_and_the_last_step_are_those_of_ddim(prediction, respacing, eq
     states = {}
     for method in ("ddim", "dpm++"):
         states[method] = []
-        result = run(process(respacing=respacing, prediction=prediction, schedule="linear"), wavy, method,
-                     on_step=lambda t, x, out, seen=states[method]: seen.append(x))  # fmt: skip
+        result = run(
+            process(respacing=respacing, prediction=prediction, schedule="linear"),
+            wavy,
+            method,
+            on_step=lambda t, x, out, seen=states[method]: seen.append(x),
+        )
         states[method].append(result.images)
     for k, (first, second) in enumerate(zip(*states.values(), strict=True)):
         same = torch.allclose(first, second, rtol=0, atol=1e-4)
@@ -104,7 +110,9 @@ def test_the_first_and_the_last_step_are_those_of_ddim(prediction, respacing, eq
 
 def test_the_picture_is_the_last_prediction():
     seen = []
-    images = run(process(respacing="6", prediction="v"), wavy, on_step=lambda t, x, out: seen.append(out["pred_xstart"])).images
+    images = run(
+        process(respacing="6", prediction="v"), wavy, on_step=lambda t, x, out: seen.append(out["pred_xstart"])
+    ).images
     assert torch.equal(images, seen[-1])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
 from guided_diffusion.link import source_coding
 from guided_diffusion.link.source_coding import (
     CONSTANT,
@@ -93,7 +93,12 @@ def test_what_is_no_map_cannot_be_coded(ids, num_values):
 
 
 def test_palettes_take_the_shorter_form():
-    for values, num_values, size in (([1, 200], 256, 3), (range(0, 100, 3), 256, 32), ([0, 34], 35, 3), ([0, 1, 2, 9], 35, 5)):
+    for values, num_values, size in (
+        ([1, 200], 256, 3),
+        (range(0, 100, 3), 256, 32),
+        ([0, 34], 35, 3),
+        ([0, 1, 2, 9], 35, 5),
+    ):
         form, data = source_coding._palette(np.array(values, np.uint8), num_values)
         assert len(data) == size
         found, rest = source_coding._read_palette(data + b"rest", form, num_values)
@@ -142,7 +147,9 @@ def test_sizes_beyond_the_limits(size):
         decode_map(bytes(2), *size, 35)
 
 
-@pytest.mark.parametrize("data", [bytes([CONSTANT, 35]), bytes([CONSTANT | 8, 1]), bytes([CONSTANT, 1, 1]), bytes([32, 1])])
+@pytest.mark.parametrize(
+    "data", [bytes([CONSTANT, 35]), bytes([CONSTANT | 8, 1]), bytes([CONSTANT, 1, 1]), bytes([32, 1])]
+)
 def test_damaged_containers(data):
     with pytest.raises(InputError, match="send it again"):
         decode_map(data, 4, 4, 35)
@@ -263,14 +270,14 @@ def test_ranks_run_through_all_sets(candidates, atoms):
     ],
 )
 def test_choices_come_back_at_the_closed_forms_size(bank_size, start, steps, candidates, atoms):
-    picks = random_picks(steps, candidates, atoms)
-    data = pack_choices(start, bank_size, picks, candidates, atoms)
+    codewords = random_picks(steps, candidates, atoms)
+    data = pack_choices(start, bank_size, codewords, candidates, atoms)
     bits = (math.ceil(math.log2(bank_size)) if start is not None else 0) + (
         steps * (math.ceil(math.log2(math.comb(candidates, atoms))) + atoms) if steps else 0
     )
     assert choice_bits(bank_size if start is not None else 0, steps, candidates, atoms) == bits
     assert len(data) == math.ceil(bits / 8)
-    assert unpack_choices(data, start is not None, bank_size, steps, candidates, atoms) == (start, picks)
+    assert unpack_choices(data, start is not None, bank_size, steps, candidates, atoms) == (start, codewords)
 
 
 def test_bits_of_the_papers_operating_points():
@@ -280,18 +287,18 @@ def test_bits_of_the_papers_operating_points():
 
 
 def test_a_beginning_gives_its_whole_steps():
-    picks = random_picks(9, 16, 2)  # 7 + 2 bits a step, behind 10
-    data = pack_choices(700, 1000, picks, 16, 2)
+    codewords = random_picks(9, 16, 2)  # 7 + 2 bits a step, behind 10
+    data = pack_choices(700, 1000, codewords, 16, 2)
     for size in range(len(data) + 1):
         whole = max(0, min(9, (8 * size - 10) // 9))
-        expected = (700, picks[:whole]) if size >= 2 else (None, ())
+        expected = (700, codewords[:whole]) if size >= 2 else (None, ())
         assert unpack_choices(data[:size], True, 1000, 9, 16, 2, prefix=True) == expected
-    assert unpack_choices(data + b"crc!", True, 1000, 9, 16, 2, prefix=True) == (700, picks)
+    assert unpack_choices(data + b"crc!", True, 1000, 9, 16, 2, prefix=True) == (700, codewords)
 
 
 def test_damaged_choices():
-    picks = random_picks(3, 5, 2)  # 10 sets in 4 bits, 2 signs: 18 bits
-    data = pack_choices(None, 1, picks, 5, 2)
+    codewords = random_picks(3, 5, 2)  # 10 sets in 4 bits, 2 signs: 18 bits
+    data = pack_choices(None, 1, codewords, 5, 2)
     for damaged in (data[:-1], data + b"\0"):
         with pytest.raises(InputError, match="the header's take 18 bits"):
             unpack_choices(damaged, False, 1, 3, 5, 2)
@@ -300,7 +307,7 @@ def test_damaged_choices():
     beyond = bytes([data[0], data[1] & 0xF0 | 0x0F, data[2] | 0xC0])
     with pytest.raises(InputError, match="step 3 of the noise choices is no set of 2 of 5"):
         unpack_choices(beyond, False, 1, 3, 5, 2)
-    assert unpack_choices(beyond, False, 1, 3, 5, 2, prefix=True) == (None, picks[:2])
+    assert unpack_choices(beyond, False, 1, 3, 5, 2, prefix=True) == (None, codewords[:2])
     with pytest.raises(InputError, match="noise index 1023: the bank has 1000"):
         unpack_choices(b"\xff\xc0", True, 1000, 0, 0, 0)
     assert unpack_choices(b"\xff\xc0", True, 1000, 0, 0, 0, prefix=True) == (None, ())
@@ -308,7 +315,15 @@ def test_damaged_choices():
 
 @pytest.mark.parametrize(
     "pick",
-    [((1, 1), (1, 1)), ((2, 1), (1, 1)), ((1, 5), (1, 1)), ((-1, 2), (1, 1)), ((1,), (1,)), ((1, 2), (1, 0)), ((1, 2), (1,))],
+    [
+        ((1, 1), (1, 1)),
+        ((2, 1), (1, 1)),
+        ((1, 5), (1, 1)),
+        ((-1, 2), (1, 1)),
+        ((1,), (1,)),
+        ((1, 2), (1, 0)),
+        ((1, 2), (1,)),
+    ],
 )
 def test_what_is_no_choice_cannot_be_sent(pick):
     with pytest.raises(InputError, match=r"a step (picks entries|has signs)"):

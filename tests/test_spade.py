@@ -52,8 +52,10 @@ def test_both_halves_in_half_precision_and_other_memory_layouts(network):
 def test_an_encoder_without_spade_runs_once_for_both_halves(network):
     x, t, y = inputs(2)
     rows = []
-    handles = [part.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
-               for part in (network.input_blocks[-1], network.output_blocks[0])]  # fmt: skip
+    handles = [
+        part.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+        for part in (network.input_blocks[-1], network.output_blocks[0])
+    ]
     network(x, t, GuidedMaps(network.label_maps(y), network.label_maps(torch.zeros_like(y[:1]))))
     for handle in handles:
         handle.remove()

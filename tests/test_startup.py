@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from guided_diffusion.startup import StartUp
+from guided_diffusion.console import StartUp
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +39,7 @@ def test_a_part_adds_up_and_counts_what_fails(monkeypatch):
 def test_the_collector_works_again_after_torch_and_leaves_a_torch_that_is_there_alone():
     code = """
 import gc
-from guided_diffusion.startup import import_torch
+from guided_diffusion.console import import_torch
 import_torch()
 frozen = gc.get_freeze_count()
 import_torch()

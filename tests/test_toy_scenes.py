@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from guided_diffusion.console import InputError
 from guided_diffusion.data import toy_scenes
 from guided_diffusion.data.toy_scenes import draw_scene, write_toy_scenes
-from guided_diffusion.errors import InputError
 
 ROAD, SIDEWALK, BUILDING, POLE, SIGN, VEGETATION, SKY, PERSON, RIDER, CAR = 7, 8, 11, 17, 20, 21, 23, 24, 25, 26
 KNOWN = {ROAD, SIDEWALK, BUILDING, POLE, SIGN, VEGETATION, 22, SKY, PERSON, RIDER, CAR, 33}

@@ -32,8 +32,13 @@ def scene(seed=0, size=SIZE):
 @pytest.fixture(scope="module", params=[False, True], ids=["fixed", "learned"])
 def network(request):
     """A tiny UNet whose output layer is not zero, with fixed and with learned variance, and its flags."""
-    return tiny_network(num_classes=CLASSES, learn_sigma=request.param, timestep_respacing=str(T), noise_schedule="cosine",
-                        prediction="v")  # fmt: skip
+    return tiny_network(
+        num_classes=CLASSES,
+        learn_sigma=request.param,
+        timestep_respacing=str(T),
+        noise_schedule="cosine",
+        prediction="v",
+    )
 
 
 def chains(network, rule=None):
@@ -42,8 +47,16 @@ def chains(network, rule=None):
     def make(header):
         stop = EarlyStop(float("inf"), 1, header.stop_step) if header.stop_step else rule
         bank = NoiseBank((3, header.height, header.width), header.bank_size, header.bank_seed)
-        return Chain(*network, bank, method=header.method, s=header.s, eta=header.eta, early_stop=stop,
-                     tail_steps=header.tail_steps, selected_steps=header.selected_steps or None)  # fmt: skip
+        return Chain(
+            *network,
+            bank,
+            method=header.method,
+            s=header.s,
+            eta=header.eta,
+            early_stop=stop,
+            tail_steps=header.tail_steps,
+            selected_steps=header.selected_steps or None,
+        )
 
     return make
 
@@ -77,8 +90,15 @@ def test_both_ends_build_equal_conditioning(coding, missing, form):
     again = Message.from_bytes(message.to_bytes())
     assert torch.equal(received.y, y) and received.start == 3 and received.problems == ()
     assert torch.equal(condition(again.header, again.label, again.boundary, again.edges), y)
-    wanted = received_semantics(found["label"], found.get("instance"), found.get("image_edge"), CLASSES,
-                                form.get("one_hot", True), form.get("edge_plane", True), coding)  # fmt: skip
+    wanted = received_semantics(
+        found["label"],
+        found.get("instance"),
+        found.get("image_edge"),
+        CLASSES,
+        form.get("one_hot", True),
+        form.get("edge_plane", True),
+        coding,
+    )
     assert torch.equal(y, wanted)
 
 
@@ -140,7 +160,7 @@ def test_after_an_error_free_channel_the_pictures_are_equal_bit_for_bit(network,
     message = Message.from_bytes(sent.message.to_bytes())
     result = receiver.pictures([receiver.accept(receive_parts(message.parts()))])
     assert torch.equal(result.images[0], sent.choice.picture) and result.steps.tolist() == [T]
-    assert len(message.picks) == header.selected_steps
+    assert len(message.codewords) == header.selected_steps
     assert message.start_index == (sent.choice.index if header.start_sent else None)
     other = chains(network)(header).run(sent.y, [(sent.choice.index + 1) % 16]).images[0]
     assert (other - sent.choice.picture).abs().max() > 1e-3  # the index matters
@@ -184,11 +204,11 @@ def messages():
     """Messages of two scenes, of one size, with picks."""
     header = dataclasses.replace(TEMPLATE, height=SIZE[0], width=SIZE[1], **STEPS)
     transmitter = sender(SemanticCoding(1, 2), header)
-    picks = (((1, 5), (1, -1)), ((0, 15), (-1, -1)), ((2, 3), (1, 1)))
+    codewords = (((1, 5), (1, -1)), ((0, 15), (-1, -1)), ((2, 3), (1, 1)))
     found = []
     for seed in (0, 1):
         message, _ = transmitter.describe(scene(seed))
-        found.append(dataclasses.replace(message, start_index=9, picks=picks))
+        found.append(dataclasses.replace(message, start_index=9, codewords=codewords))
     return found
 
 
@@ -199,13 +219,15 @@ def test_lost_labels_are_the_last_good_ones(messages):
     receiver.accept(lossy(messages[0]))
     second = receiver.accept(lossy(messages[1], "labels"))
     assert torch.equal(second.y, condition(messages[0].header, messages[0].label)) and second.start == 9
-    assert len(second.picks) == 3
+    assert len(second.codewords) == 3
     assert not torch.equal(receiver.accept(lossy(messages[1])).y, second.y)
 
 
 def test_labels_of_another_size_are_no_substitute(messages):
     receiver = Receiver(None)
-    receiver.accept(lossy(dataclasses.replace(sender(SemanticCoding(1, 0)).describe(scene(2, (12, 20)))[0], start_index=1)))
+    receiver.accept(
+        lossy(dataclasses.replace(sender(SemanticCoding(1, 0)).describe(scene(2, (12, 20)))[0], start_index=1))
+    )
     assert not receiver.accept(lossy(messages[1], "labels")).y.any()
 
 
@@ -216,7 +238,7 @@ def test_a_lost_header_is_the_last_one_and_nothing_at_first(messages):
     receiver.accept(lossy(messages[0]))
     arrival = receiver.accept(lossy(messages[1], "header"))
     assert arrival.header == messages[0].header and arrival.problems == ("header",)
-    assert (arrival.start, arrival.picks) == (0, ())
+    assert (arrival.start, arrival.codewords) == (0, ())
     assert torch.equal(arrival.y, condition(messages[0].header, messages[0].label))
 
 
@@ -233,12 +255,12 @@ def test_lost_indices_leave_their_valid_beginning(network, messages, kept):
     whole = message.parts()["indices"]
     arrival = Receiver(None).accept(lossy(message, "indices", prefix=whole[:kept]))
     count = max(0, 8 * kept - 4) // 9  # 4 bits of the start, then 7 + 2 for each pick
-    assert arrival.picks == message.picks[:count] and arrival.start == (9 if kept else 0)
+    assert arrival.codewords == message.codewords[:count] and arrival.start == (9 if kept else 0)
     assert arrival.problems == ("indices",)
     if kept == 2:
         make = chains(network)
         image = Receiver(make).pictures([arrival]).images
-        assert torch.equal(image, make(message.header).run(arrival.y, [9], [message.picks[:1]]).images)
+        assert torch.equal(image, make(message.header).run(arrival.y, [9], [message.codewords[:1]]).images)
         assert not torch.equal(image, make(message.header).run(arrival.y, [9]).images)
 
 

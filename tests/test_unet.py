@@ -12,9 +12,15 @@ from guided_diffusion.diffusion.spade import LabelMaps, SPADEGroupNorm
 from guided_diffusion.diffusion.unet import ResBlock, SPADEResBlock, check_size
 
 TINY = {
-    "image_size": 32, "num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1, "num_head_channels": 32,
-    "attention_resolutions": "16", "num_classes": 5, "resblock_updown": True,
-}  # fmt: skip
+    "image_size": 32,
+    "num_channels": 32,
+    "channel_mult": "1,2",
+    "num_res_blocks": 1,
+    "num_head_channels": 32,
+    "attention_resolutions": "16",
+    "num_classes": 5,
+    "resblock_updown": True,
+}
 SIZE = (8, 16)  # all tests run pictures of 8x16: the network does not care
 LABELS = 6  # 5 classes and the edge plane
 
@@ -82,7 +88,11 @@ def spade_block(name, inside, outside, emb=128):
 
 
 def attention(name, width):
-    return affine(f"{name}.norm", width) | conv(f"{name}.qkv", width, 3 * width, 1) | conv(f"{name}.proj_out", width, width, 1)
+    return (
+        affine(f"{name}.norm", width)
+        | conv(f"{name}.qkv", width, 3 * width, 1)
+        | conv(f"{name}.proj_out", width, width, 1)
+    )
 
 
 def tiny_keys():
@@ -117,7 +127,8 @@ def test_state_dict_names_and_shapes():
 
 def test_strided_convolutions_have_their_own_names():
     found = {
-        name: tuple(value.shape) for name, value in build_on_meta(resblock_updown=False, learn_sigma=True).state_dict().items()
+        name: tuple(value.shape)
+        for name, value in build_on_meta(resblock_updown=False, learn_sigma=True).state_dict().items()
     }
     expected = {k: v for k, v in tiny_keys().items() if not k.startswith(("input_blocks.2.0", "output_blocks.1.2"))}
     expected |= conv("input_blocks.2.0.op", 32, 32, 3, 3) | conv("output_blocks.1.2.conv", 64, 64, 3, 3)
@@ -125,9 +136,16 @@ def test_strided_convolutions_have_their_own_names():
 
 
 PUBLISHED = {
-    "image_size": 256, "num_channels": 256, "num_res_blocks": 2, "num_head_channels": 64, "channel_mult": "",
-    "attention_resolutions": "32,16,8", "num_classes": 35, "learn_sigma": True, "resblock_updown": True,
-}  # fmt: skip
+    "image_size": 256,
+    "num_channels": 256,
+    "num_res_blocks": 2,
+    "num_head_channels": 64,
+    "channel_mult": "",
+    "attention_resolutions": "32,16,8",
+    "num_classes": 35,
+    "learn_sigma": True,
+    "resblock_updown": True,
+}
 
 
 def test_the_published_configuration():
@@ -263,7 +281,9 @@ def test_samples_in_a_batch_do_not_mix():
     model, (x, t, y) = build_awake(), inputs(3)
     together = run(model, x, t, y)
     for k in range(3):
-        torch.testing.assert_close(run(model, *(v[k : k + 1] for v in (x, t, y))), together[k : k + 1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            run(model, *(v[k : k + 1] for v in (x, t, y))), together[k : k + 1], rtol=0, atol=1e-5
+        )
 
 
 def test_picture_time_and_labels_matter():
@@ -290,7 +310,9 @@ PARTS = ("input_blocks", "middle_block", "output_blocks")
 
 
 @pytest.mark.parametrize(
-    "places, expected", [("unet", PARTS[1:]), ("spadeboth", PARTS), ("enconly", PARTS[:2])], ids=lambda value: str(value)
+    "places, expected",
+    [("unet", PARTS[1:]), ("spadeboth", PARTS), ("enconly", PARTS[:2])],
+    ids=lambda value: str(value),
 )
 @pytest.mark.parametrize("updown", [True, False])
 def test_where_spade_blocks_are(places, expected, updown):
@@ -378,7 +400,8 @@ def test_scale_shift_needs_twice_the_embedding(scale_shift, rows):
 def test_number_of_heads(flags, encoder, decoder):
     model = build_on_meta(**flags)
     heads = [
-        {module.num_heads for module in getattr(model, part).modules() if isinstance(module, AttentionBlock)} for part in PARTS
+        {module.num_heads for module in getattr(model, part).modules() if isinstance(module, AttentionBlock)}
+        for part in PARTS
     ]
     assert heads == [{encoder}, {encoder}, {decoder}]
 
@@ -397,7 +420,8 @@ def test_attention_runs_at_the_given_image_sizes():
 
 
 @pytest.mark.parametrize(
-    "image_size, mults", [(512, (0.5, 1, 1, 2, 2, 4, 4)), (256, (1, 1, 2, 2, 4, 4)), (128, (1, 1, 2, 3, 4)), (64, (1, 2, 3, 4))]
+    "image_size, mults",
+    [(512, (0.5, 1, 1, 2, 2, 4, 4)), (256, (1, 1, 2, 2, 4, 4)), (128, (1, 1, 2, 3, 4)), (64, (1, 2, 3, 4))],
 )
 def test_default_channel_multipliers(image_size, mults):
     model = build_on_meta(image_size=image_size, channel_mult="", num_channels=64, resblock_updown=False)
@@ -409,8 +433,7 @@ def test_default_channel_multipliers(image_size, mults):
 
 
 @pytest.mark.parametrize(
-    "flags, planes",
-    [({}, 6), ({"no_instance": True}, 5), ({"one_hot_label": False}, 2), ({"num_classes": 35}, 36)],
+    "flags, planes", [({}, 6), ({"no_instance": True}, 5), ({"one_hot_label": False}, 2), ({"num_classes": 35}, 36)]
 )
 def test_conditioning_planes(flags, planes):
     model = build_awake(**flags)
@@ -421,7 +444,9 @@ def test_conditioning_planes(flags, planes):
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, example", [((18, 32), (16, 32)), ((16, 31), (16, 32)), ((1, 8), (4, 8)), ((23, 9), (24, 8))])
+@pytest.mark.parametrize(
+    "size, example", [((18, 32), (16, 32)), ((16, 31), (16, 32)), ((1, 8), (4, 8)), ((23, 9), (24, 8))]
+)
 def test_sizes_that_do_not_divide_name_sizes_that_do(size, example):
     model = build_on_meta(channel_mult="1,1,1")
     x, t, y = (v.to("meta") for v in inputs(1, size=size))

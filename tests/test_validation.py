@@ -6,15 +6,22 @@ import torch
 
 from guided_diffusion import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.diffusion.gaussian_diffusion import create_gaussian_diffusion
+from guided_diffusion.evaluation.metrics import colour_error
 from guided_diffusion.link.noise_bank import NoiseBank
-from guided_diffusion.metrics import colour_error
-from guided_diffusion.training.samples import SampleRules
+from guided_diffusion.training.inputs import TrainingInputs
 from guided_diffusion.training.validation import Validation
 
 K, H, W = 4, 16, 32
 CPU = torch.device("cpu")
-FLAGS = {"num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1, "num_classes": K, "attention_resolutions": "1",
-         "diffusion_steps": 20, "dropout": 0.3}  # fmt: skip
+FLAGS = {
+    "num_channels": 32,
+    "channel_mult": "1,1",
+    "num_res_blocks": 1,
+    "num_classes": K,
+    "attention_resolutions": "1",
+    "diffusion_steps": 20,
+    "dropout": 0.3,
+}
 
 
 def item(seed):
@@ -32,7 +39,7 @@ BANK = NoiseBank((3, H, W), 8, seed=1)
 
 
 def rules(**changes):
-    return SampleRules(**{"num_classes": K, "one_hot": True, "edge_plane": True, "bank": BANK, "seed": 2, **changes})
+    return TrainingInputs(**{"num_classes": K, "one_hot": True, "edge_plane": True, "bank": BANK, "seed": 2, **changes})
 
 
 def validation(precision="fp32", **changes):
@@ -82,7 +89,9 @@ def test_score_sees_weights_and_semantics(model):
     look = validation()
     first = look.score(model, random_weights(model, 1), 2)
     assert first != look.score(model, random_weights(model, 2), 2)
-    other = Validation([{**one, "label": one["label"].flip(3)} for one in ITEMS], rules(), look.diffusion, None, CPU, "fp32")
+    other = Validation(
+        [{**one, "label": one["label"].flip(3)} for one in ITEMS], rules(), look.diffusion, None, CPU, "fp32"
+    )
     assert first != other.score(model, random_weights(model, 1), 2)
 
 
@@ -158,7 +167,7 @@ def test_own_weights_gradients_and_mode_are_untouched(model, what, training):
 @pytest.mark.parametrize("what", ["score", "preview"])
 def test_own_weights_come_back_after_an_error(model, what, monkeypatch):
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    monkeypatch.setattr(SampleRules, "condition", lambda *_: 1 / 0)
+    monkeypatch.setattr(TrainingInputs, "condition", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         look_at(what, model, random_weights(model))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training
@@ -173,7 +182,9 @@ def test_preview_shows_originals_and_their_error(model):
     zoom, gap, head = 192 // W, 4, 18
     assert panel.shape == (head + 2 * (H * zoom + gap) + gap, 3 * (W * zoom + gap) + gap, 3)
     assert 0 < error < 1
-    second = panel[head + gap // 2 + H * zoom + gap :, gap:][: H * zoom : zoom, : W * zoom : zoom]  # its top left corner
+    second = panel[head + gap // 2 + H * zoom + gap :, gap:][
+        : H * zoom : zoom, : W * zoom : zoom
+    ]  # its top left corner
     shown = ((ITEMS[1]["image"][0].permute(1, 2, 0) + 1) * 127.5).round().numpy()
     np.testing.assert_array_equal(second, shown)
 

@@ -45,8 +45,12 @@ def _proc(path):
 
 def versions():
     """Return the versions of Python, torch and this package's commit (None outside a clone, + where files were edited)."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "commit": _commit(),
-            "system": f"{platform.system()} {platform.release()}"}  # fmt: skip
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
 
 
 def _commit(root=Path(__file__).parents[2]):

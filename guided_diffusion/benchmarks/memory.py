@@ -2,8 +2,8 @@
 
 import torch
 
-from ..placement import for_sampling
 from ..training.distributed import peak_memory, release_memory, reset_peak_memory
+from ..training.placement import for_sampling
 from .sampling import fast_step as fast_reverse_step
 from .sampling import plain_step as plain_reverse_step
 from .setup import inputs, plain_network
@@ -22,7 +22,12 @@ def peaks(setup):
         for n in batches:
             for precision in paths:
                 setup.tell(f"{what}, batch {n}, {precision or 'plain'}")
-                row = {"what": what, "path": "fast" if precision else "plain", "precision": precision or "fp32", "batch": n}
+                row = {
+                    "what": what,
+                    "path": "fast" if precision else "plain",
+                    "precision": precision or "fp32",
+                    "batch": n,
+                }
                 try:
                     found = in_fresh_process(measure, setup.silent(), precision, n)
                 except torch.OutOfMemoryError:
@@ -32,7 +37,9 @@ def peaks(setup):
     where = "tensors on the device"
     if setup.device.type == "cpu":
         where = "the process's resident memory" + ("" if forget_peak() else " (this system's peaks include building)")
-    notes.append(f"MiB of {where}, each from a fresh process; before: with the network (and optimizer) there, ready to run")
+    notes.append(
+        f"MiB of {where}, each from a fresh process; before: with the network (and optimizer) there, ready to run"
+    )
     return {"rows": rows, "notes": notes}
 
 

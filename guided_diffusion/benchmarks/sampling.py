@@ -40,7 +40,7 @@ def step(setup):
     uncompiled = fast_step(setup, fast_network(setup, plain, "fp32", compiles=False), diffusion, given, "fp32")
     counts = {path: flops(contender.run) for path, contender in (("plain", contenders[PLAIN]), ("fast", uncompiled))}
     del uncompiled
-    networks = {precision: fast_network(setup, plain, precision, say=notes.append) for precision in setup.precisions}
+    networks = {precision: fast_network(setup, plain, precision, log=notes.append) for precision in setup.precisions}
     for precision, network in networks.items():
         contenders[f"fast {precision}"] = fast_step(setup, network, diffusion, given, precision)
     rates = MatmulRate(setup)
@@ -54,9 +54,11 @@ def step(setup):
         share = rates.share(counts[path], row["ms"], precision)
         rows.append({**row, "share_of_matmul_rate_%": share, **(apart[precision] if path == "fast" else {})})
     modulations = (2 if setup.s > 1 else 1) * flops(lambda: plain.modulations(given.y))
-    notes += [f"SPADE's maps are {modulations / 1e9:.4g} GFLOP of a plain step, {100 * modulations / counts['plain']:.0f} %",
-              f"medians of {setup.rounds} alternations; guidance scale {setup.s:g}; differences from the plain path: of one"
-              f" guided output, and of x_0 after a chain of {setup.chain} steps from the same noises"]  # fmt: skip
+    notes += [
+        f"SPADE's maps are {modulations / 1e9:.4g} GFLOP of a plain step, {100 * modulations / counts['plain']:.0f} %",
+        f"medians of {setup.rounds} alternations; guidance scale {setup.s:g}; differences from the plain path: of one"
+        f" guided output, and of x_0 after a chain of {setup.chain} steps from the same noises",
+    ]
     return {"rows": rows, "notes": notes + rates.notes()}
 
 
@@ -74,8 +76,11 @@ def _apart(setup, plain, networks):
             denoiser = fast_denoiser(setup, network, diffusion, given)
             output, end = denoiser(given.x, given.t), _chain(denoiser, diffusion, given)
         rms = ((output - expected).square().mean() / expected.square().mean()).sqrt()
-        found[precision] = {"largest_difference": float((output - expected).abs().max()), "relative_rms": float(rms),
-                            "largest_difference_of_chain": float((end - expected_end).abs().max())}  # fmt: skip
+        found[precision] = {
+            "largest_difference": float((output - expected).abs().max()),
+            "relative_rms": float(rms),
+            "largest_difference_of_chain": float((end - expected_end).abs().max()),
+        }
     return found
 
 
@@ -100,15 +105,27 @@ def picture(setup):
     per_step = sum(seconds(contender, setup.device) for _ in range(setup.chain)) / setup.chain
     full = setup.diffusion().num_timesteps
     rows = [_row("plain", "ancestral", "fp32", full, full * per_step, full * per_step, f"{setup.chain} steps, scaled")]
-    samplers = [("ancestral", "ddpm", full), ("ancestral", "ddpm", 250), ("DDIM", "ddim", 50),
-                ("DPM-Solver++ logsnr20", "dpm++", 20), ("DPM-Solver++ logsnr12", "dpm++", 12)]  # fmt: skip
+    samplers = [
+        ("ancestral", "ddpm", full),
+        ("ancestral", "ddpm", 250),
+        ("DDIM", "ddim", 50),
+        ("DPM-Solver++ logsnr20", "dpm++", 20),
+        ("DPM-Solver++ logsnr12", "dpm++", 12),
+    ]
     samplers = [found for found in (samplers[::3] if setup.quick else dict.fromkeys(samplers)) if found[2] <= full]
     for precision in setup.precisions:
         fast = fast_network(setup, plain, precision)
         _sampled(setup, fast, given, precision, "ddim", 1)
         once = _made_ready(setup, fast, given, precision)
-        rows.append({"path": "fast", "sampler": "label-map work, once for each picture", "precision": precision,
-                     "seconds": once, "how": "timed; in all figures of the fast path"})  # fmt: skip
+        rows.append(
+            {
+                "path": "fast",
+                "sampler": "label-map work, once for each picture",
+                "precision": precision,
+                "seconds": once,
+                "how": "timed; in all figures of the fast path",
+            }
+        )
         for name, method, steps in samplers:
             setup.tell(f"{name}, {steps} steps, {precision}")
             run = min(steps, setup.chain) if setup.quick or steps > 50 else steps
@@ -116,13 +133,23 @@ def picture(setup):
             how = "timed" if run == steps else f"{run} steps, scaled"
             rows.append(_row("fast", name, precision, steps, once + (taken - once) * steps / run, full * per_step, how))
         rows.append(_stopped(setup, fast, given, precision, full * per_step, once))
-    untrained = "how many steps an early-stopped chain takes needs trained weights (--model_path); here is the cost of one"
+    untrained = (
+        "how many steps an early-stopped chain takes needs trained weights (--model_path); here is the cost of one"
+    )
     return {"rows": rows, "notes": [] if setup.weights else [untrained]}
 
 
 def _row(path, sampler, precision, steps, taken, reference, how):
-    return {"path": path, "sampler": sampler, "precision": precision, "steps": steps, "seconds": taken,
-            "ms_per_step": 1e3 * taken / steps, "times_faster": reference / taken, "how": how}  # fmt: skip
+    return {
+        "path": path,
+        "sampler": sampler,
+        "precision": precision,
+        "steps": steps,
+        "seconds": taken,
+        "ms_per_step": 1e3 * taken / steps,
+        "times_faster": reference / taken,
+        "how": how,
+    }
 
 
 def _made_ready(setup, model, given, precision):
@@ -138,8 +165,19 @@ def _sampled(setup, model, given, precision, method, steps, early_stop=None):
     diffusion, found = setup.diffusion(f"logsnr{steps}" if uneven else steps), []
 
     def run():
-        found[:] = [sample(model, diffusion, given.y, given.x, method, s=setup.s, seeds=[0], early_stop=early_stop,
-                           reuse_bytes=setup.reuse_bytes)]  # fmt: skip
+        found[:] = [
+            sample(
+                model,
+                diffusion,
+                given.y,
+                given.x,
+                method,
+                s=setup.s,
+                seeds=[0],
+                early_stop=early_stop,
+                cache_bytes=setup.cache_bytes,
+            )
+        ]
 
     taken = seconds(Contender(run, precision_context(setup, precision)), setup.device)
     return taken, int(found[0].steps)
@@ -155,5 +193,7 @@ def _stopped(setup, model, given, precision, reference, once):
         return _row("fast", name, precision, steps, taken, reference, "timed")
     never = EarlyStop(setup.stop_tol, patience=steps)
     taken, ran = _sampled(setup, model, given, precision, "dpm++", min(5, steps), never)
-    row = _row("fast", name, precision, steps, once + (taken - once) * steps / ran, reference, f"{ran} steps, cost of a step")
+    row = _row(
+        "fast", name, precision, steps, once + (taken - once) * steps / ran, reference, f"{ran} steps, cost of a step"
+    )
     return row | {"steps": None, "seconds": None, "times_faster": None}

@@ -23,14 +23,28 @@ def steps(setup):
     rows = []
     for precision in setup.precisions:
         fast = fast_network(setup, plain, precision)
-        contenders = {shape: fast_step(setup, fast, diffusion, inputs(setup, shape[0], shape[1:]), precision)
-                      for shape in fitting}  # fmt: skip
-        times = alternate(contenders, _rounds(setup), setup.device, lambda text, p=precision: setup.tell(f"{p}, {text}"))
+        contenders = {
+            shape: fast_step(setup, fast, diffusion, inputs(setup, shape[0], shape[1:]), precision) for shape in fitting
+        }
+        times = alternate(
+            contenders, _rounds(setup), setup.device, lambda text, p=precision: setup.tell(f"{p}, {text}")
+        )
         for n, h, w in fitting:
             ms = summary(times, (n, h, w), (n, h, w))["ms"]
-            rows.append({"precision": precision, "picture": f"{h}x{w}", "batch": n, "ms": ms, "ms_per_picture": ms / n,
-                         "ns_per_pixel": 1e6 * ms / (n * h * w)})  # fmt: skip
-    return {"rows": rows, "notes": [f"medians of {_rounds(setup)} alternations of one guided reverse step; one label map"]}
+            rows.append(
+                {
+                    "precision": precision,
+                    "picture": f"{h}x{w}",
+                    "batch": n,
+                    "ms": ms,
+                    "ms_per_picture": ms / n,
+                    "ns_per_pixel": 1e6 * ms / (n * h * w),
+                }
+            )
+    return {
+        "rows": rows,
+        "notes": [f"medians of {_rounds(setup)} alternations of one guided reverse step; one label map"],
+    }
 
 
 def banks(setup):
@@ -40,8 +54,12 @@ def banks(setup):
         setup.tell(f"{size} entries")
         bank = NoiseBank((3, *setup.size), size)
         first = seconds(Contender(lambda bank=bank, size=size: bank[size - 1]), setup.device)
-        times = [seconds(Contender(lambda bank=bank, i=i, size=size: bank[i * size // 10]), setup.device) for i in range(10)]
-        rows.append({"entries": size, "index_bits": bank.index_bits, "pass_s": first, "entry_ms": 1e3 * sorted(times)[5]})
+        times = [
+            seconds(Contender(lambda bank=bank, i=i, size=size: bank[i * size // 10]), setup.device) for i in range(10)
+        ]
+        rows.append(
+            {"entries": size, "index_bits": bank.index_bits, "pass_s": first, "entry_ms": 1e3 * sorted(times)[5]}
+        )
     return {"rows": rows, "notes": []}
 
 
@@ -53,22 +71,43 @@ def candidates(setup):
     rows = []
     for precision in setup.precisions:
         context = precision_context(setup, precision)
-        chain = Chain(fast_network(setup, plain, precision), diffusion, NoiseBank((3, *setup.size)), s=setup.s,
-                      device=setup.device, precision=context, reuse_bytes=setup.reuse_bytes)  # fmt: skip
+        chain = Chain(
+            fast_network(setup, plain, precision),
+            diffusion,
+            NoiseBank((3, *setup.size)),
+            s=setup.s,
+            device=setup.device,
+            precision=context,
+            cache_bytes=setup.cache_bytes,
+        )
         one = plain_step(setup, plain, setup.diffusion(), given, precision)
         ready = chain.prepare(given.y)
         contenders = {"plain": one, "label map": Contender(lambda chain=chain: chain.prepare(given.y))}
         for k in CANDIDATES:
             contenders[k] = Contender(lambda chain=chain, ready=ready, k=k: _chains(chain, ready, k))
-        times = alternate(contenders, 1 if setup.quick else 3, setup.device,
-                          lambda text, p=precision: setup.tell(f"{p}, candidates: {text}"))  # fmt: skip
+        times = alternate(
+            contenders,
+            1 if setup.quick else 3,
+            setup.device,
+            lambda text, p=precision: setup.tell(f"{p}, candidates: {text}"),
+        )
         step, label_map = (summary(times, name, name)["ms"] for name in ("plain", "label map"))
         for k in CANDIDATES:
             ours, theirs = label_map + CHAIN / run * summary(times, k, k)["ms"], k * CHAIN * step
-            rows.append({"precision": precision, "candidates": k, "fast_s": ours / 1e3, "plain_s": theirs / 1e3,
-                         "share_of_plain_%": 100 * ours / theirs, "label_map_ms": label_map})  # fmt: skip
-    return {"rows": rows, "notes": [f"chains of {CHAIN} ancestral steps, scaled from {run}; up to {TOGETHER} candidates run"
-                                    " together"]}  # fmt: skip
+            rows.append(
+                {
+                    "precision": precision,
+                    "candidates": k,
+                    "fast_s": ours / 1e3,
+                    "plain_s": theirs / 1e3,
+                    "share_of_plain_%": 100 * ours / theirs,
+                    "label_map_ms": label_map,
+                }
+            )
+    return {
+        "rows": rows,
+        "notes": [f"chains of {CHAIN} ancestral steps, scaled from {run}; up to {TOGETHER} candidates run together"],
+    }
 
 
 def _chains(chain, ready, k):

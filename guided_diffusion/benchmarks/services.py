@@ -14,7 +14,7 @@ import torch
 
 from .. import build
 from ..config import TrainConfig, save_config
-from ..data.image_datasets import SceneDataset
+from ..data.datasets import SceneDataset
 from ..data.toy_scenes import write_toy_scenes
 from ..link.noise_bank import NoiseBank
 from .timing import in_fresh_process, resident
@@ -24,8 +24,14 @@ DRAWN = 3  # of these; the others are links to them
 BANK_SHAPE, BANK_SIZE = (3, 256, 512), 1000
 # A small network for the start-up, and its checkpoints: short side of the pictures, entries of the bank.
 CHECKPOINTS = {"small": (32, 1000), "full": (256, 1000), "bankless": (256, 0)}
-TINY = {"num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1, "num_head_channels": 32,
-        "attention_resolutions": "1", "resblock_updown": True}  # fmt: skip
+TINY = {
+    "num_channels": 32,
+    "channel_mult": "1,1",
+    "num_res_blocks": 1,
+    "num_head_channels": 32,
+    "attention_resolutions": "1",
+    "resblock_updown": True,
+}
 
 
 # -- loader -----------------------------------------------------------------------------------------------------------
@@ -37,14 +43,21 @@ def loader(setup):
     with tempfile.TemporaryDirectory() as folder:
         setup.tell("drawing scenes" if not setup.data_dir else "opening scenes")
         data_dir = setup.data_dir or _sources(Path(folder) / "scenes", count)
-        uncached, cached = (_dataset(setup, data_dir, cache_dir, count) for cache_dir in ("", str(Path(folder) / "cache")))
+        uncached, cached = (
+            _dataset(setup, data_dir, cache_dir, count) for cache_dir in ("", str(Path(folder) / "cache"))
+        )
         count = len(uncached)
         rates = {"files": _rate(setup, uncached, count, "files"), "cache": _rate(setup, cached, count, "cache")}
         same = all(_same(uncached.item(k, k), cached.item(k, k)) for k in range(count))
     rows = [{"from": name, "images/s": rate, "times_faster": rate / rates["files"]} for name, rate in rates.items()]
     source = setup.data_dir or f"drawn scenes of {SOURCES[1]}x{SOURCES[0]}"
-    return {"rows": rows, "notes": [f"one process, {count} pictures of {source} to short side {setup.flags.image_size}, flips"
-                                    f" and edges included; arrays {'identical' if same else 'DIFFERENT'}"]}  # fmt: skip
+    return {
+        "rows": rows,
+        "notes": [
+            f"one process, {count} pictures of {source} to short side {setup.flags.image_size}, flips"
+            f" and edges included; arrays {'identical' if same else 'DIFFERENT'}"
+        ],
+    }
 
 
 def _rate(setup, dataset, count, name):
@@ -95,7 +108,7 @@ import json, os, sys
 sys.argv[0] = "image_sample.py"
 sys.path.insert(0, "")
 import image_sample
-from guided_diffusion.startup import StartUp
+from guided_diffusion.console import StartUp
 
 def stop(self, noise_bank=None):
     with open("/proc/self/status") as f:
@@ -113,8 +126,11 @@ def startup(setup):
     root = Path(__file__).parents[2]
     rounds = 1 if setup.quick else 5
     with tempfile.TemporaryDirectory() as folder:
-        jobs = {"import torch": ["-c", "import torch"], "import guided_diffusion": ["-c", "import guided_diffusion"],
-                "import guided_diffusion.build": ["-c", "import guided_diffusion.build"]}  # fmt: skip
+        jobs = {
+            "import torch": ["-c", "import torch"],
+            "import guided_diffusion": ["-c", "import guided_diffusion"],
+            "import guided_diffusion.build": ["-c", "import guided_diffusion.build"],
+        }
         if (root / "image_sample.py").exists() and os.path.exists("/proc/self/status"):
             to_first_step = ["-c", _TO_FIRST_STEP, *_small_checkpoints(Path(folder))]
             jobs |= {
@@ -135,8 +151,13 @@ def startup(setup):
     medians = {name: _medians(found[1:]) for name, found in runs.items()}
     alone = medians["import torch"]["s"]
     rows = [{"what": name, "times_import_torch": found["s"] / alone, **found} for name, found in medians.items()]
-    return {"rows": rows, "notes": [f"medians of {rounds} runs; a small network, one evaluation of it included; bank s is the"
-                                    " part that the noise bank's one pass takes"]}  # fmt: skip
+    return {
+        "rows": rows,
+        "notes": [
+            f"medians of {rounds} runs; a small network, one evaluation of it included; bank s is the"
+            " part that the noise bank's one pass takes"
+        ],
+    }
 
 
 def _timed_run(name, arguments, folder):
@@ -177,8 +198,12 @@ def bank(setup):
     setup.tell(f"{BANK_SIZE} entries")
     found = in_fresh_process(bank_costs, BANK_SHAPE, BANK_SIZE)
     shape = "x".join(map(str, BANK_SHAPE))
-    return {"rows": [{"shape": shape, "entries": BANK_SIZE, **found}], "notes": ["in a fresh process; the whole bank would take"
-            f" {4 * BANK_SIZE * np.prod(BANK_SHAPE) / 2**20:.0f} MiB"]}  # fmt: skip
+    return {
+        "rows": [{"shape": shape, "entries": BANK_SIZE, **found}],
+        "notes": [
+            f"in a fresh process; the whole bank would take {4 * BANK_SIZE * np.prod(BANK_SHAPE) / 2**20:.0f} MiB"
+        ],
+    }
 
 
 def bank_costs(shape, size):

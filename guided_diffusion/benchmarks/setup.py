@@ -13,9 +13,9 @@ from ..data.semantics import encode_semantics
 from ..diffusion.conditioning import Conditioning
 from ..diffusion.gaussian_diffusion import guided_denoiser
 from ..diffusion.solvers import ancestral_step
-from ..placement import for_sampling, keep_freed_memory
 from ..training.checkpoint import load_weights
 from ..training.distributed import autocast
+from ..training.placement import for_sampling, keep_freed_memory
 
 
 def _silent(what):
@@ -31,7 +31,7 @@ class Setup:
     :param precisions: of the fast path: any of fp32, bf16, fp16.
     :param scenes: folder of toy scenes, for the training steps. The folder that it is in is the benchmark's own.
     :param s: guidance scale.
-    :param reuse_bytes: as `Conditioning` takes it.
+    :param cache_bytes: as `Conditioning` takes it.
     :param weights: a checkpoint's file, or "" for random weights.
     :param stop_tol: tolerance of the early stop.
     :param rounds: alternations behind one median.
@@ -46,7 +46,7 @@ class Setup:
     precisions: tuple
     scenes: str
     s: float = 2.0
-    reuse_bytes: int = 2**32
+    cache_bytes: int = 2**32
     weights: str = ""
     stop_tol: float = 0.02
     rounds: int = 10
@@ -92,14 +92,14 @@ def plain_network(setup):
     return model.to(setup.device).eval().requires_grad_(False)
 
 
-def fast_network(setup, plain, precision, compiles=None, say=_silent):
+def fast_network(setup, plain, precision, compiles=None, log=_silent):
     """Return the network as a sampling run makes it ready for a precision, with the weights of `plain`, which stays.
 
     :param compiles: torch.compile it; None: as the setup's flags say.
     :param say: function of a line, told what compiling takes.
     """
     compiles = setup.flags.compile if compiles is None else compiles
-    return for_sampling(copy.deepcopy(plain), setup.device, precision, compiles, say)
+    return for_sampling(copy.deepcopy(plain), setup.device, precision, compiles, log)
 
 
 def parameter_count(setup):
@@ -145,7 +145,7 @@ def plain_denoiser(setup, model, diffusion, given):
 
 def conditioning(setup, model, given):
     """Do the label-map work of one picture, as `sample` does; in the context of the model's precision."""
-    return Conditioning(model, given.y, setup.s, setup.reuse_bytes)
+    return Conditioning(model, given.y, setup.s, setup.cache_bytes)
 
 
 def fast_denoiser(setup, model, diffusion, given):

@@ -24,10 +24,16 @@ def table(rows):
     numeric = [any(isinstance(row.get(name), int | float) for row in rows) for name in names]
 
     def line(texts):
-        padded = (text.rjust(w) if right else text.ljust(w) for text, w, right in zip(texts, widths, numeric, strict=True))
+        padded = (
+            text.rjust(w) if right else text.ljust(w) for text, w, right in zip(texts, widths, numeric, strict=True)
+        )
         return "| " + " | ".join(padded) + " |"
 
-    rule = "| " + " | ".join("-" * (w - 1) + (":" if right else "-") for w, right in zip(widths, numeric, strict=True)) + " |"
+    rule = (
+        "| "
+        + " | ".join("-" * (w - 1) + (":" if right else "-") for w, right in zip(widths, numeric, strict=True))
+        + " |"
+    )
     return [line(cells[0]), rule, *map(line, cells[1:])]
 
 
@@ -43,7 +49,9 @@ def part(title, found):
 def document(results):
     """Return the lines of a whole benchmark: what it ran on and with, then its parts."""
     about = {**results["hardware"], **results["versions"], "date": results["date"], **results["configuration"]}
-    lines = [f"- {name.replace('_', ' ')}: {shown(value)}" for name, value in about.items() if value not in (None, "", [])]
+    lines = [
+        f"- {name.replace('_', ' ')}: {shown(value)}" for name, value in about.items() if value not in (None, "", [])
+    ]
     if results["left_out"]:
         lines.append(f"- left out: {'; '.join(results['left_out'])}")
     for name, found in results["parts"].items():

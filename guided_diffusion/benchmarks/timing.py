@@ -85,8 +85,12 @@ def summary(times, name, reference):
     own, ratio = times[name], None
     if reference in times:
         ratio = statistics.median(base / mine for base, mine in zip(times[reference], own, strict=True))
-    return {"ms": 1e3 * statistics.median(own), "p10_ms": 1e3 * quantile(own, 0.1), "p90_ms": 1e3 * quantile(own, 0.9),
-            "times_faster": ratio}  # fmt: skip
+    return {
+        "ms": 1e3 * statistics.median(own),
+        "p10_ms": 1e3 * quantile(own, 0.1),
+        "p90_ms": 1e3 * quantile(own, 0.9),
+        "times_faster": ratio,
+    }
 
 
 # -- arithmetic -------------------------------------------------------------------------------------------------------
@@ -142,14 +146,19 @@ class MatmulRate:
 
     def notes(self):
         """One line per precision, and on a GPU one about TF32."""
-        lines = [f"{precision}: a product of {self.side}² matrices runs at {self.rate(precision) / 1e9:.0f} GFLOP/s ("
-                 + ", ".join(f"{rate / 1e9:.0f}" for rate in self.best[precision]) + " before and after)"
-                 for precision in self.precisions]  # fmt: skip
+        lines = [
+            f"{precision}: a product of {self.side}² matrices runs at {self.rate(precision) / 1e9:.0f} GFLOP/s ("
+            + ", ".join(f"{rate / 1e9:.0f}" for rate in self.best[precision])
+            + " before and after)"
+            for precision in self.precisions
+        ]
         rounding = tf32(self.device)
         if rounding is not None:
             convolutions, products = ("on" if value else "off" for value in rounding)
-            lines.append(f"fp32: TF32 is {convolutions} for the network's convolutions and {products} for its products; for the"
-                         f" product of {self.side}² matrices it is {convolutions}")  # fmt: skip
+            lines.append(
+                f"fp32: TF32 is {convolutions} for the network's convolutions and {products} for its products; for the"
+                f" product of {self.side}² matrices it is {convolutions}"
+            )
         return lines
 
 

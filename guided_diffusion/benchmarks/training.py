@@ -31,8 +31,10 @@ class PlainTraining:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=s.lr, weight_decay=s.weight_decay, foreach=False, fused=False
         )
-        self.emas = {rate: {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-                     for rate in s.ema_rates}  # fmt: skip
+        self.emas = {
+            rate: {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            for rate in s.ema_rates
+        }
 
     def train_step(self, batch):
         """One optimizer step; returns the mean loss."""
@@ -56,9 +58,18 @@ class PlainTraining:
 
 def training_loop(setup, batch_size=LARGEST, precision="fp32"):
     """Build the product's loop on the toy scenes. It saves nothing."""
-    flags = replace(setup.flags, data_dir=setup.scenes, dataset_mode="cityscapes", batch_size=batch_size, num_workers=0,
-                    precision=precision, device=str(setup.device), preview_items=0, eval_interval=0,
-                    checkpoint_dir=str(Path(setup.scenes).parent / "checkpoints"))  # fmt: skip
+    flags = replace(
+        setup.flags,
+        data_dir=setup.scenes,
+        dataset_mode="cityscapes",
+        batch_size=batch_size,
+        num_workers=0,
+        precision=precision,
+        device=str(setup.device),
+        preview_items=0,
+        eval_interval=0,
+        checkpoint_dir=str(Path(setup.scenes).parent / "checkpoints"),
+    )
     return build.training_loop(flags, set(), lambda line: None, device=setup.device)
 
 
@@ -102,8 +113,10 @@ def steps(setup):
     rates.measure()
     for row in rows:
         row["share_of_matmul_rate_%"] = rates.share(1e9 * row["gflop"], row["ms"], row["precision"])
-    notes.append(f"medians of {_rounds(setup)} alternations; a pass is what one forward and backward pass takes; operations"
-                 " that activation checkpointing repeats are counted")  # fmt: skip
+    notes.append(
+        f"medians of {_rounds(setup)} alternations; a pass is what one forward and backward pass takes; operations"
+        " that activation checkpointing repeats are counted"
+    )
     return {"rows": rows, "notes": notes + rates.notes()}
 
 
@@ -131,8 +144,17 @@ def _measured(setup, contenders, n, trainers, notes):
             counts[name[0]] = flops(contenders[name].run)
         path, precision, size = name
         timed = summary(times, name, reference)
-        rows.append({"path": path, "precision": precision, "batch": n, "pass": size, **timed,
-                     "images/s": 1e3 * n / timed["ms"], "gflop": counts[path] / 1e9})  # fmt: skip
+        rows.append(
+            {
+                "path": path,
+                "precision": precision,
+                "batch": n,
+                "pass": size,
+                **timed,
+                "images/s": 1e3 * n / timed["ms"],
+                "gflop": counts[path] / 1e9,
+            }
+        )
     return rows
 
 

@@ -19,9 +19,8 @@ import blobfile as bf
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import InputError
-from ..files import whole_file
-from ..scripts import bar_options, say
+from ..console import InputError, bar_options, log
+from ..files import atomic_write
 from . import pictures
 from .pairing import is_remote
 
@@ -67,7 +66,9 @@ class ArrayCache:
         arrays = {name: np.ndarray(shape, dtype, self._map, offset) for name, dtype, shape, offset in fields}
         if not self._checked[index]:
             if _crc(arrays.values()) != crc:
-                raise InputError(f"{self.path} is damaged (scene {index + 1}); delete it, and the next run builds it anew")
+                raise InputError(
+                    f"{self.path} is damaged (scene {index + 1}); delete it, and the next run builds it anew"
+                )
             self._checked[index] = 1
         return arrays
 
@@ -100,7 +101,7 @@ class ArrayCache:
                 times[k] = changed
                 touched.append(k)
         if touched:
-            say(f"{self.path}: {len(touched)} of its {len(flat)} source files have new dates; comparing their contents")
+            log(f"{self.path}: {len(touched)} of its {len(flat)} source files have new dates; comparing their contents")
         digests = _in_threads(_digest, [flat[k] for k in touched])
         for k, digest in zip(touched, _bar(digests, len(touched), "compared", "file"), strict=True):
             if digest != noted[k][2]:
@@ -152,7 +153,7 @@ def open_cache(path, recipe, root, sources, read):
                 return cache
             for left in glob.glob(f"{glob.escape(path)}.*.tmp") if locked else ():  # by builders that were killed
                 os.remove(left)
-            say(f"building the cache {path} of {len(sources)} scenes; later runs find it there")
+            log(f"building the cache {path} of {len(sources)} scenes; later runs find it there")
             _build(path, recipe, names, sources, read)
     except OSError as error:
         raise InputError(
@@ -162,7 +163,7 @@ def open_cache(path, recipe, root, sources, read):
     cache.files = None
     size = os.path.getsize(path) / 1e6
     bad = f"; {cache.left_out} of its scenes could not be read and are not in it" if cache.left_out else ""
-    say(f"built the cache {path}: {size:.1f} MB{bad}")
+    log(f"built the cache {path}: {size:.1f} MB{bad}")
     return cache
 
 
@@ -179,7 +180,7 @@ def _usable(path, recipe, names, paths, tell=False):
         cache.files = None  # the bulk of the index, and of no more use
         return cache
     if tell:
-        say(f"making the cache anew: {why}")
+        log(f"making the cache anew: {why}")
     return None
 
 
@@ -196,7 +197,7 @@ def _build(path, recipe, names, paths, read):
             return facts, None
 
     scenes, files, times = [], [], []
-    with whole_file(path, "wb") as f:
+    with atomic_write(path, "wb") as f:
         found = _in_threads(make, range(len(paths)))
         for below, (facts, arrays) in zip(names, _bar(found, len(paths), "cache", "scene"), strict=True):
             scenes.append(None if arrays is None else _written(f, arrays))
@@ -248,9 +249,15 @@ def _mapped(path):
             index = f.read(length)
             if zlib.crc32(index) != crc:
                 raise damaged
-            return np.memmap(f, np.uint8, "r"), footer, json.loads(index)  # of the file opened, whatever has its name later
+            return (
+                np.memmap(f, np.uint8, "r"),
+                footer,
+                json.loads(index),
+            )  # of the file opened, whatever has its name later
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}); check the folder of --cache_dir") from error
+        raise InputError(
+            f"{path} cannot be read ({error.strerror or error}); check the folder of --cache_dir"
+        ) from error
 
 
 # -- other processes, and threads -------------------------------------------------------------------------------------
@@ -267,7 +274,7 @@ def _lock(path):
                 locked = True
             except BlockingIOError:
                 if not waited:
-                    say(f"waiting for another process, which is building the cache {path}")
+                    log(f"waiting for another process, which is building the cache {path}")
                 waited += 1
                 time.sleep(WAIT_S)
                 continue
@@ -279,7 +286,9 @@ def _lock(path):
 
 def _in_threads(function, items):
     """Yield the function of each item, in order, worked out in threads a few ahead."""
-    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    threads = min(
+        MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     with ThreadPoolExecutor(threads) as pool:
         ahead = []
         for item in items:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import InputError
+from ..console import InputError
 from ..random_streams import generator
 
 MOST_SKIPPED = 100  # bad scenes in a row that are skipped; more look like a lost folder or a wrong flag
@@ -54,11 +54,28 @@ def check_loading(*, batch_size, start, num_workers, on_bad_image, rank, world_s
         raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
 
 
-def scene_batches(dataset, *, batch_size, deterministic=False, start=0, stop=None, rank=0, world_size=1, num_workers=0,
-                  pin_memory=False, on_bad_image="error"):  # fmt: skip
+def scene_batches(
+    dataset,
+    *,
+    batch_size,
+    deterministic=False,
+    start=0,
+    stop=None,
+    rank=0,
+    world_size=1,
+    num_workers=0,
+    pin_memory=False,
+    on_bad_image="error",
+):
     """Return the `SceneBatches` of a `SceneDataset` that is open already; parameters and errors as in `load_data`."""
-    check_loading(batch_size=batch_size, start=start, num_workers=num_workers, on_bad_image=on_bad_image, rank=rank,
-                  world_size=world_size)  # fmt: skip
+    check_loading(
+        batch_size=batch_size,
+        start=start,
+        num_workers=num_workers,
+        on_bad_image=on_bad_image,
+        rank=rank,
+        world_size=world_size,
+    )
     if deterministic:
         stop = len(dataset) if stop is None else min(stop, len(dataset))
     return SceneBatches(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import blobfile as bf
 import numpy as np
 
-from ..errors import InputError
+from ..console import InputError
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ DATASETS = {
     "ade20k": DatasetFacts(
         layouts=(
             Layout(
-                images=Files(("training", "validation"), JPEG),
-                labels=Files(("training", "validation"), ("_seg.png",)),
+                images=Files(("training", "validation"), JPEG), labels=Files(("training", "validation"), ("_seg.png",))
             ),
             Layout(
                 images=Files(("images/training", "images/validation"), JPEG),

@@ -4,9 +4,9 @@ import os
 
 import torch
 
-from ..errors import InputError
+from ..console import InputError
 from . import pictures
-from .image_datasets import SceneDataset
+from .datasets import SceneDataset
 from .pairing import DATASETS, Pair, dataset_facts, is_remote
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -33,7 +33,9 @@ def find_pictures(dataset_mode, data_dir, is_train):
                 path = os.path.join(folder, name)
                 found.append(Pair(path, None, None, os.path.relpath(path, root)[: -len(ending)]))
     if not found:
-        raise InputError(f"--data_dir {data_dir}: no pictures ({', '.join(endings)}) in {root}; name a folder with pictures")
+        raise InputError(
+            f"--data_dir {data_dir}: no pictures ({', '.join(endings)}) in {root}; name a folder with pictures"
+        )
     return sorted(found, key=lambda pair: pair.stem)
 
 

@@ -15,8 +15,8 @@ import blobfile as bf
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ..digests import digest_of
-from ..errors import InputError
+from ..console import InputError
+from ..files import digest_of
 from .pairing import is_remote
 
 # Modes whose pixels are one integer; of "P" the index counts, not the colour

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ..errors import InputError
+from ..console import InputError
 
 SCALES = (1, 2, 4, 8)
 
@@ -150,7 +150,9 @@ def encode_semantics(label, instance, image_edge, num_classes, one_hot=True, edg
     low, high = int(label.min()), int(label.max())
     if low < 0 or high >= num_classes:
         found = low if low < 0 else high
-        raise InputError(f"label map has id {found}, but num_classes is {num_classes}: ids must be 0...{num_classes - 1}")
+        raise InputError(
+            f"label map has id {found}, but num_classes is {num_classes}: ids must be 0...{num_classes - 1}"
+        )
     if one_hot:
         n, _, h, w = label.shape
         planes = torch.zeros(n, num_classes, h, w, device=label.device).scatter_(1, label.long(), 1.0)

@@ -2,11 +2,11 @@
 
 import torch
 
-from ..errors import InputError
+from ..console import InputError
 from .gaussian_diffusion import check_scale, guide, guided_denoiser
 from .spade import GuidedMaps, StoredMaps
 
-REUSE_BYTES = 2**32  # memory that a chain may take for what it computes once from the label map (--label_memory)
+CACHE_BYTES = 2**32  # memory that a chain may take for what it computes once from the label map (--label_memory)
 
 
 class Conditioning:
@@ -16,22 +16,22 @@ class Conditioning:
         encoder, where that has no SPADE, for one of them only.
     :param y: (N, C, H, W) conditioning; (1, C, H, W) serves any number of samples.
     :param s: guidance scale that it will be used with.
-    :param reuse_bytes: bound on the memory; 0 computes everything at every step.
+    :param cache_bytes: bound on the memory; 0 computes everything at every step.
     """
 
     @torch.no_grad()
-    def __init__(self, model, y, s=1.0, reuse_bytes=REUSE_BYTES):
+    def __init__(self, model, y, s=1.0, cache_bytes=CACHE_BYTES):
         check_scale(s)
         self.model, self.s, self.y = model, s, y
         self.maps = self.empty = None
         if not hasattr(model, "modulations"):
             return
         itemsize = 2 if torch.is_autocast_enabled(y.device.type) else 4
-        fits = model.modulation_bytes(len(y), *y.shape[2:], itemsize) <= reuse_bytes
+        fits = model.modulation_bytes(len(y), *y.shape[2:], itemsize) <= cache_bytes
         self.maps = model.modulations(y) if fits else model.label_maps(y)
         if s > 1:
             self.empty = model.empty_maps(y)  # the same for all samples, and cheap to compute again
-            if model.modulation_bytes(len(y) + 1, *y.shape[2:], itemsize) <= reuse_bytes:
+            if model.modulation_bytes(len(y) + 1, *y.shape[2:], itemsize) <= cache_bytes:
                 self.empty = model.modulations(self.empty)
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..console import InputError
 from .losses import discretized_gaussian_log_likelihood, mean_flat, nats_to_bits, normal_kl
 from .schedules import beta_schedule, respaced_betas, space_timesteps
 
@@ -217,8 +217,16 @@ def guide(output, baseline, s):
     return torch.cat([mean, output[:, 3:]], dim=1) if output.shape[1] > 3 else mean
 
 
-def create_gaussian_diffusion(*, diffusion_steps, noise_schedule, timestep_respacing="", prediction="eps",
-                              learn_sigma=False, loss_type="mse", rescale_timesteps=False):  # fmt: skip
+def create_gaussian_diffusion(
+    *,
+    diffusion_steps,
+    noise_schedule,
+    timestep_respacing="",
+    prediction="eps",
+    learn_sigma=False,
+    loss_type="mse",
+    rescale_timesteps=False,
+):
     """Build a process from a named schedule and a respacing (see `schedules`)."""
     betas = beta_schedule(noise_schedule, diffusion_steps)
     kept = space_timesteps(betas, timestep_respacing)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..console import InputError
 
 
 class UniformSampler(nn.Module):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..console import InputError
 from ..random_streams import generator
-from .conditioning import REUSE_BYTES, Conditioning
-from .solvers import StepRule
+from .conditioning import CACHE_BYTES, Conditioning
+from .solvers import SamplerSettings, StepRule
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,46 @@ class _Settled:
         self.count, self.previous = self.count[rows], self.previous[rows]
 
 
+def sample(
+    model,
+    diffusion,
+    y,
+    noise,
+    method="ddpm",
+    s=1.0,
+    eta=0.0,
+    seeds=None,
+    step_noise=None,
+    early_stop=None,
+    clip_denoised=True,
+    on_step=None,
+    cache_bytes=CACHE_BYTES,
+):
+    """Run the reverse chain from x_T = noise: `run_chain` with its most used settings as arguments.
+
+    :param method, s, eta, clip_denoised: see `SamplerSettings`. The others: see `run_chain`.
+    :return: `SampleResult`.
+    """
+    settings = SamplerSettings(method=method, s=s, eta=eta, clip_denoised=clip_denoised)
+    options = {"seeds": seeds, "step_noise": step_noise, "early_stop": early_stop, "on_step": on_step}
+    return run_chain(model, diffusion, y, noise, settings, cache_bytes=cache_bytes, **options)
+
+
 @torch.no_grad()
-def sample(model, diffusion, y, noise, method="ddpm", s=1.0, eta=0.0, seeds=None, step_noise=None, early_stop=None,
-           clip_denoised=True, on_step=None, reuse_bytes=REUSE_BYTES, variance="model", tail_steps=0,
-           network_steps=None):  # fmt: skip
+def run_chain(
+    model,
+    diffusion,
+    y,
+    noise,
+    settings,
+    *,
+    seeds=None,
+    step_noise=None,
+    early_stop=None,
+    on_step=None,
+    cache_bytes=CACHE_BYTES,
+    network_steps=None,
+):
     """Run the reverse chain from x_T = noise.
 
     :param model: callable (x, timesteps, y) -> (N, 3 or 6, H, W); a module is put in evaluation mode for the run.
@@ -68,40 +104,35 @@ def sample(model, diffusion, y, noise, method="ddpm", s=1.0, eta=0.0, seeds=None
     :param y: (N, C, H, W) conditioning, as received; (1, C, H, W) serves all samples, with the label-map work done once;
         or a `Conditioning`, to share that work between calls.
     :param noise: (N, 3, H, W) standard normal, such as bank entries.
-    :param method: "ddpm" (ancestral), "ddim" or "dpm++" (DPM-Solver++ 2M, deterministic: for 10 to 25 steps).
-    :param s: guidance scale, at least 1.
-    :param eta: share of fresh noise in DDIM, 0...1; 0 with the others.
+    :param settings: the `SamplerSettings`; the respacing in them is the diffusion's.
     :param seeds: (N,) integers. Sample k's fresh noise at a step follows from seeds[k] and the original timestep alone,
         whatever the batch. Without it, torch's global generator is used.
     :param step_noise: function (t, x, out) -> z (n, 3, H, W), or None for the usual noise. n counts the samples still
         running; out["rows"] (n,), on the host, says which they are.
     :param early_stop: an `EarlyStop`: finished samples leave the batch with their predicted x_0 as the answer.
-    :param clip_denoised: clip the predicted x_0 to [-1, 1] at every step.
     :param on_step: function (t, x, out), called at every step with the step number, x_t and the prediction.
-    :param reuse_bytes: compute what depends on the conditioning alone once for the whole chain if it takes no more memory
+    :param cache_bytes: compute what depends on the conditioning alone once for the whole chain if it takes no more memory
         than this; 0 computes it at every step.
-    :param variance: of ancestral steps: "model" (fixed or learned), or "posterior" (beta-tilde of the respaced chain).
-    :param tail_steps: the last so many steps take no noise: they are DDIM's with eta = 0, or the solver's as ever.
     :param network_steps: run the network at so many of the steps only, evenly spread, and hold the predicted x_0 between
         them ("dpm++": its extrapolation). The noises stay those of the whole chain: a cheap look at the same picture.
     :return: `SampleResult`.
     """
     _check_arguments(noise, y, seeds)
     evaluated = _network_steps(diffusion.num_timesteps, network_steps, early_stop)
-    update = StepRule(diffusion, method, eta, variance, tail_steps, evaluated)
+    update = StepRule(diffusion, settings, evaluated)
     draw = _noise_source(diffusion, seeds, step_noise)
     x, rows = noise, torch.arange(len(noise))  # rows on the host: asking the device would wait for it at every step
     images, steps = torch.zeros_like(noise), torch.zeros(len(noise), dtype=torch.int64, device=noise.device)
     times = torch.arange(diffusion.num_timesteps, device=noise.device)
     settled = _Settled(early_stop, len(x), x.device) if early_stop else None
     with _evaluating(model):
-        condition = y if isinstance(y, Conditioning) else Conditioning(model, y, s, reuse_bytes)
-        denoiser = condition.denoiser(diffusion, s, len(x))
+        condition = y if isinstance(y, Conditioning) else Conditioning(model, y, settings.s, cache_bytes)
+        denoiser = condition.denoiser(diffusion, settings.s, len(x))
         for taken, step in enumerate(reversed(range(diffusion.num_timesteps)), 1):
             t = times[step].expand(len(x))
             if step in evaluated:
                 output, held = denoiser(x, t), None
-            out = update.posterior(output, x, t, clip_denoised, held)
+            out = update.posterior(output, x, t, held)
             held, out["rows"] = out["pred_xstart"], rows
             if on_step is not None:
                 on_step(step, x, out)
@@ -112,7 +143,7 @@ def sample(model, diffusion, y, noise, method="ddpm", s=1.0, eta=0.0, seeds=None
                     break
                 settled.keep(~done)
                 update.keep(~done)
-                denoiser = condition.denoiser(diffusion, s, len(x), rows)
+                denoiser = condition.denoiser(diffusion, settings.s, len(x), rows)
             z = draw(step, x, out) if update.is_noisy(step) else None
             x = update(step, out, x, t, z)
     images[rows], steps[rows] = x, taken

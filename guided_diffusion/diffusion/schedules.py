@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ..errors import InputError
+from ..console import InputError
 
 MAX_BETA = 0.999  # beta = 1 would leave nothing of x_0, and the posterior undefined
 

@@ -1,10 +1,11 @@
 """Steps of the reverse chain: ancestral (DDPM, algorithm 2), DDIM (arXiv 2010.02502), DPM-Solver++(2M) (arXiv 2211.01095)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
-from ..errors import InputError
+from ..console import InputError
 
 METHODS = ("ddpm", "ddim", "dpm++")
 VARIANCES = ("model", "posterior")
@@ -66,33 +67,63 @@ class DPMSolver:
             self.previous = self.previous[rows]
 
 
-class StepRule:
-    """One step of the chosen sampler: which posterior, whether there is noise, and x_{t-1} (parameters as `sample`'s).
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How a reverse chain is run: what a message's header carries, a `Chain` holds, and `run_chain` takes.
 
+    :param method: "ddpm" (ancestral), "ddim" or "dpm++" (DPM-Solver++ 2M, deterministic: for 10 to 25 steps).
+    :param steps: respacing of the chain (see `space_timesteps`); "" takes every step.
+    :param s: guidance scale, at least 1.
+    :param eta: share of fresh noise in DDIM, 0...1; 0 with the others.
+    :param clip_denoised: clip the predicted x_0 to [-1, 1] at every step.
+    :param variance: of ancestral steps: "model" (fixed or learned), or "posterior" (beta-tilde of the respaced chain).
+    :param tail_steps: the last so many steps take no noise: they are DDIM's with eta = 0, or the solver's as ever.
+    """
+
+    method: str = "ddpm"
+    steps: str = ""
+    s: float = 1.0
+    eta: float = 0.0
+    clip_denoised: bool = True
+    variance: str = "model"
+    tail_steps: int = 0
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise InputError(f"sampling method {self.method!r}: unknown; choose one of {', '.join(METHODS)}")
+        if not self.s >= 1:
+            raise InputError(f"--s {self.s}: the guidance scale must be at least 1")
+        if self.eta and self.method != "ddim":
+            noise = "ancestral sampling has its own noise" if self.method == "ddpm" else "DPM-Solver++ takes no noise"
+            raise InputError(f"eta {self.eta}: it belongs to DDIM; {noise}")
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"--eta {self.eta}: expected 0 (deterministic) to 1 (as much noise as ancestral sampling)")
+        if self.variance not in VARIANCES:
+            raise InputError(f"variance {self.variance!r}: unknown; choose one of {', '.join(VARIANCES)}")
+        if self.variance == "posterior" and self.method != "ddpm":
+            raise InputError(f"variance 'posterior' belongs to ancestral sampling, not to {self.method}")
+
+
+class StepRule:
+    """One step of the chosen sampler: which posterior, whether there is noise, and x_{t-1}.
+
+    :param settings: the `SamplerSettings`.
     :param evaluated: step numbers at which the network runs.
     """
 
-    def __init__(self, diffusion, method, eta, variance, tail_steps, evaluated):
-        if method not in METHODS:
-            raise InputError(f"sampling method {method!r}: unknown; choose one of {', '.join(METHODS)}")
-        if eta and method != "ddim":
-            noise = "ancestral sampling has its own noise" if method == "ddpm" else "DPM-Solver++ takes no noise"
-            raise InputError(f"eta {eta}: it belongs to DDIM; {noise}")
-        if not 0 <= eta <= 1:
-            raise InputError(f"--eta {eta}: expected 0 (deterministic) to 1 (as much fresh noise as ancestral sampling)")
-        if variance not in VARIANCES:
-            raise InputError(f"variance {variance!r}: unknown; choose one of {', '.join(VARIANCES)}")
-        if variance == "posterior" and method != "ddpm":
-            raise InputError(f"variance 'posterior' belongs to ancestral sampling, not to {method}")
-        if not 0 <= tail_steps <= diffusion.num_timesteps:
-            raise InputError(f"--tail_steps {tail_steps}: expected 0 to {diffusion.num_timesteps}, the chain's steps")
-        self.diffusion, self.method, self.eta = diffusion, method, eta
-        self.variance, self.tail_steps = variance, tail_steps
-        self.solver = DPMSolver(diffusion, evaluated) if method == "dpm++" else None
+    def __init__(self, diffusion, settings, evaluated):
+        if not 0 <= settings.tail_steps <= diffusion.num_timesteps:
+            raise InputError(
+                f"--tail_steps {settings.tail_steps}: expected 0 to {diffusion.num_timesteps}, the chain's steps"
+            )
+        self.diffusion, self.method, self.eta = diffusion, settings.method, settings.eta
+        self.variance, self.tail_steps = settings.variance, settings.tail_steps
+        self.clip_denoised = settings.clip_denoised
+        self.solver = DPMSolver(diffusion, evaluated) if self.method == "dpm++" else None
 
-    def posterior(self, output, x, t, clip_denoised, held=None):
+    def posterior(self, output, x, t, held=None):
         """Turn a denoiser's output into p(x_{t-1} | x_t); with the x_0 `held` from an earlier step in place of its own."""
-        out = self.diffusion.posterior(output, x, t, clip_denoised)
+        out = self.diffusion.posterior(output, x, t, self.clip_denoised)
         if held is not None:
             out["pred_xstart"], out["mean"] = held, self.diffusion.q_posterior(held, x, t)[0]
         if self.variance == "posterior":

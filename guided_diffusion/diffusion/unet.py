@@ -7,16 +7,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import InputError
+from ..console import InputError
 from .nn import AttentionBlock, Downsample, Upsample, normalization, timestep_embedding, zero_module
 from .spade import EmptyMaps, GuidedMaps, LabelMaps, SPADEGroupNorm, StoredMaps
 
-DEFAULT_CHANNEL_MULT = {
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    128: (1, 1, 2, 3, 4),
-    64: (1, 2, 3, 4),
-}
+DEFAULT_CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
 
 # Which parts carry SPADE blocks: (encoder, decoder). The middle always does.
 SPADE_PLACES = {"unet": (False, True), "spadeboth": (True, True), "enconly": (True, False)}
@@ -32,8 +27,19 @@ class ResBlock(nn.Module):
     :param scale_shift: the time embedding scales and shifts the second norm; otherwise it is added.
     """
 
-    def __init__(self, channels, out_channels, emb_channels, *, dropout, scale_shift, label_channels, stride,
-                 up=False, down=False):  # fmt: skip
+    def __init__(
+        self,
+        channels,
+        out_channels,
+        emb_channels,
+        *,
+        dropout,
+        scale_shift,
+        label_channels,
+        stride,
+        up=False,
+        down=False,
+    ):
         super().__init__()
         self.scale_shift, self.updown = scale_shift, up or down
         self.resample = Upsample(channels, False) if up else Downsample(channels, False) if down else nn.Identity()
@@ -118,7 +124,9 @@ class _Blocks:
         return AttentionBlock(channels, _head_count(channels, num_heads, self.num_head_channels), self.new_order)
 
     def down(self, spade, channels, stride):
-        return self.residual(spade, channels, channels, stride, down=True) if self.updown else Downsample(channels, True)
+        return (
+            self.residual(spade, channels, channels, stride, down=True) if self.updown else Downsample(channels, True)
+        )
 
     def up(self, spade, channels, stride):
         return self.residual(spade, channels, channels, stride, up=True) if self.updown else Upsample(channels, True)
@@ -136,17 +144,40 @@ class UNetModel(nn.Module):
     :param places: "unet", "spadeboth" or "enconly".
     """
 
-    def __init__(self, *, model_channels, out_channels, label_channels, num_res_blocks, attention_strides, channel_mult,
-                 in_channels=3, dropout=0.0, num_heads=4, num_heads_upsample=-1, num_head_channels=-1,
-                 use_scale_shift_norm=True, resblock_updown=False, use_new_attention_order=False,
-                 use_checkpoint=False, places="unet"):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        model_channels,
+        out_channels,
+        label_channels,
+        num_res_blocks,
+        attention_strides,
+        channel_mult,
+        in_channels=3,
+        dropout=0.0,
+        num_heads=4,
+        num_heads_upsample=-1,
+        num_head_channels=-1,
+        use_scale_shift_norm=True,
+        resblock_updown=False,
+        use_new_attention_order=False,
+        use_checkpoint=False,
+        places="unet",
+    ):
         super().__init__()
         self.model_channels, self.label_channels, self.use_checkpoint = model_channels, label_channels, use_checkpoint
         self.downsampling = 2 ** (len(channel_mult) - 1)
         widths = [_level_width(mult, model_channels) for mult in channel_mult]
         emb_channels = 4 * model_channels
-        blocks = _Blocks(emb_channels, label_channels, dropout, use_scale_shift_norm, resblock_updown, num_head_channels,
-                         use_new_attention_order)  # fmt: skip
+        blocks = _Blocks(
+            emb_channels,
+            label_channels,
+            dropout,
+            use_scale_shift_norm,
+            resblock_updown,
+            num_head_channels,
+            use_new_attention_order,
+        )
         spade_encoder, spade_decoder = SPADE_PLACES[places]
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)

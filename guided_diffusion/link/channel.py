@@ -10,7 +10,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from ..errors import InputError
+from ..console import InputError
 from ..flags import POOLS
 
 # GESCO's table, dB -> standard deviation. It is a convention, not a signal-to-noise ratio: 10 dB would be 0.316.
@@ -27,7 +27,9 @@ def snr_to_sigma(snr_db):
         by 20 dB per decade; from 100 dB on there is no noise.
     """
     if not snr_db >= 1:
-        raise InputError(f"--snr {snr_db}: GESCO's table covers 1 dB to 100 dB (no noise); choose a value in that range")
+        raise InputError(
+            f"--snr {snr_db}: GESCO's table covers 1 dB to 100 dB (no noise); choose a value in that range"
+        )
     if snr_db >= 100:
         return 0.0
     if snr_db > 30:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from .. import random_streams
-from ..errors import InputError
+from ..console import InputError
 
 MODULATIONS = {"qpsk": 2, "16qam": 4, "64qam": 6}  # bits per symbol Q
 FADINGS = ("awgn", "rayleigh")
@@ -126,8 +126,14 @@ def _sionna():
             if not (error.name or "").startswith("sionna"):
                 raise
             raise InputError("--link digital needs sionna: pip install sionna-no-rt") from error
-    return SimpleNamespace(CRCEncoder=CRCEncoder, CRCDecoder=CRCDecoder, LDPC5GEncoder=LDPC5GEncoder,
-                           LDPC5GDecoder=LDPC5GDecoder, Mapper=Mapper, Demapper=Demapper)  # fmt: skip
+    return SimpleNamespace(
+        CRCEncoder=CRCEncoder,
+        CRCDecoder=CRCDecoder,
+        LDPC5GEncoder=LDPC5GEncoder,
+        LDPC5GDecoder=LDPC5GDecoder,
+        Mapper=Mapper,
+        Demapper=Demapper,
+    )
 
 
 @functools.lru_cache(maxsize=len(MODULATIONS))
@@ -246,14 +252,18 @@ class DigitalLink:
     :param iterations: of belief propagation; the time to decode is proportional to it. 10 instead of 20 cost 0.6 dB.
     """
 
-    def __init__(self, snr_db, modulation="16qam", code_rate=0.5, fading="awgn", control_rate=CONTROL_RATE, iterations=20):
+    def __init__(
+        self, snr_db, modulation="16qam", code_rate=0.5, fading="awgn", control_rate=CONTROL_RATE, iterations=20
+    ):
         if not math.isfinite(snr_db):
             raise InputError(f"--snr {snr_db}: Es/N0 of the digital link is a finite number of dB")
         if modulation not in MODULATIONS:
             raise InputError(f"--modulation {modulation}: unknown; choose one of {', '.join(MODULATIONS)}")
         for flag, rate in (("code_rate", code_rate), ("control_rate", control_rate)):
             if not RATES[0] <= rate <= RATES[1]:
-                raise InputError(f"--{flag} {rate}: the 5G code covers {RATES[0]} to {RATES[1]}; choose a rate in that range")
+                raise InputError(
+                    f"--{flag} {rate}: the 5G code covers {RATES[0]} to {RATES[1]}; choose a rate in that range"
+                )
         if fading not in FADINGS:
             raise InputError(f"--fading {fading}: unknown; choose one of {', '.join(FADINGS)}")
         if iterations < 1:
@@ -302,7 +312,9 @@ class DigitalLink:
         if not data:
             return blocks, energies
         filled = np.frombuffer(data.ljust(segments.count * segments.size, b"\0"), np.uint8)
-        for payload in np.array_split(filled.reshape(segments.count, segments.size), range(BATCH, segments.count, BATCH)):
+        for payload in np.array_split(
+            filled.reshape(segments.count, segments.size), range(BATCH, segments.count, BATCH)
+        ):
             code = _block_code(segments.k, segments.n, segments.bits_per_symbol, self.iterations)
             x = code.encode(payload)  # (B, n / Q)
             noise = math.sqrt(self.noise_power) * torch.randn(x.shape, dtype=x.dtype, generator=stream)

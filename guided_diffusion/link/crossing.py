@@ -24,10 +24,16 @@ class AnalogCrossing:
     def cross(self, sent, receiver, stream):
         """Send one message; `stream` is a CPU generator."""
         header = sent.message.header
-        received = transmit(sent.y, self.sigma, generators=[stream], num_classes=header.num_classes, one_hot=header.one_hot,
-                            pool=self.pool)  # fmt: skip
+        received = transmit(
+            sent.y,
+            self.sigma,
+            generators=[stream],
+            num_classes=header.num_classes,
+            one_hot=header.one_hot,
+            pool=self.pool,
+        )
         message = sent.message
-        arrival = Arrival(header, received, message.start_index or 0, message.picks)
+        arrival = Arrival(header, received, message.start_index or 0, message.codewords)
         return arrival, analog_facts(sent.y, self.sigma, header.num_classes, header.one_hot)
 
 
@@ -75,6 +81,11 @@ class DigitalCrossing:
 def digital_facts(delivery, height, width):
     """Report what one `Delivery` cost, and how it went."""
     uses = sum(delivery.uses.values())
-    return {"channel_uses": uses, "bandwidth_ratio": uses / (3 * height * width),
-            "realised_snr_db": delivery.realised_es_n0_db, "eb_n0_db": delivery.realised_eb_n0_db,
-            "blocks": delivery.blocks_sent, "block_errors": delivery.block_errors}  # fmt: skip
+    return {
+        "channel_uses": uses,
+        "bandwidth_ratio": uses / (3 * height * width),
+        "realised_snr_db": delivery.realised_es_n0_db,
+        "eb_n0_db": delivery.realised_eb_n0_db,
+        "blocks": delivery.blocks_sent,
+        "block_errors": delivery.block_errors,
+    }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import InputError
+from ..console import InputError
 from . import source_coding
 from .source_coding import MissingPlugin, decode_map, encode_map, pack_choices, unpack_choices
 
@@ -25,17 +25,33 @@ _FIELDS = struct.Struct("<2sB HHH BBB qI Hff HHHHH 8s 3s3s3s")
 HEADER_BYTES = _FIELDS.size + CRC_BYTES
 
 # Fields of the flag byte: the bits of each value
-_FLAGS = (("one_hot", {False: 0, True: 1}), ("edge_plane", {False: 0, True: 2}), ("boundaries", {False: 0, True: 4}),
-          ("clip_denoised", {False: 0, True: 8}), ("start_sent", {False: 0, True: 16}),
-          ("method", {"ddpm": 0, "ddim": 32, "dpm++": 128}), ("step_variance", {"model": 0, "posterior": 64}))  # fmt: skip
+_FLAGS = (
+    ("one_hot", {False: 0, True: 1}),
+    ("edge_plane", {False: 0, True: 2}),
+    ("boundaries", {False: 0, True: 4}),
+    ("clip_denoised", {False: 0, True: 8}),
+    ("start_sent", {False: 0, True: 16}),
+    ("method", {"ddpm": 0, "ddim": 32, "dpm++": 128}),
+    ("step_variance", {"model": 0, "posterior": 64}),
+)
 # Fields of two bits each
 _CHOICES = (("label_scale", (1, 2, 4, 8)), ("edge_scale", (1, 2, 4, 8)), ("precision", ("fp32", "bf16", "fp16")))
 _STEPS = ("", "{}", "ddim{}", "logsnr{}")
-_RANGES = (("height", 1, source_coding.MAX_SIDE), ("width", 1, source_coding.MAX_SIDE), ("num_classes", 1, 256),
-           ("edge_levels", 0, 256), ("bank_seed", -(2**63), 2**63 - 1), ("bank_size", 1, 2**32 - 1), ("eta", 0, 1),
-           ("s", 1, 1e6), ("stop_step", 0, 2**16 - 1), ("selected_steps", 0, 2**16 - 1),
-           ("step_candidates", 0, source_coding.MAX_CANDIDATES), ("step_atoms", 0, source_coding.MAX_ATOMS),
-           ("tail_steps", 0, 2**16 - 1))  # fmt: skip
+_RANGES = (
+    ("height", 1, source_coding.MAX_SIDE),
+    ("width", 1, source_coding.MAX_SIDE),
+    ("num_classes", 1, 256),
+    ("edge_levels", 0, 256),
+    ("bank_seed", -(2**63), 2**63 - 1),
+    ("bank_size", 1, 2**32 - 1),
+    ("eta", 0, 1),
+    ("s", 1, 1e6),
+    ("stop_step", 0, 2**16 - 1),
+    ("selected_steps", 0, 2**16 - 1),
+    ("step_candidates", 0, source_coding.MAX_CANDIDATES),
+    ("step_atoms", 0, source_coding.MAX_ATOMS),
+    ("tail_steps", 0, 2**16 - 1),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,26 +127,40 @@ class Header:
             if getattr(self, name) not in values:
                 raise InputError(f"message header: {name} is {getattr(self, name)!r}; must be one of {tuple(values)}")
         if self.height * self.width > source_coding.MAX_PIXELS:
-            raise InputError(f"message header: {self.width}x{self.height} pixels; must be at most {source_coding.MAX_PIXELS}")
+            raise InputError(
+                f"message header: {self.width}x{self.height} pixels; must be at most {source_coding.MAX_PIXELS}"
+            )
         if self.edge_levels == 1 or ((self.boundaries or self.edge_levels) and not self.edge_plane):
-            raise InputError(f"message header: {self.edge_levels} edge levels, edge_plane {self.edge_plane}, boundaries"
-                             f" {self.boundaries}; edges need an edge plane, and 2 levels or more")  # fmt: skip
+            raise InputError(
+                f"message header: {self.edge_levels} edge levels, edge_plane {self.edge_plane}, boundaries"
+                f" {self.boundaries}; edges need an edge plane, and 2 levels or more"
+            )
         steps = _split_steps(self.steps)[1] or 2**16 - 1
         if max(self.stop_step, self.selected_steps, self.tail_steps) > steps:
-            raise InputError(f"message header: stop step {self.stop_step}, {self.selected_steps} selected and {self.tail_steps}"
-                             f" tail steps, but the chain has {steps}")  # fmt: skip
+            raise InputError(
+                f"message header: stop step {self.stop_step}, {self.selected_steps} selected and {self.tail_steps}"
+                f" tail steps, but the chain has {steps}"
+            )
         if self.selected_steps and not 1 <= self.step_atoms <= self.step_candidates <= self.bank_size:
-            raise InputError(f"message header: {self.step_atoms} atoms of {self.step_candidates} candidates in a bank of"
-                             f" {self.bank_size}; each must be at least 1, and no more than the next")  # fmt: skip
+            raise InputError(
+                f"message header: {self.step_atoms} atoms of {self.step_candidates} candidates in a bank of"
+                f" {self.bank_size}; each must be at least 1, and no more than the next"
+            )
         if (self.step_variance == "posterior") != (self.selected_steps > 0 and self.method == "ddpm"):
-            raise InputError(f"message header: {self.selected_steps} selected {self.method} steps, {self.step_variance};"
-                             " selected ancestral steps have the posterior's, others the model's")  # fmt: skip
+            raise InputError(
+                f"message header: {self.selected_steps} selected {self.method} steps, {self.step_variance};"
+                " selected ancestral steps have the posterior's, others the model's"
+            )
         if self.method == "dpm++" and (self.eta or self.selected_steps):
-            raise InputError(f"message header: dpm++ with eta {self.eta:g} and {self.selected_steps} selected steps; both must"
-                             " be 0, for it takes no noise")  # fmt: skip
+            raise InputError(
+                f"message header: dpm++ with eta {self.eta:g} and {self.selected_steps} selected steps; both must"
+                " be 0, for it takes no noise"
+            )
         if self.version != VERSION or len(self.fingerprint) != 8:
-            raise InputError(f"message header: version {self.version}, fingerprint of {len(self.fingerprint)} bytes;"
-                             f" must be {VERSION} and 8 bytes")  # fmt: skip
+            raise InputError(
+                f"message header: version {self.version}, fingerprint of {len(self.fingerprint)} bytes;"
+                f" must be {VERSION} and 8 bytes"
+            )
 
 
 def _shrunk(header, scale):
@@ -144,8 +174,9 @@ def _split_steps(steps):
         if found and int(found[1]) < 2**16:
             return kind, int(found[1])
     if steps:
-        raise InputError(f"--timestep_respacing {steps}: sections cannot be sent in a message; give N, ddimN or logsnrN, up to"
-                         " 65535")  # fmt: skip
+        raise InputError(
+            f"--timestep_respacing {steps}: sections cannot be sent in a message; give N, ddimN or logsnrN, up to 65535"
+        )
     return 0, 0
 
 
@@ -153,16 +184,37 @@ def _write_header(header, lengths):
     """Return a header's bytes, CRC included. `lengths`: of the other parts, in bytes."""
     header.check()
     if max(lengths) >= 2**24:
-        raise InputError(f"a message part has {max(lengths)} bytes; must be below {2**24}: raise --label_scale or --edge_scale")
+        raise InputError(
+            f"a message part has {max(lengths)} bytes; must be below {2**24}: raise --label_scale or --edge_scale"
+        )
     kind, steps = _split_steps(header.steps)
     flags = sum(values[getattr(header, name)] for name, values in _FLAGS)
     choices = sum(values.index(getattr(header, name)) << 2 * k for k, (name, values) in enumerate(_CHOICES)) | kind << 6
     levels = max(0, header.edge_levels - 1)  # 0, or 2...256
-    return _sealed(_FIELDS.pack(
-        _MAGIC, VERSION, header.height, header.width, header.num_classes, flags, choices, levels, header.bank_seed,
-        header.bank_size, steps, header.eta, header.s, header.stop_step, header.selected_steps, header.step_candidates,
-        header.step_atoms, header.tail_steps, header.fingerprint, *(length.to_bytes(3, "little") for length in lengths),
-    ))  # fmt: skip
+    return _sealed(
+        _FIELDS.pack(
+            _MAGIC,
+            VERSION,
+            header.height,
+            header.width,
+            header.num_classes,
+            flags,
+            choices,
+            levels,
+            header.bank_seed,
+            header.bank_size,
+            steps,
+            header.eta,
+            header.s,
+            header.stop_step,
+            header.selected_steps,
+            header.step_candidates,
+            header.step_atoms,
+            header.tail_steps,
+            header.fingerprint,
+            *(length.to_bytes(3, "little") for length in lengths),
+        )
+    )
 
 
 def _flagged(values, flags):
@@ -181,18 +233,50 @@ def read_header(data):
     if data[2] != VERSION:
         raise InputError(f"a message of version {data[2]}; this program reads version {VERSION}: use the transmitter's")
     fields = _FIELDS.unpack(_opened("header", data[:HEADER_BYTES]))
-    (_, _, height, width, num_classes, flags, choices, levels, bank_seed, bank_size, steps, eta, s, stop_step, selected_steps,
-     step_candidates, step_atoms, tail_steps, fingerprint, *lengths) = fields  # fmt: skip
+    (
+        _,
+        _,
+        height,
+        width,
+        num_classes,
+        flags,
+        choices,
+        levels,
+        bank_seed,
+        bank_size,
+        steps,
+        eta,
+        s,
+        stop_step,
+        selected_steps,
+        step_candidates,
+        step_atoms,
+        tail_steps,
+        fingerprint,
+        *lengths,
+    ) = fields
     named = {name: _flagged(values, flags) for name, values in _FLAGS}
     if None in named.values() or choices >> 4 & 3 == 3 or (choices < 64 and steps):
         raise InputError("message header: bits that mean nothing are set; send it again")
     named |= {name: values[choices >> 2 * k & 3] for k, (name, values) in enumerate(_CHOICES)}
     header = Header(
-        height=height, width=width, num_classes=num_classes, edge_levels=levels + (levels > 0), bank_seed=bank_seed,
-        bank_size=bank_size, steps=_STEPS[choices >> 6].format(steps), eta=eta, s=s, stop_step=stop_step,
-        selected_steps=selected_steps, step_candidates=step_candidates, step_atoms=step_atoms, tail_steps=tail_steps,
-        fingerprint=fingerprint, **named,
-    )  # fmt: skip
+        height=height,
+        width=width,
+        num_classes=num_classes,
+        edge_levels=levels + (levels > 0),
+        bank_seed=bank_seed,
+        bank_size=bank_size,
+        steps=_STEPS[choices >> 6].format(steps),
+        eta=eta,
+        s=s,
+        stop_step=stop_step,
+        selected_steps=selected_steps,
+        step_candidates=step_candidates,
+        step_atoms=step_atoms,
+        tail_steps=tail_steps,
+        fingerprint=fingerprint,
+        **named,
+    )
     header.check()
     return header, dict(zip(PARTS[1:], (int.from_bytes(length, "little") for length in lengths), strict=True))
 
@@ -205,7 +289,7 @@ class Message:
     :param boundary: (H, W) bool, or None without `boundaries`.
     :param edges: (h, w) uint8 symbols below edge_levels, of the header's `edge_shape`, or None with 0 levels.
     :param start_index: bank entry of x_T, or None without `start_sent`.
-    :param picks: per selected step (indices, signs), tuples of step_atoms integers (see `pack_choices`).
+    :param codewords: per selected step (indices, signs), tuples of step_atoms integers (see `pack_choices`).
     """
 
     header: Header
@@ -213,16 +297,16 @@ class Message:
     boundary: np.ndarray | None = None
     edges: np.ndarray | None = None
     start_index: int | None = None
-    picks: tuple = ()
+    codewords: tuple = ()
 
     def __post_init__(self):
-        picks = tuple(tuple(tuple(map(int, numbers)) for numbers in pick) for pick in self.picks)
-        object.__setattr__(self, "picks", picks)
+        codewords = tuple(tuple(tuple(map(int, numbers)) for numbers in pick) for pick in self.codewords)
+        object.__setattr__(self, "codewords", codewords)
 
     def __eq__(self, other):
         if not isinstance(other, Message):
             return NotImplemented
-        mine, theirs = ((m.header, m.start_index, m.picks) for m in (self, other))
+        mine, theirs = ((m.header, m.start_index, m.codewords) for m in (self, other))
         maps = ((self.label, other.label), (self.boundary, other.boundary), (self.edges, other.edges))
         return mine == theirs and all(a is b if a is None or b is None else np.array_equal(a, b) for a, b in maps)
 
@@ -234,7 +318,9 @@ class Message:
     def _parts(self):  # once: coding the maps is the work, and bits, bytes and the channel all ask
         self._check()
         header = self.header
-        choices = pack_choices(self.start_index, header.bank_size, self.picks, header.step_candidates, header.step_atoms)
+        choices = pack_choices(
+            self.start_index, header.bank_size, self.codewords, header.step_candidates, header.step_atoms
+        )
         bodies = encode_map(self.label, header.num_classes), _encode_edges(header, self.boundary, self.edges), choices
         head = _write_header(header, [len(_sealed(body)) for body in bodies])
         return dict(zip(PARTS, [head, *(_sealed(body, head) for body in bodies)], strict=True))
@@ -243,16 +329,20 @@ class Message:
         header = self.header
         header.check()
         size = header.height, header.width
-        for name, plane, shape in (("label map", self.label, header.label_shape),
-                                   ("boundary plane", self.boundary, size if header.boundaries else None),
-                                   ("image edges", self.edges, header.edge_shape if header.edge_levels else None)):  # fmt: skip
+        for name, plane, shape in (
+            ("label map", self.label, header.label_shape),
+            ("boundary plane", self.boundary, size if header.boundaries else None),
+            ("image edges", self.edges, header.edge_shape if header.edge_levels else None),
+        ):
             found = None if plane is None else plane.shape
             if found != shape or (plane is not None and plane.dtype not in (np.uint8, bool)):
                 raise InputError(f"message: {name} of shape {found}; the header asks for {shape}, 8-bit")
-        if len(self.picks) != header.selected_steps or (self.start_index is None) == header.start_sent:
+        if len(self.codewords) != header.selected_steps or (self.start_index is None) == header.start_sent:
             wanted = "a" if header.start_sent else "no"
-            raise InputError(f"message: start index {self.start_index} and {len(self.picks)} picks; the header asks for"
-                             f" {wanted} start index and {header.selected_steps} picks")  # fmt: skip
+            raise InputError(
+                f"message: start index {self.start_index} and {len(self.codewords)} codewords; the header asks for"
+                f" {wanted} start index and {header.selected_steps} codewords"
+            )
 
     def to_bytes(self):
         """Return the message's bytes: its parts one after the other."""
@@ -263,8 +353,10 @@ class Message:
         """Read a message. Raises InputError for anything but a whole and valid one."""
         header, lengths = read_header(data)
         if len(data) != HEADER_BYTES + sum(lengths.values()):
-            raise InputError(f"a message of {len(data)} bytes, but its header says {HEADER_BYTES + sum(lengths.values())};"
-                             " send it again")  # fmt: skip
+            raise InputError(
+                f"a message of {len(data)} bytes, but its header says {HEADER_BYTES + sum(lengths.values())};"
+                " send it again"
+            )
         at, bodies = HEADER_BYTES, {}
         for name, length in lengths.items():
             bodies[name] = _opened(name, data[at : at + length], data[:HEADER_BYTES])
@@ -280,7 +372,7 @@ class Message:
 
 @dataclass(frozen=True, eq=False)
 class Reception:
-    """What a receiver has of a message. Fields as in `Message`, None (picks: fewer) where lost.
+    """What a receiver has of a message. Fields as in `Message`, None (codewords: fewer) where lost.
 
     :param problems: names of the parts that were lost. Without its header nothing else can be read.
     """
@@ -290,7 +382,7 @@ class Reception:
     boundary: np.ndarray | None = None
     edges: np.ndarray | None = None
     start_index: int | None = None
-    picks: tuple = ()
+    codewords: tuple = ()
     problems: tuple = ()
 
 
@@ -381,8 +473,15 @@ def _read_labels(header, data):
 
 
 def _read_choices(header, data, prefix=False):
-    return unpack_choices(data, header.start_sent, header.bank_size, header.selected_steps, header.step_candidates,
-                          header.step_atoms, prefix)  # fmt: skip
+    return unpack_choices(
+        data,
+        header.start_sent,
+        header.bank_size,
+        header.selected_steps,
+        header.step_candidates,
+        header.step_atoms,
+        prefix,
+    )
 
 
 _READERS = {"labels": _read_labels, "edges": _read_edges, "indices": _read_choices}

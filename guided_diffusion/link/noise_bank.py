@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import torch
 
-from ..errors import InputError
+from ..console import InputError
 from ..random_streams import stream_seed
 
 MAX_STATES = 1900  # of 5,056 bytes each: below 10 MB for any bank size
@@ -94,7 +94,9 @@ class NoiseBank:
 
     def _state(self, k):
         if self._states is None:
-            self._states = torch.empty(math.ceil(self.size / self.stride), len(self._walker.get_state()), dtype=torch.uint8)
+            self._states = torch.empty(
+                math.ceil(self.size / self.stride), len(self._walker.get_state()), dtype=torch.uint8
+            )
         started = time.monotonic()
         while self._walked <= k:
             self._states[self._walked] = self._walker.get_state()

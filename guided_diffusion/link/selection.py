@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from ..diffusion.conditioning import REUSE_BYTES, Conditioning
-from ..diffusion.sampling import EarlyStop, fresh_noise, sample
-from ..errors import InputError
-from ..metrics import mse
+from ..console import InputError
+from ..diffusion.conditioning import CACHE_BYTES, Conditioning
+from ..diffusion.sampling import EarlyStop, fresh_noise, run_chain
+from ..diffusion.solvers import SamplerSettings
+from ..evaluation.metrics import mse
 from ..random_streams import generator
 
 CODEBOOK_BYTES = 2**30  # memory that a codebook may take; larger ones are made again, block by block, at every step
@@ -47,20 +48,26 @@ class Chain:
     selected_steps: int | None = None
     device: Any = "cpu"
     precision: Callable = nullcontext
-    reuse_bytes: int = REUSE_BYTES
+    cache_bytes: int = CACHE_BYTES
 
     def __post_init__(self):
         if self.selected_steps is None:
             return
         if self.method == "dpm++" or (self.method == "ddim" and self.eta != 1):
-            raise InputError(f"per-step selection with {self.method}, eta {self.eta:g}: it needs ancestral sampling, or DDIM"
-                             " with eta 1")  # fmt: skip
+            raise InputError(
+                f"per-step selection with {self.method}, eta {self.eta:g}: it needs ancestral sampling, or DDIM"
+                " with eta 1"
+            )
         if self.early_stop is not None:
-            raise InputError("per-step selection steers the predicted x_0 at every step: drop early stopping (--stop_tol)")
+            raise InputError(
+                "per-step selection steers the predicted x_0 at every step: drop early stopping (--stop_tol)"
+            )
         available = self.diffusion.num_timesteps - max(1, self.tail_steps)
         if not max(1, self.selected_steps) <= available or self.selected_steps < 0:
-            raise InputError(f"--selected_steps {self.selected_steps}: expected 0 (all) to {max(0, available)}, the steps that"
-                             f" take a noise with --tail_steps {self.tail_steps}")  # fmt: skip
+            raise InputError(
+                f"--selected_steps {self.selected_steps}: expected 0 (all) to {max(0, available)}, the steps that"
+                f" take a noise with --tail_steps {self.tail_steps}"
+            )
 
     @property
     def selected(self):
@@ -78,9 +85,9 @@ class Chain:
     def prepare(self, y):
         """Do the label-map work of y (1, C, H, W) once, for several runs."""
         with self.precision():
-            return Conditioning(self.model, y.to(self.device), self.s, self.reuse_bytes)
+            return Conditioning(self.model, y.to(self.device), self.s, self.cache_bytes)
 
-    def run(self, y, indices, picks=None, on_step=None, network_steps=None, step_noise=None):
+    def run(self, y, indices, codewords=None, on_step=None, network_steps=None, step_noise=None):
         """Run chains from x_T = bank[i]; their later noise follows from i, too, or from picks.
 
         :param y: (N or 1, C, H, W) conditioning, or what `prepare` makes of it.
@@ -95,30 +102,46 @@ class Chain:
         bank = self.bank.sized(3, *y.shape[2:])
         x = bank.entries(indices)
         seeds = [bank.chain_seed(i) for i in indices]
-        if picks is not None and any(picks):
-            step_noise = self._replay(bank, seeds, picks)
+        if codewords is not None and any(codewords):
+            step_noise = self._replay(bank, seeds, codewords)
         posterior = self.selected_steps is not None and self.method == "ddpm"
         with self.precision():
-            return sample(
-                self.model, self.diffusion, conditioning, x.to(self.device), self.method, s=self.s, eta=self.eta, seeds=seeds,
-                step_noise=step_noise, early_stop=self.early_stop if network_steps is None else None,
-                clip_denoised=self.clip_denoised, on_step=on_step, variance="posterior" if posterior else "model",
-                tail_steps=self.tail_steps, network_steps=network_steps,
-            )  # fmt: skip
+            settings = SamplerSettings(
+                self.method,
+                s=self.s,
+                eta=self.eta,
+                clip_denoised=self.clip_denoised,
+                variance="posterior" if posterior else "model",
+                tail_steps=self.tail_steps,
+            )
+            return run_chain(
+                self.model,
+                self.diffusion,
+                conditioning,
+                x.to(self.device),
+                settings,
+                seeds=seeds,
+                step_noise=step_noise,
+                early_stop=self.early_stop if network_steps is None else None,
+                on_step=on_step,
+                network_steps=network_steps,
+            )
 
-    def _replay(self, bank, seeds, picks):
+    def _replay(self, bank, seeds, codewords):
         """Return a `step_noise` function that makes each sample's noise from its picks, and seeded noise after them."""
         selected = self.selected
-        if len(picks) != len(seeds) or max(map(len, picks)) > len(selected):
-            raise InputError(f"picks for {len(picks)} samples of up to {max(map(len, picks))} steps: the chains are"
-                             f" {len(seeds)}, with {len(selected)} selected steps")  # fmt: skip
+        if len(codewords) != len(seeds) or max(map(len, codewords)) > len(selected):
+            raise InputError(
+                f"picks for {len(codewords)} samples of up to {max(map(len, codewords))} steps: the chains are"
+                f" {len(seeds)}, with {len(selected)} selected steps"
+            )
         place = {t: k for k, t in enumerate(selected)}
 
         def replay(t, x, out):
             k, timestep, z = place.get(t, math.inf), self.diffusion.kept[t], []
             for n, row in enumerate(out["rows"].tolist()):
-                if k < len(picks[row]):
-                    z.append(picked_noise(bank, picks[row][k], timestep)[None].to(x))
+                if k < len(codewords[row]):
+                    z.append(codeword_noise(bank, codewords[row][k], timestep)[None].to(x))
                 else:
                     z.append(fresh_noise(x[n : n + 1], out["rows"][n : n + 1], seeds, timestep))
             return torch.cat(z)
@@ -139,7 +162,7 @@ class Choice:
     """
 
     index: int
-    picks: tuple
+    codewords: tuple
     score: float | None
     evaluations: int
     picture: torch.Tensor
@@ -149,7 +172,9 @@ class Choice:
 # -- where the chain starts -------------------------------------------------------------------------------------------
 
 
-def select_initial(chain, y, image, candidates, distance=mse, batch_size=8, feedback_steps=0, finalists=4, on_step=None):
+def select_initial(
+    chain, y, image, candidates, distance=mse, batch_size=8, feedback_steps=0, finalists=4, on_step=None
+):
     """Search i* = argmin over candidates of D(I, G(m, NB[i])) (Diff-GOn, noise selection).
 
     :param y: (1, C, H, W) conditioning, as the receiver will have it.
@@ -182,7 +207,9 @@ def select_initial(chain, y, image, candidates, distance=mse, batch_size=8, feed
 def _scores(distance, pictures, image):
     scores = distance(pictures, image)
     if scores.shape != pictures.shape[:1]:
-        raise InputError(f"distance: expected one number for each of {len(pictures)} pictures, found {tuple(scores.shape)}")
+        raise InputError(
+            f"distance: expected one number for each of {len(pictures)} pictures, found {tuple(scores.shape)}"
+        )
     return scores.tolist()
 
 
@@ -197,7 +224,9 @@ def halving_rungs(candidates, steps, feedback_steps, finalists):
     :return: list of (network steps, candidates kept then); the last is (None, 1), whole chains. Empty for one candidate.
     """
     if not 0 <= feedback_steps < steps:
-        raise InputError(f"--feedback_steps {feedback_steps}: expected 0 (whole chains) to {steps - 1}, less than the chain")
+        raise InputError(
+            f"--feedback_steps {feedback_steps}: expected 0 (whole chains) to {steps - 1}, less than the chain"
+        )
     if finalists < 1:
         raise InputError(f"--finalists {finalists}: at least 1 candidate has to be left")
     if candidates == 1:
@@ -219,7 +248,7 @@ def step_mask(bank, timestep):
     return torch.randint(2, bank.shape, generator=stream).float() * 2 - 1
 
 
-def picked_noise(bank, pick, timestep):
+def codeword_noise(bank, pick, timestep):
     """Make the noise z (3, H, W) of a pick: the signed sum of its masked entries, scaled to the norm sqrt(d), d = 3HW.
 
     :param bank: the `NoiseBank` of the picture's size; only the picked entries are made.
@@ -297,17 +326,17 @@ def select_per_step(chain, y, image, start, codebook, distance=None, on_step=Non
     if chain.selected_steps is None:
         raise InputError("per-step selection needs a chain that says which steps are selected (--selected_steps)")
     bank, kept, selected = chain.bank.sized(3, *y.shape[2:]), chain.diffusion.kept, set(chain.selected)
-    image, picks = image.to(chain.device), []
+    image, codewords = image.to(chain.device), []
 
     def choose(t, x, out):
         if t not in selected:
             return None
-        picks.append(codebook.pick(bank, (image - out["pred_xstart"])[0], kept[t]))
-        return picked_noise(bank, picks[-1], kept[t])[None].to(x)
+        codewords.append(codebook.pick(bank, (image - out["pred_xstart"])[0], kept[t]))
+        return codeword_noise(bank, codewords[-1], kept[t])[None].to(x)
 
     result = chain.run(y, [start], on_step=on_step, step_noise=choose)
     score = None if distance is None else _scores(distance, result.images, image)[0]
-    return Choice(start, tuple(picks), score, chain.evaluations(result), result.images[0].cpu(), int(result.steps))
+    return Choice(start, tuple(codewords), score, chain.evaluations(result), result.images[0].cpu(), int(result.steps))
 
 
 def select_both(chain, y, image, candidates, codebook, distance=mse, on_step=None, **search):

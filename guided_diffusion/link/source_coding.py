@@ -13,8 +13,8 @@ from math import comb
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
-from . import context_coding
+from ..console import InputError
+from . import entropy_coding as entropy_coding
 
 CONSTANT, CONTEXT, JXL, LZMA = range(4)  # containers
 MAX_CANDIDATES, MAX_ATOMS = 2**13, 2**8  # of per-step selection: bound the work of unranking
@@ -38,7 +38,9 @@ def encode_map(ids, num_values):
     ids = np.ascontiguousarray(ids, np.uint8)
     values = np.unique(ids)
     if ids.ndim != 2 or not ids.size or values[-1] >= num_values:
-        raise InputError(f"id map of shape {ids.shape} with ids up to {max(values, default=0)}: needs ids below {num_values}")
+        raise InputError(
+            f"id map of shape {ids.shape} with ids up to {max(values, default=0)}: needs ids below {num_values}"
+        )
     if len(values) == 1:
         return bytes([CONSTANT, values[0]])
     table = np.zeros(256, np.uint8)
@@ -52,7 +54,9 @@ def decode_map(data, height, width, num_values):
     :raises InputError: damaged bytes, bytes left over, or JPEG XL without the plugin that reads it.
     """
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and height * width <= MAX_PIXELS):
-        raise InputError(f"id map of {width}x{height} pixels: sides must be 1...{MAX_SIDE}, and pixels at most {MAX_PIXELS}")
+        raise InputError(
+            f"id map of {width}x{height} pixels: sides must be 1...{MAX_SIDE}, and pixels at most {MAX_PIXELS}"
+        )
     if len(data) < 2 or data[0] >= 32:
         raise InputError(f"coded map of {len(data)} bytes: no container begins like this; send it again")
     container, form, option = data[0] & 3, data[0] >> 2 & 1, data[0] >> 3
@@ -68,7 +72,7 @@ def decode_map(data, height, width, num_values):
     elif option:
         raise InputError("coded map: damaged container byte; send it again")
     else:
-        symbols = context_coding.decode(body, height, width, len(values))
+        symbols = entropy_coding.decode(body, height, width, len(values))
     if symbols.max() >= len(values):
         raise InputError(f"coded map: symbol {symbols.max()}, but it lists {len(values)} values; send it again")
     return values[symbols]
@@ -93,8 +97,8 @@ def _coded(symbols, values, num_values):
     def contained(container, option, body):
         return bytes([container | form << 2 | option << 3]) + palette + body
 
-    if symbols.size <= context_coding.MAX_PIXELS and len(values) <= context_coding.MAX_SYMBOLS:
-        body = context_coding.encode(symbols, len(values))
+    if symbols.size <= entropy_coding.MAX_PIXELS and len(values) <= entropy_coding.MAX_SYMBOLS:
+        body = entropy_coding.encode(symbols, len(values))
         if body is not None:
             yield contained(CONTEXT, 0, body)
     for packed in (0, 1):
@@ -255,11 +259,13 @@ def choice_bits(bank_size, steps, candidates, atoms):
 
 def _pick_bits(candidates, atoms):
     if not 1 <= atoms <= candidates:
-        raise InputError(f"{atoms} atoms of {candidates} candidates per step: needs 1 or more, and no more than candidates")
+        raise InputError(
+            f"{atoms} atoms of {candidates} candidates per step: needs 1 or more, and no more than candidates"
+        )
     return (comb(candidates, atoms) - 1).bit_length() + atoms
 
 
-def pack_choices(start_index, bank_size, picks, candidates, atoms):
+def pack_choices(start_index, bank_size, codewords, candidates, atoms):
     """Write noise choices as bits, the highest first, without gaps, zeros at the end up to a whole byte.
 
     :param start_index: bank entry of x_T (ceil(log2 bank_size) bits), or None where entry 0 is agreed on.
@@ -272,8 +278,8 @@ def pack_choices(start_index, bank_size, picks, candidates, atoms):
         if not 0 <= start_index < bank_size:
             raise InputError(f"noise index {start_index}: the bank has {bank_size} entries")
         bits, value = choice_bits(bank_size, 0, candidates, atoms), int(start_index)
-    pick_bits = _pick_bits(candidates, atoms) if picks else 0
-    for indices, signs in picks:
+    pick_bits = _pick_bits(candidates, atoms) if codewords else 0
+    for indices, signs in codewords:
         indices, signs = [int(index) for index in indices], [int(sign) for sign in signs]
         ascending = all(a < b for a, b in pairwise(indices))
         if len(indices) != atoms or not ascending or indices[0] < 0 or indices[-1] >= candidates:
@@ -305,7 +311,7 @@ def unpack_choices(data, has_start, bank_size, steps, candidates, atoms, prefix=
         left -= bits
         return value >> left & (1 << bits) - 1
 
-    start, picks = None, []
+    start, codewords = None, []
     start_bits = choice_bits(bank_size, 0, 0, 0)
     if has_start:
         start = take(start_bits) if left >= start_bits else bank_size
@@ -314,16 +320,20 @@ def unpack_choices(data, has_start, bank_size, steps, candidates, atoms, prefix=
                 return None, ()
             raise InputError(f"noise index {start}: the bank has {bank_size} entries")
     pick_bits, sets = (_pick_bits(candidates, atoms), comb(candidates, atoms)) if steps else (0, 0)
-    while len(picks) < steps and left >= pick_bits:
+    while len(codewords) < steps and left >= pick_bits:
         rank, signs = take(pick_bits - atoms), take(atoms)
         if rank >= sets:
             if prefix:
                 break
-            raise InputError(f"step {len(picks) + 1} of the noise choices is no set of {atoms} of {candidates} entries")
-        picks.append((_unrank(rank, candidates, atoms), tuple(1 - 2 * (signs >> k & 1) for k in reversed(range(atoms)))))
+            raise InputError(
+                f"step {len(codewords) + 1} of the noise choices is no set of {atoms} of {candidates} entries"
+            )
+        codewords.append(
+            (_unrank(rank, candidates, atoms), tuple(1 - 2 * (signs >> k & 1) for k in reversed(range(atoms))))
+        )
     if not prefix and take(left):
         raise InputError("noise choices: bits are left over")
-    return start, tuple(picks)
+    return start, tuple(codewords)
 
 
 def _unrank(rank, candidates, atoms):

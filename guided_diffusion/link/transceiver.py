@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..console import InputError
 from ..data.semantics import SemanticCoding, conditioning_channels, describe, restore
 from ..diffusion.sampling import SampleResult
-from ..errors import InputError
 from .message import Header, Message, Reception, receive_parts
 from .selection import Choice
 
@@ -70,8 +70,13 @@ class Transmitter:
         if not self.template.edge_plane:
             boundary = edges = None
         height, width = scene["label"].shape[2:]
-        header = dataclasses.replace(self.template, height=height, width=width, boundaries=boundary is not None,
-                                     edge_levels=0 if edges is None else self.coding.edge_levels)  # fmt: skip
+        header = dataclasses.replace(
+            self.template,
+            height=height,
+            width=width,
+            boundaries=boundary is not None,
+            edge_levels=0 if edges is None else self.coding.edge_levels,
+        )
         start = 0 if header.start_sent else None
         label = label.astype("uint8")
         return Message(header, label, boundary, edges, start, ()), condition(header, label, boundary, edges)
@@ -96,7 +101,7 @@ class Transmitter:
             choice = local_choice(self.chain, y, start, on_step)
         changes = {"start_index": start if message.header.start_sent else None}
         if choice is not None:
-            changes["picks"] = choice.picks
+            changes["codewords"] = choice.codewords
             if choice.steps < self.chain.diffusion.num_timesteps:
                 changes["header"] = dataclasses.replace(message.header, stop_step=choice.steps)
         return Sent(dataclasses.replace(message, **changes), y, choice)
@@ -122,7 +127,7 @@ class Arrival:
     header: Header
     y: torch.Tensor
     start: int
-    picks: tuple
+    codewords: tuple
     problems: tuple = ()
 
 
@@ -153,7 +158,7 @@ class Receiver:
         else:
             channels = conditioning_channels(header.num_classes, header.one_hot, not header.edge_plane)
             y = torch.zeros(1, channels, header.height, header.width)
-        return Arrival(header, y, reception.start_index or 0, tuple(reception.picks), tuple(reception.problems))
+        return Arrival(header, y, reception.start_index or 0, tuple(reception.codewords), tuple(reception.problems))
 
     def recall(self, message, label=True):
         """Take a message's header, and its label map unless that was lost, as the last good ones."""
@@ -173,9 +178,13 @@ class Receiver:
         images, steps = [None] * len(arrivals), [None] * len(arrivals)
         for chain, numbers in groups.values():
             own = [arrivals[k] for k in numbers]
-            picks = [arrival.picks for arrival in own]
-            result = chain.run(torch.cat([arrival.y for arrival in own]), [arrival.start for arrival in own],
-                               picks if any(picks) else None, on_step=on_step)  # fmt: skip
+            codewords = [arrival.codewords for arrival in own]
+            result = chain.run(
+                torch.cat([arrival.y for arrival in own]),
+                [arrival.start for arrival in own],
+                codewords if any(codewords) else None,
+                on_step=on_step,
+            )
             for k, image, taken in zip(numbers, result.images, result.steps, strict=True):
                 images[k], steps[k] = image, taken
         return SampleResult(torch.stack(images), torch.stack(steps))

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from ..console import InputError
 from ..diffusion.unet import ResBlock, SPADEGroupNorm, SPADEResBlock
-from ..errors import InputError
-from ..files import whole_file
+from ..files import atomic_write
 from .manifest import (
     EMA_FILE,
     PARTS,
@@ -54,11 +54,11 @@ def save_parts(directory, step, parts, facts=None):
     path = directory / manifest_name(step)
     try:
         with ExitStack() as files:  # closes, and so renames, in the opposite order
-            manifest = files.enter_context(whole_file(path))
+            manifest = files.enter_context(atomic_write(path))
             opened = {}
             for kind in sorted(parts, key=lambda kind: kind != "state"):
                 path = directory / file_name(kind, step)
-                opened[kind] = files.enter_context(whole_file(path, "wb"))
+                opened[kind] = files.enter_context(atomic_write(path, "wb"))
             for kind, contents in parts.items():
                 path = directory / file_name(kind, step)
                 writer = HashedWriter(opened[kind])
@@ -71,7 +71,7 @@ def save_parts(directory, step, parts, facts=None):
             manifest.flush()
             os.fsync(manifest.fileno())
             if not path.exists():  # tells what is cut short from here on from what an older version left
-                with whole_file(path) as f:
+                with atomic_write(path) as f:
                     f.write(unfinished_text(step))
     except (OSError, RuntimeError) as error:
         reason = (writer and writer.error) or error

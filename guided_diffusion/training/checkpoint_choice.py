@@ -7,7 +7,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import InputError
+from ..console import InputError
 from .manifest import (
     EMA_FILE,
     UNFINISHED,
@@ -23,34 +23,38 @@ from .manifest import (
 from .safe_reading import check_contents
 
 
-def newest_checkpoint(directory, partial=False, say=None):
+def newest_checkpoint(directory, partial=False, log=None):
     """Return the newest step that `directory` can be resumed from, or None where it has no checkpoint at all.
 
     :param partial: be content with a readable model file, but not with one that differs from its manifest.
     :param say: function of a line, told of newer steps that are damaged, and of a step that could not be verified.
     :raises InputError: there are checkpoints, but none is whole. A first save that was cut short is no checkpoint yet.
     """
-    say, passed, steps = say or (lambda line: None), [], saved_steps(directory)
+    log, passed, steps = log or (lambda line: None), [], saved_steps(directory)
     for step in sorted(steps, reverse=True):
         problem = problem_of(directory, step)
         if problem == UNFINISHED and not partial and steps == {step}:
-            say(f"checkpoint {step} in {directory}: {problem}, and it was the first: starting afresh")
+            log(f"checkpoint {step} in {directory}: {problem}, and it was the first: starting afresh")
             return None
         if problem and (not partial or _model_problem(directory, step)):
             passed.append((step, problem))
             continue
         for damaged, why in passed:
-            say(f"checkpoint {damaged} in {directory} is damaged or incomplete ({why}); going back to {step}")
+            log(f"checkpoint {damaged} in {directory} is damaged or incomplete ({why}); going back to {step}")
         if problem:
-            say(f"checkpoint {step} in {directory} is damaged or incomplete ({problem}); --resume_partial True goes on"
-                " from what is left of it")  # fmt: skip
+            log(
+                f"checkpoint {step} in {directory} is damaged or incomplete ({problem}); --resume_partial True goes on"
+                " from what is left of it"
+            )
         else:
-            _say_whether_verified(directory, step, say)
+            _say_whether_verified(directory, step, log)
         return step
     if passed:
         damaged, why = passed[0]
-        raise InputError(f"{directory}: checkpoint {damaged} is damaged or incomplete ({why}), and no older one is whole;"
-                         " restore it, or go on from the weights alone with --resume_partial True")  # fmt: skip
+        raise InputError(
+            f"{directory}: checkpoint {damaged} is damaged or incomplete ({why}), and no older one is whole;"
+            " restore it, or go on from the weights alone with --resume_partial True"
+        )
     return None
 
 
@@ -69,7 +73,7 @@ def _model_problem(directory, step):
         return f"{path.name} cannot be read ({error})"
 
 
-def resume_point(directory, asked, partial=False, say=None):
+def resume_point(directory, asked, partial=False, log=None):
     """Return (folder, step) to resume from, or None to start afresh; never a start that would overwrite another run.
 
     :param directory: the run's --checkpoint_dir.
@@ -79,7 +83,7 @@ def resume_point(directory, asked, partial=False, say=None):
         holds later steps than the one to resume from.
     """
     if asked == "auto":
-        newest = newest_checkpoint(directory, partial, say)
+        newest = newest_checkpoint(directory, partial, log)
         return None if newest is None else (str(directory), newest)
     latest = max(saved_steps(directory), default=None)
     if not asked:
@@ -95,18 +99,22 @@ def resume_point(directory, asked, partial=False, say=None):
     same = Path(directory).exists() and Path(folder).resolve() == Path(directory).resolve()
     if latest is not None and (not same or latest > step):
         what = f"steps up to {latest}" if same else f"another run (step {latest})"
-        raise InputError(f"--checkpoint_dir {directory} already holds {what}: choose an empty folder to branch off into")
+        raise InputError(
+            f"--checkpoint_dir {directory} already holds {what}: choose an empty folder to branch off into"
+        )
     problem = _model_problem(folder, step) if partial else problem_of(folder, step)
     if problem:
-        other = "use --resume_checkpoint auto to go on from the newest whole one" if same else "name an older model file"
+        other = (
+            "use --resume_checkpoint auto to go on from the newest whole one" if same else "name an older model file"
+        )
         raise InputError(f"--resume_checkpoint {asked}: the checkpoint is damaged or incomplete ({problem}); {other}")
-    _say_whether_verified(folder, step, say or (lambda line: None))
+    _say_whether_verified(folder, step, log or (lambda line: None))
     return str(folder), step
 
 
-def _say_whether_verified(directory, step, say):
+def _say_whether_verified(directory, step, log):
     if not (Path(directory) / manifest_name(step)).exists():
-        say(f"checkpoint {step} in {directory} has no manifest (an older version wrote it) and could not be verified")
+        log(f"checkpoint {step} in {directory} has no manifest (an older version wrote it) and could not be verified")
 
 
 def parse_checkpoint_path(path):
@@ -118,7 +126,7 @@ def parse_checkpoint_path(path):
     return path.parent, int(match[1])
 
 
-def newest_ema(directory, say=None):
+def newest_ema(directory, log=None):
     """Return the path of a folder's newest whole EMA file; of several rates, the highest.
 
     :param say: function of a line, told of newer files that are damaged.
@@ -127,7 +135,9 @@ def newest_ema(directory, say=None):
     directory = Path(directory)
     listed = (name for step in saved_steps(directory, ["manifest"]) for name in _listed(directory, step))
     names = {*listed, *(path.name for path in directory.glob("ema_*.pt"))}  # a listed file may be lost
-    found = [(int(match[2]), float(match[1]), directory / name) for name in names if (match := EMA_FILE.fullmatch(name))]
+    found = [
+        (int(match[2]), float(match[1]), directory / name) for name in names if (match := EMA_FILE.fullmatch(name))
+    ]
     if not found:
         raise InputError(f"--model_path {directory}: the folder has no ema_*.pt file; train first, or name a file")
     passed = []
@@ -136,10 +146,12 @@ def newest_ema(directory, say=None):
         if problem:
             passed.append(problem)
             continue
-        for why in passed if say else ():
-            say(f"the newest averages in {directory} are damaged or incomplete ({why}); going back to {path.name}")
+        for why in passed if log else ():
+            log(f"the newest averages in {directory} are damaged or incomplete ({why}); going back to {path.name}")
         return path
-    raise InputError(f"--model_path {directory}: no ema_*.pt file is whole (newest: {passed[0]}); restore one, or name a file")
+    raise InputError(
+        f"--model_path {directory}: no ema_*.pt file is whole (newest: {passed[0]}); restore one, or name a file"
+    )
 
 
 def _listed(directory, step):

@@ -6,7 +6,7 @@ import socket
 
 import torch
 
-from ..errors import InputError
+from ..console import InputError
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,9 +30,13 @@ def select_device(name="auto", ranks=None):
         raise InputError(f"--device {name}: this machine shows {found} CUDA devices; choose another or cpu")
     if device.type == "cuda" and ranks is not None and ranks.world_size > 1:
         if device.index is not None:
-            raise InputError(f"--device {name}: {ranks.world_size} processes cannot share one GPU; use --device cuda or auto")
+            raise InputError(
+                f"--device {name}: {ranks.world_size} processes cannot share one GPU; use --device cuda or auto"
+            )
         if ranks.local_rank >= found > 1:
-            raise InputError(f"process {ranks.local_rank + 1} of this node has no GPU left: {found} are shown; start fewer")
+            raise InputError(
+                f"process {ranks.local_rank + 1} of this node has no GPU left: {found} are shown; start fewer"
+            )
         device = torch.device("cuda", ranks.local_rank if found > 1 else 0)
         torch.cuda.set_device(device)  # collectives take the current one
     return device

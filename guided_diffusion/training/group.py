@@ -11,12 +11,14 @@ from contextlib import contextmanager, suppress
 import torch
 import torch.distributed as dist
 
-from ..errors import InputError
+from ..console import InputError
 from .distributed import backend_for, device_identity
 from .ranks import Ranks
 
 MEETING = datetime.timedelta(seconds=300)  # for all processes to have started
-COLLECTIVE = datetime.timedelta(minutes=60)  # a save of many GB may take long; that a process died is noticed by `_Watch`
+COLLECTIVE = datetime.timedelta(
+    minutes=60
+)  # a save of many GB may take long; that a process died is noticed by `_Watch`
 BEAT_S, SILENT_BEATS = 2.0, 15  # a process whose sign of life has not changed for so many looks is taken for dead
 HOLD_S = 900.0  # longest time for which a save goes on after another process is lost
 FAILED = "failed"
@@ -47,21 +49,33 @@ class Group:
             raise InputError(problem)
 
     def _meet(self, ranks, device, flags, problem):
-        values = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "MASTER_ADDR": ranks.address, "MASTER_PORT": ranks.port}
+        values = {
+            "RANK": ranks.rank,
+            "WORLD_SIZE": ranks.world_size,
+            "MASTER_ADDR": ranks.address,
+            "MASTER_PORT": ranks.port,
+        }
         os.environ.update({name: str(value) for name, value in values.items()})
         where = f"{ranks.address}:{ranks.port}"
         try:
             store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=MEETING))
             facts = {**flags, "device": device.type}
             self._compare(dist.PrefixStore("facts", store), facts, device_identity(device), problem)
-            dist.init_process_group(backend_for(device), store=dist.PrefixStore("run", store), rank=ranks.rank,
-                                    world_size=ranks.world_size, timeout=COLLECTIVE)  # fmt: skip
+            dist.init_process_group(
+                backend_for(device),
+                store=dist.PrefixStore("run", store),
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=COLLECTIVE,
+            )
             # A connection of its own: the main thread may be waiting on the other one.
             own = dist.TCPStore(ranks.address, ranks.port, is_master=False, wait_for_workers=False, timeout=MEETING)
         except (RuntimeError, OSError) as error:
             reason = str(error).split("\n")[0][:200]
-            raise LostPeer(f"rank {self.rank}: the {self.world_size} processes did not meet at {where} ({reason});"
-                           " did all start? MASTER_ADDR and MASTER_PORT change the place") from None  # fmt: skip
+            raise LostPeer(
+                f"rank {self.rank}: the {self.world_size} processes did not meet at {where} ({reason});"
+                " did all start? MASTER_ADDR and MASTER_PORT change the place"
+            ) from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._watch = _Watch(dist.PrefixStore(f"watch{attempt}", own), self.rank, self.world_size)
 
@@ -150,7 +164,9 @@ class Group:
         """Tell the other ranks of this one's error; or return theirs, where the error only came of it."""
         text = " ".join(str(error).split()) or type(error).__name__
         if is_connection_error(error):
-            reason = self._watch.reason(seconds=10) or f"it lost the connection to another: was one killed? ({text[:300]})"
+            reason = (
+                self._watch.reason(seconds=10) or f"it lost the connection to another: was one killed? ({text[:300]})"
+            )
             return LostPeer(f"rank {self.rank} ends because {reason}")
         self._watch.announce(f"rank {self.rank} failed: {text}")
         if self.main:  # its process holds the announcement
@@ -195,18 +211,24 @@ def difference(found):
     for rank, (facts, place, _) in enumerate(found):
         for name in first:
             if facts.get(name) != first[name]:
-                return (f"--{name} is {facts.get(name)!r} in rank {rank} and {first[name]!r} in rank 0: give all processes the"
-                        " same flags and the same kind of device")  # fmt: skip
+                return (
+                    f"--{name} is {facts.get(name)!r} in rank {rank} and {first[name]!r} in rank 0: give all processes the"
+                    " same flags and the same kind of device"
+                )
         if place is not None and seen.setdefault(place, rank) != rank:
-            return (f"ranks {seen[place]} and {rank} have the same GPU ({place}): give each process of a node its own (such as"
-                    " --gres=gpu:4 with --ntasks-per-node=4), or start fewer")  # fmt: skip
+            return (
+                f"ranks {seen[place]} and {rank} have the same GPU ({place}): give each process of a node its own (such as"
+                " --gres=gpu:4 with --ntasks-per-node=4), or start fewer"
+            )
     return ""
 
 
 def is_connection_error(error):
     """Whether an error is torch.distributed's, which mostly only tells that another process is gone."""
     words, text = ("gloo", "nccl", "connection closed", "connection reset"), str(error).lower()
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in text for word in words))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in words)
+    )
 
 
 class _Watch(threading.Thread):
@@ -219,7 +241,9 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True, name="watch")
         self.store, self.rank = store, rank
         # Rank 0 looks at all; the others look at rank 0, and learn of the rest from it.
-        self.peers = {peer: [None, 0] for peer in (range(1, world_size) if rank == 0 else [0])}  # last sign, looks since
+        self.peers = {
+            peer: [None, 0] for peer in (range(1, world_size) if rank == 0 else [0])
+        }  # last sign, looks since
         self.holding = threading.Event()  # something must not be broken off
         self._stopped, self._lost, self._found, self._looks = threading.Event(), 0, "", 0
         self.start()
@@ -264,7 +288,11 @@ class _Watch(threading.Thread):
                 break
         if self._stopped.wait(3 * BEAT_S):  # what the main thread says itself is better
             return
-        print(f"{os.path.basename(sys.argv[0])}: error: rank {self.rank} ends because {reason}", file=sys.stderr, flush=True)
+        print(
+            f"{os.path.basename(sys.argv[0])}: error: rank {self.rank} ends because {reason}",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)
 
     def announce(self, reason):

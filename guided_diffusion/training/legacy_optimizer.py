@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from ..errors import InputError
+from ..console import InputError
 from .checkpoint import LEGACY_KEY
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,8 +38,12 @@ def fitted_state(saved, weights, model, where="the optimizer file"):
     elif len(states) == 2:
         fitted = _unflattened(states, weights, where)
     else:
-        raise InputError(f"{where}: it has {len(states)} parameters, the model file beside it {len(weights)}; use this step's")
-    return {k: _checked(fitted[name], shapes[name], f"{where}: {name}") for k, name in enumerate(shapes) if fitted[name]}
+        raise InputError(
+            f"{where}: it has {len(states)} parameters, the model file beside it {len(weights)}; use this step's"
+        )
+    return {
+        k: _checked(fitted[name], shapes[name], f"{where}: {name}") for k, name in enumerate(shapes) if fitted[name]
+    }
 
 
 def _states(saved, where):
@@ -51,7 +55,9 @@ def _states(saved, where):
     except (TypeError, KeyError, AttributeError):
         known = False
     if not known or not all(isinstance(state, dict) for state in states):
-        raise InputError(f"{where}: expected the state of an optimizer; restore it, or use --resume_partial True without it")
+        raise InputError(
+            f"{where}: expected the state of an optimizer; restore it, or use --resume_partial True without it"
+        )
     return states
 
 
@@ -68,7 +74,10 @@ def _unflattened(states, weights, where):
         rows = {moment: state[moment].flatten().split(sizes) for moment in MOMENTS}
         for k, name in enumerate(names):
             shape = weights[name].shape
-            fitted[name] = {"step": state["step"], **{moment: rows[moment][k].reshape(shape).clone() for moment in MOMENTS}}
+            fitted[name] = {
+                "step": state["step"],
+                **{moment: rows[moment][k].reshape(shape).clone() for moment in MOMENTS},
+            }
     return fitted
 
 

@@ -10,11 +10,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..files import whole_file
-from ..scripts import StandardError, bar_options
+from ..console import StandardError, bar_options
+from ..files import atomic_write
 
-COLUMNS = ("step", "images", "loss", "mse", "vb", "grad_norm", "lr", "images_per_second", "seconds", "skipped_steps",
-           "val_score", "colour_error")  # fmt: skip
+COLUMNS = (
+    "step",
+    "images",
+    "loss",
+    "mse",
+    "vb",
+    "grad_norm",
+    "lr",
+    "images_per_second",
+    "seconds",
+    "skipped_steps",
+    "val_score",
+    "colour_error",
+)
 HEADER = ",".join(COLUMNS) + "\r\n"
 WAITING = 10_000  # rows kept in memory while progress.csv cannot be written
 
@@ -49,12 +61,14 @@ class RunLogger:
     def _keep_rows(self, start_step):
         """Remove rows after start_step, and torn lines; return the length of what stays, in bytes."""
         content = self.path.read_bytes() if self.path.exists() else b""
-        text = content[: content.rfind(b"\n") + 1].replace(b"\0", b"").decode(errors="replace")  # crashed machines leave zeros
+        text = (
+            content[: content.rfind(b"\n") + 1].replace(b"\0", b"").decode(errors="replace")
+        )  # crashed machines leave zeros
         rows = [row for row in csv.DictReader(io.StringIO(text, newline="")) if None not in row.values()]
         rows = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= start_step]
         kept = (HEADER + "".join(_line(row, extrasaction="ignore") for row in rows) if rows else "").encode()
         if not content.startswith(kept):
-            with whole_file(self.path, "wb") as f:
+            with atomic_write(self.path, "wb") as f:
                 f.write(kept)
         elif content != kept:
             os.truncate(self.path, len(kept))  # needs no room on the disk
@@ -76,7 +90,7 @@ class RunLogger:
         """Show a uint8 array (H, W, 3) in TensorBoard."""
         self._show("add_image", name, image, step, dataformats="HWC")
 
-    def say(self, text):
+    def log(self, text):
         """Print a line without breaking the progress bar."""
         self.bar.write(text, file=StandardError())
 
@@ -84,7 +98,7 @@ class RunLogger:
         """Write what still waits, and close the files; the bar stays as it stands."""
         self._catch_up()
         if self._waiting:
-            self.say(f"{self.path}: the last {self._lost + len(self._waiting)} rows could not be written")
+            self.log(f"{self.path}: the last {self._lost + len(self._waiting)} rows could not be written")
             self._waiting.clear()
         self._show("close")
         self._board = None
@@ -102,12 +116,12 @@ class RunLogger:
             self._append(text.encode())
         except OSError as error:
             if not self._failing:
-                self.say(f"{self.path} cannot be written ({error.strerror}): its rows wait in memory; training goes on")
+                self.log(f"{self.path} cannot be written ({error.strerror}): its rows wait in memory; training goes on")
             self._failing = True
             return
         if self._failing:
             lost = f"; the {self._lost} before them are lost" if self._lost else ""
-            self.say(f"{self.path} can be written again: {len(self._waiting)} rows that waited are in it{lost}")
+            self.log(f"{self.path} can be written again: {len(self._waiting)} rows that waited are in it{lost}")
         self._failing, self._lost = False, 0
         self._waiting.clear()
 
@@ -137,7 +151,7 @@ class RunLogger:
 
     def _drop_board(self, error):
         board, self._board = self._board, None
-        self.say(f"TensorBoard cannot be written ({error}): left out from here on; progress.csv has the same figures")
+        self.log(f"TensorBoard cannot be written ({error}): left out from here on; progress.csv has the same figures")
         with suppress(Exception):
             board.close()
 
@@ -159,7 +173,7 @@ class SilentLogger:
     def picture(self, name, image, step):
         """Leave a picture unshown."""
 
-    def say(self, text):
+    def log(self, text):
         """Say nothing."""
 
     def close(self):

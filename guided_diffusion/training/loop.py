@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError
-from ..panels import save_picture
+from ..console import InputError, Interrupted, Interrupts
+from ..evaluation.panels import save_picture
 from ..random_streams import stream_seed
-from ..scripts import Interrupted, Interrupts
 from . import run_state
 from .checkpoint import sweep_temporary_files
 from .distributed import autocast, grad_scaler, to_device
@@ -68,7 +67,7 @@ class TrainLoop:
     :param model: the network, on its device.
     :param diffusion: the training process.
     :param sampler: timestep sampler (`diffusion.resample`), on the same device.
-    :param rules: `SampleRules`, from loaded batches to training samples.
+    :param rules: `TrainingInputs`, from loaded batches to training samples.
     :param loader: function (start position) -> endless iterator of this rank's batches.
     :param validation: a `Validation`, or None.
     :param settings: `LoopSettings`.
@@ -83,9 +82,13 @@ class TrainLoop:
         self.network = wrap(model, self.group, self.device, settings.fsdp)
         self.batch_size = settings.batch_size * self.group.world_size  # of all ranks
         self.step, self.position = 0, 0  # steps taken, and samples seen by all ranks: the place in the data order
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
         self.scaler = grad_scaler(self.device, settings.precision)
-        self.emas = {rate: {k: v.detach().clone() for k, v in model.state_dict().items()} for rate in settings.ema_rates}
+        self.emas = {
+            rate: {k: v.detach().clone() for k, v in model.state_dict().items()} for rate in settings.ema_rates
+        }
         self.early_stopping = EarlyStopping(settings.patience, settings.min_delta)
         self.newest_score = None
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -138,7 +141,9 @@ class TrainLoop:
             part = slice(i, i + size)
             with syncing(self.network, last=i + size >= len(x_start)):
                 with autocast(self.device, self.settings.precision):
-                    losses = self.diffusion.training_losses(self.network, x_start[part], t[part], y=y[part], noise=noise[part])
+                    losses = self.diffusion.training_losses(
+                        self.network, x_start[part], t[part], y=y[part], noise=noise[part]
+                    )
                 self.scaler.scale((losses["loss"] * weights[part]).sum() / len(x_start)).backward()
             seen.append(losses["loss"].detach())
             for name, value in losses.items():
@@ -181,10 +186,12 @@ class TrainLoop:
                 told = self._train(logger, interrupts)
             if told:
                 what = f"stopped: step {self.saved} is saved" if self.saved else "stopped before the first step"
-                logger.say(f"{what} in {s.checkpoint_dir}; go on with --resume_checkpoint auto")
+                logger.log(f"{what} in {s.checkpoint_dir}; go on with --resume_checkpoint auto")
             elif self.early_stopping.exhausted:
-                logger.say(f"early stopping: best score {self.early_stopping.best:.6g} at step"
-                           f" {self.early_stopping.best_step}, none better for {s.patience} evaluations")  # fmt: skip
+                logger.log(
+                    f"early stopping: best score {self.early_stopping.best:.6g} at step"
+                    f" {self.early_stopping.best_step}, none better for {s.patience} evaluations"
+                )
             self._list_bad_files(logger)
         finally:
             logger.close()
@@ -201,7 +208,7 @@ class TrainLoop:
     def _say_idle(self, logger):
         if self._done:
             why = "--patience" if self.early_stopping.exhausted else f"the last step {self.settings.last_step}"
-            logger.say(f"nothing to do: step {self.step} already met {why}")
+            logger.log(f"nothing to do: step {self.step} already met {why}")
 
     def _train(self, logger, interrupts):
         """Take the steps; return the number of the signal that ended them, or 0."""
@@ -237,15 +244,19 @@ class TrainLoop:
             try:
                 with self.group.held():
                     removed = run_state.save(self, parts)
-                logger.say(f"saved step {self.step} in {s.checkpoint_dir}{removed}")
+                logger.log(f"saved step {self.step} in {s.checkpoint_dir}{removed}")
             except OSError as error:
                 self.failed_saves += 1
                 if must or self.failed_saves >= s.save_failures:
-                    raise OSError(f"{error}; saves that failed in a row: {self.failed_saves}; the last checkpoint is of step"
-                                  f" {self.saved}, go on from it with --resume_checkpoint auto") from None  # fmt: skip
+                    raise OSError(
+                        f"{error}; saves that failed in a row: {self.failed_saves}; the last checkpoint is of step"
+                        f" {self.saved}, go on from it with --resume_checkpoint auto"
+                    ) from None
                 failed = 1
-                logger.say(f"warning: step {self.step} could not be saved ({error}); the last checkpoint is of step"
-                           f" {self.saved}; going on ({self.failed_saves} of {s.save_failures} failures in a row)")  # fmt: skip
+                logger.log(
+                    f"warning: step {self.step} could not be saved ({error}); the last checkpoint is of step"
+                    f" {self.saved}; going on ({self.failed_saves} of {s.save_failures} failures in a row)"
+                )
         if not self.group.largest(failed):
             self.saved, self.failed_saves = self.step, 0
 
@@ -278,14 +289,20 @@ class TrainLoop:
             except OSError as disk:
                 where = f"its preview could not be written ({disk})"
         logger.picture("preview", panel, self.step)
-        logger.say(f"step {self.step}: mean colour error {error:.3f}; {where}")
+        logger.log(f"step {self.step}: mean colour error {error:.3f}; {where}")
         return {"colour_error": error}
 
     def _row(self, window, seconds):
         means, rate = window.close(self.batch_size)
-        return {"step": self.step, "images": self.step * self.batch_size, **means,
-                "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": rate, "seconds": seconds,
-                "skipped_steps": int(self.skipped)}  # fmt: skip
+        return {
+            "step": self.step,
+            "images": self.step * self.batch_size,
+            **means,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": rate,
+            "seconds": seconds,
+            "skipped_steps": int(self.skipped),
+        }
 
     def _check_finite(self):
         """Stop where the last steps had no finite gradient; those steps have left the weights as they were."""
@@ -301,6 +318,6 @@ class TrainLoop:
     def _list_bad_files(self, logger):
         found = {path: why for files in self.group.gather(self.bad_files) for path, why in files.items()}
         if found:
-            logger.say(f"warning: {len(found)} unreadable file{'s were' if len(found) > 1 else ' was'} skipped:")
+            logger.log(f"warning: {len(found)} unreadable file{'s were' if len(found) > 1 else ' was'} skipped:")
             for why in sorted(found.values()):  # which names the file
-                logger.say(f"  {why}")
+                logger.log(f"  {why}")

@@ -9,8 +9,8 @@ import json
 import re
 from pathlib import Path
 
-from ..digests import digest_once
-from ..errors import InputError
+from ..console import InputError
+from ..files import digest_once
 
 PARTS = ("model", "opt", "state")  # and ema_{rate}_, one or more
 MAX_BYTES = 2**24  # a manifest has some kilobytes; more is no manifest, and not read
@@ -138,8 +138,11 @@ def file_problem(path, entry, digests=True):
 def saved_steps(directory, kinds=(*PARTS, "manifest")):
     """Return the set of steps of which a folder holds a file of one of the `kinds`."""
     found = (STEP_FILE.fullmatch(path.name) for path in Path(directory).glob("*"))
-    return {int(match[2]) for match in found
-            if match and match[1] in kinds and (match[3] == "json") == (match[1] == "manifest")}  # fmt: skip
+    return {
+        int(match[2])
+        for match in found
+        if match and match[1] in kinds and (match[3] == "json") == (match[1] == "manifest")
+    }
 
 
 def predates_manifests(directory, step):
@@ -172,8 +175,11 @@ def problem_of(directory, step, ema_rates=None, digests=True):
     if unlisted:
         return f"the manifest lists no {unlisted[0]}"
     looks = [False, True] if digests else [False]  # sizes first: they cost nothing
-    problems = (file_problem(directory / name, entry, thorough) for thorough in looks
-                for name, entry in manifest["files"].items())  # fmt: skip
+    problems = (
+        file_problem(directory / name, entry, thorough)
+        for thorough in looks
+        for name, entry in manifest["files"].items()
+    )
     return next((problem for problem in problems if problem), "")
 
 

@@ -5,7 +5,7 @@ import socket
 import subprocess
 from typing import NamedTuple
 
-from ..errors import InputError
+from ..console import InputError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
@@ -52,18 +52,24 @@ def _number(environment, name, why="the launcher should set it"):
     text = environment.get(name, "")
     if not text.isdecimal():
         found = f"is {text!r}, no number" if name in environment else "is not set"
-        raise InputError(f"environment variable {name} {found}: {why}; unset the launcher's other variables to run alone")
+        raise InputError(
+            f"environment variable {name} {found}: {why}; unset the launcher's other variables to run alone"
+        )
     return int(text)
 
 
 def _placed(rank, world_size, names):
     if rank >= world_size:
-        raise InputError(f"environment variable {names[0]} is {rank}, but {names[1]} is {world_size}; correct the launcher")
+        raise InputError(
+            f"environment variable {names[0]} is {rank}, but {names[1]} is {world_size}; correct the launcher"
+        )
 
 
 def _from_torchrun(environment):
     there = [name for name in TORCHRUN if name in environment]
-    why = f"{', '.join(there)} {'are' if len(there) > 1 else 'is'} there, and torchrun sets all of {', '.join(TORCHRUN)}"
+    why = (
+        f"{', '.join(there)} {'are' if len(there) > 1 else 'is'} there, and torchrun sets all of {', '.join(TORCHRUN)}"
+    )
     rank, world_size, local_rank = (_number(environment, name, why) for name in TORCHRUN[:3])
     _placed(rank, world_size, TORCHRUN)
     if world_size == 1:
@@ -100,10 +106,14 @@ def _first_host(environment):
     if not any(mark in hosts for mark in "[,"):
         return hosts
     try:
-        done = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, timeout=60, check=True
+        )
         return done.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise InputError(f"scontrol show hostnames {hosts} failed ({error}); set MASTER_ADDR to the first host") from None
+        raise InputError(
+            f"scontrol show hostnames {hosts} failed ({error}); set MASTER_ADDR to the first host"
+        ) from None
 
 
 def _from_mpi(size):
@@ -112,12 +122,16 @@ def _from_mpi(size):
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
-        raise InputError(f"started by an MPI launcher, but mpi4py finds no MPI library ({reason}); load your site's MPI module,"
-                         " pip install mpich, or use torchrun") from None  # fmt: skip
+        raise InputError(
+            f"started by an MPI launcher, but mpi4py finds no MPI library ({reason}); load your site's MPI module,"
+            " pip install mpich, or use torchrun"
+        ) from None
     world = MPI.COMM_WORLD
     if world.size != size:
-        raise InputError(f"the MPI launcher started {size} processes, but mpi4py's MPI sees {world.size}: they are of different"
-                         " MPI libraries; use the mpiexec that belongs to mpi4py, or torchrun")  # fmt: skip
+        raise InputError(
+            f"the MPI launcher started {size} processes, but mpi4py's MPI sees {world.size}: they are of different"
+            " MPI libraries; use the mpiexec that belongs to mpi4py, or torchrun"
+        )
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     address = "127.0.0.1" if node.size == world.size else socket.gethostname()
     with socket.socket() as probe:
@@ -137,11 +151,15 @@ def find_share(ranks, arrays=True, environment=os.environ):
     """
     if not arrays or not environment.get("SLURM_ARRAY_TASK_ID"):
         return Share(ranks.rank, ranks.world_size)
-    task, least, most, count = (_number(environment, f"SLURM_ARRAY_TASK_{what}") for what in ("ID", "MIN", "MAX", "COUNT"))
+    task, least, most, count = (
+        _number(environment, f"SLURM_ARRAY_TASK_{what}") for what in ("ID", "MIN", "MAX", "COUNT")
+    )
     step = max(1, (most - least) // max(1, count - 1))
     if environment.get("SLURM_ARRAY_TASK_STEP"):  # 1 for a list such as 0,1,4
         step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP"))
     if (task - least) % step or (most - least) != step * (count - 1):
-        raise InputError(f"--array: its {count} tasks from {least} to {most} are not evenly numbered, so that task {task}"
-                         f" cannot know its place; use --array=0-{count - 1}")  # fmt: skip
+        raise InputError(
+            f"--array: its {count} tasks from {least} to {most} are not evenly numbered, so that task {task}"
+            f" cannot know its place; use --array=0-{count - 1}"
+        )
     return Share((task - least) // step * ranks.world_size + ranks.rank, count * ranks.world_size)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..errors import InputError
+from ..console import InputError
 from .checkpoint import check_weights, file_name, load_parts, prune_checkpoints, save_parts, with_legacy_keys
 from .group import is_connection_error
 from .legacy_optimizer import MOMENTS, fitted_state
@@ -92,12 +92,16 @@ def _restore_optimizer(loop, saved, names, where):
 
 def _restore(loop, state, name):
     if state["seed"] != loop.settings.seed:
-        raise InputError(f"--seed {loop.settings.seed} contradicts the checkpoint {name}, made with {state['seed']}:"
-                         " the data order would change; use the same value")  # fmt: skip
+        raise InputError(
+            f"--seed {loop.settings.seed} contradicts the checkpoint {name}, made with {state['seed']}:"
+            " the data order would change; use the same value"
+        )
     if state["batch_size"] != loop.batch_size:
         ranks = f" in each of {loop.group.world_size} processes" if loop.group.world_size > 1 else ""
-        raise InputError(f"--batch_size {loop.settings.batch_size}{ranks} contradicts the checkpoint {name}, made with"
-                         f" {state['batch_size']} in all: the data order would change; keep the product")  # fmt: skip
+        raise InputError(
+            f"--batch_size {loop.settings.batch_size}{ranks} contradicts the checkpoint {name}, made with"
+            f" {state['batch_size']} in all: the data order would change; keep the product"
+        )
     loop.position = state["position"]
     loop.sampler.load_state_dict(state["sampler"])
     if loop.scaler.is_enabled() and state["scaler"]:

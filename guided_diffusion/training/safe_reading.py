@@ -18,9 +18,20 @@ MAX_PICKLE = 2**24  # bytes of description; a model of 1,000 tensors needs a ten
 MAX_OPCODES = 1_000_000  # each may stand for some hundred bytes of memory; an optimizer of 1,000 tensors has 75,000
 MAX_DEPTH = 50  # containers in one another
 LEGACY_START = [0x1950A86A20F9469CFC6C, 1001]  # magic number and version of torch's format before 1.6
-STORAGES = {"DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
-            "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1, "ComplexFloatStorage": 8,
-            "ComplexDoubleStorage": 16}  # bytes per element  # fmt: skip
+STORAGES = {
+    "DoubleStorage": 8,
+    "FloatStorage": 4,
+    "HalfStorage": 2,
+    "BFloat16Storage": 2,
+    "LongStorage": 8,
+    "IntStorage": 4,
+    "ShortStorage": 2,
+    "CharStorage": 1,
+    "ByteStorage": 1,
+    "BoolStorage": 1,
+    "ComplexFloatStorage": 8,
+    "ComplexDoubleStorage": 16,
+}  # bytes per element
 TENSOR, PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
 CONTAINERS = {"collections OrderedDict", "builtins set", "__builtin__ set", "torch Size"}
 

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 import torch
 
 from ..diffusion.sampling import sample
-from ..metrics import colour_error
-from ..panels import picture_grid, show_semantics, to_uint8
+from ..evaluation.metrics import colour_error
+from ..evaluation.panels import picture_grid, show_semantics, to_uint8
 from .distributed import autocast
 from .group import Group
 from .sharding import is_sharded
@@ -16,7 +16,7 @@ class Validation:
     """Looks at a run's weights through the same items every time.
 
     :param items: loaded batches of one picture each (host memory); the same ones at every call.
-    :param rules: the run's `SampleRules`; its channel and drop settings do not apply here.
+    :param rules: the run's `TrainingInputs`; its channel and drop settings do not apply here.
     :param diffusion: the training process, for the score.
     :param preview_diffusion: its respaced form, for the pictures.
     :param device, precision: where and how the network runs.
@@ -61,7 +61,7 @@ class Validation:
         """
         rows, errors = [], []
         # Only the whole forward pass brings sharded weights together, not that of a single layer.
-        reuse = {"reuse_bytes": 0} if is_sharded(model) else {}
+        reuse = {"cache_bytes": 0} if is_sharded(model) else {}
         with _using(model, weights), autocast(self.device, self.precision):
             for k, batch in enumerate(self.items[:count]):
                 y = self.rules.condition(batch)

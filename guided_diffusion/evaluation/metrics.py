@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .errors import InputError
-from .files import whole_file
-from .flags import METRICS
+from ..console import InputError
+from ..files import atomic_write
+from ..flags import METRICS
 
 # MS-SSIM (Wang et al. 2003): weights from the finest scale to the coarsest.
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 _WINDOW = 11  # pixels: the Gaussian window of SSIM
-_INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+_INCEPTION = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
 # LPIPS's networks, by a weight that only they have: torchmetrics' name, torchvision's names.
 _BACKBONES = {
     "features.0.weight (64, 3, 11, 11)": ("alex", "AlexNet"),
@@ -65,7 +67,9 @@ def ssim(regenerated, original):
 def ms_ssim_scales(height, width):
     """Return how many of MS-SSIM's five scales fit: the window must fit the smallest (and torchmetrics asks for 99 at 4)."""
     short = min(height, width)
-    return max((n for n in range(1, 6) if short >> (n - 1) >= _WINDOW and short // (n - 1 or 1) ** 2 >= _WINDOW), default=0)
+    return max(
+        (n for n in range(1, 6) if short >> (n - 1) >= _WINDOW and short // (n - 1 or 1) ** 2 >= _WINDOW), default=0
+    )
 
 
 def ms_ssim(regenerated, original):
@@ -148,8 +152,8 @@ def kernel_distance(first, second, subset_size, seed=0, subsets=100):
     draw = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):
-        picks = [draw.permutation(len(features))[:subset_size] for features in (first, second)]
-        values.append(float(poly_mmd(first[picks[0]].double(), second[picks[1]].double())))
+        codewords = [draw.permutation(len(features))[:subset_size] for features in (first, second)]
+        values.append(float(poly_mmd(first[codewords[0]].double(), second[codewords[1]].double())))
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -191,7 +195,9 @@ class Metrics:
     :raises InputError: an unknown name, or a network that is missing, naming the flag.
     """
 
-    def __init__(self, names, num_classes=35, lpips_weights="", fid_weights="", features=None, segmenter=None, device="cpu"):
+    def __init__(
+        self, names, num_classes=35, lpips_weights="", fid_weights="", features=None, segmenter=None, device="cpu"
+    ):
         names = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
         self.names = [name for name in METRICS if name in names]
         for name in names:
@@ -229,7 +235,9 @@ class Metrics:
         height, width = original.shape[2:]
         scales = ms_ssim_scales(height, width)
         if scales < 5 and "ms_ssim" in self.names and scales:
-            self._note(f"ms_ssim at {height}x{width} has room for {scales} of its 5 scales; compare with equal sizes only")
+            self._note(
+                f"ms_ssim at {height}x{width} has room for {scales} of its 5 scales; compare with equal sizes only"
+            )
         functions = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim, "lpips": functools.partial(lpips, self._lpips)}
         values = {}
         for name in self.names:
@@ -258,7 +266,9 @@ class Metrics:
         """
         values = {}
         for suffix, kept in self._kept.items():
-            values |= self._set_distances(suffix, *(torch.cat(batches) if batches else torch.zeros(0, 1) for batches in kept))
+            values |= self._set_distances(
+                suffix, *(torch.cat(batches) if batches else torch.zeros(0, 1) for batches in kept)
+            )
         if self._confusions[0].sum():
             for suffix, confusion in zip(("", "_real"), self._confusions, strict=True):
                 values[f"pixel_accuracy{suffix}"], values[f"miou{suffix}"] = accuracy_and_iou(confusion)
@@ -278,7 +288,9 @@ class Metrics:
             # Half of the pictures at most: subsets of all of them would not differ
             subset = max(2, min(50, n // 2))
             values[f"kid{suffix}"], values[f"kid{suffix}_std"] = kernel_distance(regenerated, original, subset)
-            self._note(f"kid{suffix} is the mean over 100 subsets of {subset} of {n} pictures, kid{suffix}_std its spread")
+            self._note(
+                f"kid{suffix} is the mean over 100 subsets of {subset} of {n} pictures, kid{suffix}_std its spread"
+            )
         return values
 
 
@@ -299,8 +311,10 @@ def lpips_network(path="", device="cpu"):
     found = {f"{key} {tuple(value.shape)}" for key, value in weights.items() if torch.is_tensor(value)}
     kinds = [kind for mark, kind in _BACKBONES.items() if mark in found]
     if not kinds:
-        raise InputError(f"--lpips_weights {path}: not the weights of torchvision's AlexNet, VGG16 or SqueezeNet1.1;"
-                         " give one of these state dicts")  # fmt: skip
+        raise InputError(
+            f"--lpips_weights {path}: not the weights of torchvision's AlexNet, VGG16 or SqueezeNet1.1;"
+            " give one of these state dicts"
+        )
     with torch.random.fork_rng(devices=[]):  # initial weights would shift torch's global stream
         network = _NoTrainLpips(net=kinds[0][0], pnet_rand=True)
     # torchmetrics cuts the backbone into slices, whose layers keep their number: slice2.3.weight is features.3.weight
@@ -308,7 +322,9 @@ def lpips_network(path="", device="cpu"):
     try:
         network.net.load_state_dict({key: weights[name] for key, name in renamed.items()})
     except (KeyError, RuntimeError) as error:
-        raise InputError(f"--lpips_weights {path}: no whole {kinds[0][1]} ({_reason(error)}); get the file again") from None
+        raise InputError(
+            f"--lpips_weights {path}: no whole {kinds[0][1]} ({_reason(error)}); get the file again"
+        ) from None
     return network.to(device)
 
 
@@ -322,16 +338,20 @@ def inception_features(path="", device="cpu"):
         import torch_fidelity  # noqa: F401
         from torchmetrics.image.fid import NoTrainInceptionV3
     except ImportError:
-        raise InputError("--metrics fid and kid need Inception from torch-fidelity: pip install torch-fidelity, give --features"
-                         " FILE instead, or leave them out of --metrics") from None  # fmt: skip
+        raise InputError(
+            "--metrics fid and kid need Inception from torch-fidelity: pip install torch-fidelity, give --features"
+            " FILE instead, or leave them out of --metrics"
+        ) from None
     path = path or _hub_file(_INCEPTION, "fid", "the Inception weights")
     _load_tensors(path, "fid_weights")  # torch-fidelity itself would unpickle anything
     try:
         with torch.random.fork_rng(devices=[]):
             network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise InputError(f"--fid_weights {path}: not the Inception of FID ({_reason(error)});"
-                         " give pt_inception-2015-12-05-6726825d.pth") from None  # fmt: skip
+        raise InputError(
+            f"--fid_weights {path}: not the Inception of FID ({_reason(error)});"
+            " give pt_inception-2015-12-05-6726825d.pth"
+        ) from None
 
     def features(images):
         with torch.no_grad():
@@ -346,9 +366,13 @@ def _load_tensors(path, flag):
     except OSError as error:
         raise InputError(f"--{flag} {path}: cannot be read ({error.strerror}); give a file of weights") from None
     except Exception as error:  # torch raises many kinds for damaged and for refused files
-        raise InputError(f"--{flag} {path}: cannot be read as plain tensors ({_reason(error)}); get the file again") from None
+        raise InputError(
+            f"--{flag} {path}: cannot be read as plain tensors ({_reason(error)}); get the file again"
+        ) from None
     if not isinstance(weights, dict):
-        raise InputError(f"--{flag} {path}: expected a state dict, found {type(weights).__name__}; give a file of weights")
+        raise InputError(
+            f"--{flag} {path}: expected a state dict, found {type(weights).__name__}; give a file of weights"
+        )
     return weights
 
 
@@ -367,7 +391,7 @@ def _hub_file(url, metric, what, timeout=10):
             return known
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with urllib.request.urlopen(url, timeout=timeout) as source, whole_file(path, "wb") as f:
+        with urllib.request.urlopen(url, timeout=timeout) as source, atomic_write(path, "wb") as f:
             digest, size = hashlib.sha256(), int(source.headers.get("Content-Length") or 0)
             with tqdm(total=size or None, desc=f"downloading {name}", unit="B", unit_scale=True) as bar:
                 while chunk := source.read(2**18):
@@ -377,6 +401,8 @@ def _hub_file(url, metric, what, timeout=10):
             if not digest.hexdigest().startswith(name.rsplit("-", 1)[1].split(".")[0]):
                 raise OSError("another checksum than its name says")
     except (OSError, http.client.HTTPException) as error:
-        raise InputError(f"--metrics {metric}: {what} are not at {path} and cannot be downloaded ({_reason(error)}); "
-                         f"give --{metric}_weights FILE ({url}), or leave {metric} out") from None  # fmt: skip
+        raise InputError(
+            f"--metrics {metric}: {what} are not at {path} and cannot be downloaded ({_reason(error)}); "
+            f"give --{metric}_weights FILE ({url}), or leave {metric} out"
+        ) from None
     return path

@@ -10,8 +10,8 @@ import time
 import torch
 from torch import nn
 
-from .errors import InputError
-from .training.distributed import half_dtype
+from ..console import InputError
+from .distributed import half_dtype
 
 MAX_COMPILATIONS = 64
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -36,7 +36,7 @@ def keep_freed_memory():
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def for_sampling(model, device, precision, compiles=False, say=None):
+def for_sampling(model, device, precision, compiles=False, log=None):
     """Make a network ready for reverse chains: on its device, in evaluation mode, without gradients.
 
     :param precision: "fp32", "bf16" or "fp16" (see `rounded`).
@@ -44,7 +44,7 @@ def for_sampling(model, device, precision, compiles=False, say=None):
     :param say: function of a line, told of the compilation.
     """
     model = rounded(placed(model, device).eval().requires_grad_(False), precision)
-    return compiled(model, say) if compiles else model
+    return compiled(model, log) if compiles else model
 
 
 def rounded(model, precision):
@@ -61,11 +61,13 @@ def check_compiler(device):
     variable, usual = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")  # a GPU's kernels are started from C
     compiler = (shlex.split(os.environ.get(variable, "")) or [usual])[0]
     if not shutil.which(compiler):
-        raise InputError(f"--compile True: torch.compile needs a compiler, and {compiler} was not found; install one, name it"
-                         f" in {variable}, or drop the flag")  # fmt: skip
+        raise InputError(
+            f"--compile True: torch.compile needs a compiler, and {compiler} was not found; install one, name it"
+            f" in {variable}, or drop the flag"
+        )
 
 
-def compiled(model, say):
+def compiled(model, log):
     """Let torch.compile make the network's code at its first call, and say what that took. State-dict names stay."""
     # Sizes are fixed in the code. Another size (a search's batches, an early stop) makes torch compile again, by its rule for
     # all networks of a process together, and go on uncompiled beyond the limit.
@@ -77,9 +79,9 @@ def compiled(model, say):
         if not first:
             return run(*arguments)
         started, first = time.monotonic(), False
-        say("compiling the network: the first step takes longer, a minute or more")
+        log("compiling the network: the first step takes longer, a minute or more")
         output = run(*arguments)
-        say(f"compiled the forward pass in {time.monotonic() - started:.0f} s")
+        log(f"compiled the forward pass in {time.monotonic() - started:.0f} s")
         return output
 
     model.forward = forward

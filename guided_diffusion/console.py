@@ -1,18 +1,25 @@
-"""What the two scripts share: how they speak, and how they end."""
+"""How the programs speak and end: messages, bad input, progress bars, signals. Standard library only."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
 import threading
+import time
 import warnings
-
-from .errors import InputError
 
 REQUEUE = 75  # exit code (EX_TEMPFAIL) of a run that was told to end and can go on where it stopped
 
 
-def say(text):
+class InputError(ValueError):
+    """Bad input: the message names the file or flag, what was found, and what to do, on one line.
+
+    The scripts print the message without a traceback and exit with code 2.
+    """
+
+
+def log(text):
     """Print one line of progress to standard error."""
     print(text, file=StandardError(), flush=True)
 
@@ -60,7 +67,10 @@ def run_script(main):
         sys.exit(_complain(f"{text.splitlines()[0][:200]} ({hint})", 1))
     except KeyboardInterrupt as stop:
         code = getattr(stop, "code", 130)
-        say(f"{os.path.basename(sys.argv[0])}: " + ("interrupted" if code == 130 else f"ended as told; exit code {code}"))
+        log(
+            f"{os.path.basename(sys.argv[0])}: "
+            + ("interrupted" if code == 130 else f"ended as told; exit code {code}")
+        )
         sys.exit(code)
 
 
@@ -116,5 +126,43 @@ def _importing(frame):
 
 
 def _complain(error, code):
-    say(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}")
+    log(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}")
     return code
+
+
+def import_torch():
+    """Import torch while the collector waits: it would look again and again at objects that all stay, a tenth of the time."""
+    if "torch" in sys.modules:
+        return
+    gc.disable()
+    try:
+        import torch  # noqa: F401
+    finally:
+        gc.enable()
+    gc.freeze()  # nor shall it look at them later
+
+
+class StartUp:
+    """The time from here to a run's first reverse step, and named parts of it, in seconds."""
+
+    def __init__(self):
+        self.began, self.parts = time.monotonic(), {}
+
+    @contextlib.contextmanager
+    def timing(self, name):
+        """Add the time of the block to the part `name`."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.parts[name] = self.parts.get(name, 0.0) + time.monotonic() - started
+
+    def line(self, **more):
+        """Return one line: the seconds until now and, in brackets, those of the parts.
+
+        :param more: further parts that were timed elsewhere, such as noise_bank=0.9.
+        """
+        parts = ", ".join(
+            f"{name.replace('_', ' ')} {seconds:.1f} s" for name, seconds in {**self.parts, **more}.items()
+        )
+        return f"first reverse step after {time.monotonic() - self.began:.1f} s" + (f" ({parts})" if parts else "")

@@ -9,24 +9,66 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import baselines
-from .files import whole_file
-from .link.crossing import digital_facts
+from ..files import atomic_write
+from ..link.crossing import digital_facts
+from ..random_streams import generator
+from . import codecs as baselines
 from .metrics import bootstrap_interval, colour_error
 from .panels import save_picture
-from .random_streams import generator
 from .results import read_picture_file
 
 BATCH = 16
 PARTS = ("header", "labels", "edges", "indices", "total")  # of a message, as columns bits_...
 PER_PICTURE = {"psnr": "psnr_db"}  # metric -> column, where they differ
 PICTURE_METRICS = ("psnr", "ssim", "ms_ssim", "lpips")
-BASELINE_COLUMNS = ("path", "name", "codec", "budget_bits", "bits", "bpp", "scale", "quality", "channel_uses",
-                    "bandwidth_ratio", "realised_snr_db", "eb_n0_db", "blocks", "block_errors", "problems", "psnr_db",
-                    "colour_error", "ssim", "ms_ssim", "lpips")  # fmt: skip
-SUMMED_UP = ("bpp", "bits_header", "bits_labels", "bits_edges", "bits_indices", "bits_total", "bits", "channel_uses",
-             "bandwidth_ratio", "realised_snr_db", "eb_n0_db", "blocks", "block_errors", "steps", "evaluations", "seconds",
-             "transmit_seconds", "distance", "psnr_db", "colour_error", "ssim", "ms_ssim", "lpips", "mismatch_db")  # fmt: skip
+BASELINE_COLUMNS = (
+    "path",
+    "name",
+    "codec",
+    "budget_bits",
+    "bits",
+    "bpp",
+    "scale",
+    "quality",
+    "channel_uses",
+    "bandwidth_ratio",
+    "realised_snr_db",
+    "eb_n0_db",
+    "blocks",
+    "block_errors",
+    "problems",
+    "psnr_db",
+    "colour_error",
+    "ssim",
+    "ms_ssim",
+    "lpips",
+)
+SUMMED_UP = (
+    "bpp",
+    "bits_header",
+    "bits_labels",
+    "bits_edges",
+    "bits_indices",
+    "bits_total",
+    "bits",
+    "channel_uses",
+    "bandwidth_ratio",
+    "realised_snr_db",
+    "eb_n0_db",
+    "blocks",
+    "block_errors",
+    "steps",
+    "evaluations",
+    "seconds",
+    "transmit_seconds",
+    "distance",
+    "psnr_db",
+    "colour_error",
+    "ssim",
+    "ms_ssim",
+    "lpips",
+    "mismatch_db",
+)
 
 
 def eight_bit(images):
@@ -60,7 +102,9 @@ class Measures:
         """Measure from the files what rows of an earlier run, made with other --metrics, lack. Changes `rows` in place."""
         for row in rows:
             missing = [
-                name for name in self.metrics.names if name in PICTURE_METRICS and not row.get(PER_PICTURE.get(name, name))
+                name
+                for name in self.metrics.names
+                if name in PICTURE_METRICS and not row.get(PER_PICTURE.get(name, name))
             ]
             made, original = (read_picture_file(results.file(k, row["name"])) for k in (kind, "images"))
             if missing and made is not None and original is not None:
@@ -71,7 +115,9 @@ class Measures:
         metrics = self.new_metrics()
         if not metrics.over_the_set:
             return {}
-        for names in tqdm(_batches(results, rows), desc=f"measuring {kind}", unit="batch", file=sys.stderr, leave=False):
+        for names in tqdm(
+            _batches(results, rows), desc=f"measuring {kind}", unit="batch", file=sys.stderr, leave=False
+        ):
             made, original = (torch.cat([_read(results.file(k, name)) for name in names]) for k in (kind, "images"))
             ids = np.stack([_read_ids(results.file("labels", name)) for name in names])
             metrics.update(made, original, torch.from_numpy(ids).long()[:, None])
@@ -115,7 +161,12 @@ class Measures:
             shown, out["problems"] = np.full_like(picture, 128), "no picture within the bits"
         else:
             shown, bits = coded.picture, 8 * len(coded.data)
-            out |= {"bits": bits, "bpp": f"{bits / (height * width):.4f}", "scale": coded.scale, "quality": coded.quality}
+            out |= {
+                "bits": bits,
+                "bpp": f"{bits / (height * width):.4f}",
+                "scale": coded.scale,
+                "quality": coded.quality,
+            }
             if link is not None:
                 delivery = link.send({"labels": coded.data}, stream)
                 out |= digital_facts(delivery, height, width)
@@ -196,8 +247,11 @@ def means(rows):
 def intervals(rows):
     """95 % bootstrap intervals over pictures of the measures among the columns."""
     measures = ("psnr_db", "colour_error", "ssim", "ms_ssim", "lpips", "mismatch_db", "distance", "bpp")
-    return {name: [_plain(v) for v in bootstrap_interval(values)] for name, values in _columns(rows)
-            if name in measures and np.isfinite(values).all()}  # fmt: skip
+    return {
+        name: [_plain(v) for v in bootstrap_interval(values)]
+        for name, values in _columns(rows)
+        if name in measures and np.isfinite(values).all()
+    }
 
 
 def _plain(value):
@@ -213,17 +267,29 @@ def score_lines(rows):
     measured = [row for row in rows if row.get("psnr_db")]
     if not measured:
         return []
-    psnr, ssim, colour = (float(np.mean([float(row.get(name) or np.nan) for row in measured]))
-                          for name in ("psnr_db", "ssim", "colour_error"))  # fmt: skip
+    psnr, ssim, colour = (
+        float(np.mean([float(row.get(name) or np.nan) for row in measured]))
+        for name in ("psnr_db", "ssim", "colour_error")
+    )
     similar = "" if np.isnan(ssim) else f"SSIM {ssim:.3f}, "
     return [f"mean PSNR {psnr:.2f} dB, {similar}mean colour error {colour:.3f} of the range"]
 
 
 def cost_lines(rows):
     """Lines that say what the messages and the channel cost, in means over the rows."""
-    mean = {name: float(np.mean([float(row[name]) for row in rows if row.get(name) not in (None, "")] or [np.nan]))
-            for name in (*(f"bits_{part}" for part in PARTS), "bpp", "channel_uses", "bandwidth_ratio", "realised_snr_db",
-                         "eb_n0_db", "blocks", "block_errors")}  # fmt: skip
+    mean = {
+        name: float(np.mean([float(row[name]) for row in rows if row.get(name) not in (None, "")] or [np.nan]))
+        for name in (
+            *(f"bits_{part}" for part in PARTS),
+            "bpp",
+            "channel_uses",
+            "bandwidth_ratio",
+            "realised_snr_db",
+            "eb_n0_db",
+            "blocks",
+            "block_errors",
+        )
+    }
     lines = []
     if not np.isnan(mean["bits_total"]):
         sizes = ", ".join(f"{part} {mean[f'bits_{part}'] / 8:.0f}" for part in PARTS[:-1] if mean[f"bits_{part}"])
@@ -235,7 +301,9 @@ def cost_lines(rows):
             lines.append(f"channel: {uses}; plane power over noise power {mean['realised_snr_db']:.2f} dB")
         else:
             lost = sum(bool(row.get("problems")) for row in rows)
-            lines.append(f"channel: {uses}; realised Es/N0 {mean['realised_snr_db']:.2f} dB, Eb/N0 {mean['eb_n0_db']:.2f} dB")
+            lines.append(
+                f"channel: {uses}; realised Es/N0 {mean['realised_snr_db']:.2f} dB, Eb/N0 {mean['eb_n0_db']:.2f} dB"
+            )
             lines.append(
                 f"{mean['block_errors']:.1f} of {mean['blocks']:.1f} blocks lost per picture; {lost} pictures lack a part"
             )
@@ -244,9 +312,12 @@ def cost_lines(rows):
 
 def codec_lines(summary):
     """Lines that say how the classical codecs did."""
-    return [f"{codec} within the same bits: PSNR {found['mean']['psnr_db']:.2f} dB, {found['without_picture']} of"
-            f" {summary['pictures']} without a picture (counted as grey)"
-            for codec, found in summary.get("baselines", {}).items() if "psnr_db" in found["mean"]]  # fmt: skip
+    return [
+        f"{codec} within the same bits: PSNR {found['mean']['psnr_db']:.2f} dB, {found['without_picture']} of"
+        f" {summary['pictures']} without a picture (counted as grey)"
+        for codec, found in summary.get("baselines", {}).items()
+        if "psnr_db" in found["mean"]
+    ]
 
 
 # -- several points -----------------------------------------------------------------------------------------------------
@@ -268,10 +339,23 @@ def write_curves(folder, summaries):
             both = {**baseline["mean"], **{k: v for k, v in baseline["set"].items() if isinstance(v, float)}}
             both["bad_pictures"] = baseline["without_picture"] / max(1, summary["pictures"])
             lines.setdefault(f"{link}, {codec}", []).append((snr, both))
-    measures = [name for name in ("psnr_db", "ssim", "ms_ssim", "lpips", "kid", "kid_features", "fid", "fid_features", "miou",
-                                  "bad_pictures")
-                if any(name in own for line in lines.values() for _, own in line)]  # fmt: skip
-    with whole_file(folder / "curves.csv") as f:
+    measures = [
+        name
+        for name in (
+            "psnr_db",
+            "ssim",
+            "ms_ssim",
+            "lpips",
+            "kid",
+            "kid_features",
+            "fid",
+            "fid_features",
+            "miou",
+            "bad_pictures",
+        )
+        if any(name in own for line in lines.values() for _, own in line)
+    ]
+    with atomic_write(folder / "curves.csv") as f:
         writer = csv.writer(f)
         writer.writerow(["line", "snr_db", *measures])
         for name, line in lines.items():
@@ -288,7 +372,9 @@ def write_curves(folder, summaries):
 def _draw(lines, measures, path):
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(measures), figsize=(4 * len(measures), 3.4), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(measures), figsize=(4 * len(measures), 3.4), squeeze=False, layout="constrained"
+    )
     for axis, measure in zip(axes[0], measures, strict=True):
         for name, line in lines.items():
             points = sorted((snr, own[measure]) for snr, own in line if isinstance(own.get(measure), float | int))
@@ -300,6 +386,6 @@ def _draw(lines, measures, path):
         axis.set(xlabel="SNR in dB (analog: nominal; digital: Es/N0)", ylabel=measure)
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=7)
-    with whole_file(path, "wb") as f:
+    with atomic_write(path, "wb") as f:
         figure.savefig(f, format="png", dpi=110)
     pyplot.close(figure)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..console import InputError
 from ..files import check_folder
 from ..random_streams import integer, uniform
 from . import pictures
@@ -81,7 +81,9 @@ class SceneDataset(Dataset):
         self.random_flip = random_flip
         self.random_crop = random_crop
         self.seed = seed
-        self.cache = self._cache(dataset_mode, data_dir, no_instance, cache_dir) if cache_dir and not self.crops else None
+        self.cache = (
+            self._cache(dataset_mode, data_dir, no_instance, cache_dir) if cache_dir and not self.crops else None
+        )
 
     def __len__(self):
         return len(self.pairs)
@@ -176,12 +178,19 @@ class SceneDataset(Dataset):
     def _cache(self, dataset_mode, data_dir, no_instance, folder):
         """Open or build the cache of what `_read` gives without augmentation."""
         if is_remote(folder):
-            raise InputError(f"--cache_dir {folder} is remote, and cannot be mapped into memory; name a folder of this machine")
+            raise InputError(
+                f"--cache_dir {folder} is remote, and cannot be mapped into memory; name a folder of this machine"
+            )
         check_folder(folder, "cache_dir")
         split = "train" if self.is_train else "val"
         name = os.path.basename(os.fspath(data_dir).rstrip("/") if is_remote(data_dir) else os.path.abspath(data_dir))
         name = f"{name}_{dataset_mode}_{split}_{self.image_size}" + ("_no_instance" if no_instance else "") + ".cache"
-        recipe = {"dataset_mode": dataset_mode, "split": split, "image_size": self.image_size, "Pillow": PIL.__version__}
+        recipe = {
+            "dataset_mode": dataset_mode,
+            "split": split,
+            "image_size": self.image_size,
+            "Pillow": PIL.__version__,
+        }
         sources = [[path for path in pair[:3] if path] for pair in self.pairs]
         return open_cache(os.path.join(folder, re.sub(r"[^\w.-]", "_", name)), recipe, data_dir, sources, self._read)
 
@@ -301,8 +310,14 @@ def load_data(
     For the other parameters see `SceneDataset`.
     :raises InputError: here for bad flags and folders, while iterating for bad files.
     """
-    loading = {"batch_size": batch_size, "start": start, "num_workers": num_workers, "on_bad_image": on_bad_image,
-               "rank": rank, "world_size": world_size}  # fmt: skip
+    loading = {
+        "batch_size": batch_size,
+        "start": start,
+        "num_workers": num_workers,
+        "on_bad_image": on_bad_image,
+        "rank": rank,
+        "world_size": world_size,
+    }
     check_loading(**loading)
     dataset = SceneDataset(
         dataset_mode,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
-from guided_diffusion.data.image_datasets import SceneDataset, label_histogram, load_data
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError
+from guided_diffusion.data.datasets import SceneDataset, label_histogram, load_data
 from guided_diffusion.random_streams import uniform
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

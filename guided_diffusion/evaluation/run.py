@@ -14,44 +14,83 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .config import points
-from .data.semantics import received_semantics
-from .diffusion.sampling import sample
-from .digests import digest_once
-from .errors import InputError
-from .files import whole_file
-from .link.channel import snr_to_sigma, transmit
-from .link.crossing import analog_facts
-from .link.recollection import Recollection
-from .link.source_coding import pack_choices
-from .link.transceiver import Arrival, Message, Sent, condition
+from ..config import points
+from ..console import InputError, StandardError, bar_options
+from ..data.semantics import received_semantics
+from ..diffusion.sampling import run_chain
+from ..diffusion.solvers import SamplerSettings
+from ..files import atomic_write, digest_once
+from ..link.channel import snr_to_sigma, transmit
+from ..link.crossing import analog_facts
+from ..link.recollection import Recollection
+from ..link.source_coding import pack_choices
+from ..link.transceiver import Arrival, Message, Sent, condition
+from ..random_streams import generator, integer, stream_seed, text_number
+from ..training.distributed import autocast
+from ..training.ranks import Share
 from .measures import PARTS, codec_lines, cost_lines, score_lines, write_curves
 from .metrics import psnr
 from .panels import palette, picture_grid, save_picture, show_semantics, to_uint8
-from .random_streams import generator, integer, stream_seed, text_number
-from .results import (
-    ResultsFolder,
-    is_last,
-    picture_digest,
-    read_picture_file,
-    settings_of,
-    share_out,
-    unique_names,
-)
-from .scripts import StandardError, bar_options
-from .training.distributed import autocast
-from .training.ranks import Share
+from .results import ResultsFolder, is_last, picture_digest, read_picture_file, settings_of, share_out, unique_names
 
-COLUMNS = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool", "seconds", "transmit_seconds", "evaluations",
-           "distance", *(f"bits_{part}" for part in PARTS), "bpp", "channel_uses", "bandwidth_ratio", "realised_snr_db",
-           "eb_n0_db", "blocks", "block_errors", "problems", "psnr_db", "colour_error", "ssim", "ms_ssim", "lpips",
-           "mismatch_db", "picture_sha256")  # fmt: skip
+COLUMNS = (
+    "path",
+    "name",
+    "bank_index",
+    "steps",
+    "link",
+    "snr_db",
+    "pool",
+    "seconds",
+    "transmit_seconds",
+    "evaluations",
+    "distance",
+    *(f"bits_{part}" for part in PARTS),
+    "bpp",
+    "channel_uses",
+    "bandwidth_ratio",
+    "realised_snr_db",
+    "eb_n0_db",
+    "blocks",
+    "block_errors",
+    "problems",
+    "psnr_db",
+    "colour_error",
+    "ssim",
+    "ms_ssim",
+    "lpips",
+    "mismatch_db",
+    "picture_sha256",
+)
 
 # Flags that may change between two runs into the same folder.
-FREE = {"results_path", "num_samples", "batch_size", "num_workers", "device", "dry_run", "preset", "panel_items",
-        "use_fp16", "noise_bank_cache", "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "add_noise",
-        "noise_to", "messages", "share_array", "label_memory", "cache_dir", "metrics", "fid_weights", "features", "baseline",
-        "segmenter"}  # fmt: skip
+FREE = {
+    "results_path",
+    "num_samples",
+    "batch_size",
+    "num_workers",
+    "device",
+    "dry_run",
+    "preset",
+    "panel_items",
+    "use_fp16",
+    "noise_bank_cache",
+    "dropout",
+    "use_checkpoint",
+    "use_kl",
+    "rescale_learned_sigmas",
+    "add_noise",
+    "noise_to",
+    "messages",
+    "share_array",
+    "label_memory",
+    "cache_dir",
+    "metrics",
+    "fid_weights",
+    "features",
+    "baseline",
+    "segmenter",
+}
 
 ALONE = Share()
 
@@ -147,8 +186,10 @@ class Regeneration:
         """Send one batch of pictures, write their files, and return their rows."""
         rows, arrivals, sents, scenes = [], [], [], []
         if len({self.dataset.sample_size(k) for k in numbers}) > 1:
-            raise InputError(f"pictures {numbers[0] + 1} to {numbers[-1] + 1} differ in size and cannot share a batch;"
-                             " use --batch_size 1")  # fmt: skip
+            raise InputError(
+                f"pictures {numbers[0] + 1} to {numbers[-1] + 1} differ in size and cannot share a batch;"
+                " use --batch_size 1"
+            )
         for k in numbers:
             started = time.monotonic()
             scene = self.dataset.batch([k])
@@ -205,15 +246,29 @@ class Regeneration:
         config, analog = self.config, not self.transmitting and self.config.link == "analog"
         height, width = sent.y.shape[2:]
         if analog:  # the planes cross as they are; besides the indices, bits say which classes those are of
-            indices = pack_choices(sent.message.start_index, len(self.bank), sent.message.picks, config.step_candidates,
-                                   config.step_atoms)  # fmt: skip
-            bits = {"header": 0, "labels": config.num_classes if config.one_hot_label else 0, "edges": 0,
-                    "indices": 8 * len(indices)}  # fmt: skip
+            indices = pack_choices(
+                sent.message.start_index,
+                len(self.bank),
+                sent.message.codewords,
+                config.step_candidates,
+                config.step_atoms,
+            )
+            bits = {
+                "header": 0,
+                "labels": config.num_classes if config.one_hot_label else 0,
+                "edges": 0,
+                "indices": 8 * len(indices),
+            }
             bits["total"] = sum(bits.values())
         else:
             bits = sent.message.bits()
-        row = {"path": self.paths[k], "name": self.names[k], "bank_index": sent.message.start_index or 0,
-               "transmit_seconds": f"{seconds:.3f}", "bpp": f"{bits['total'] / (height * width):.4f}"}  # fmt: skip
+        row = {
+            "path": self.paths[k],
+            "name": self.names[k],
+            "bank_index": sent.message.start_index or 0,
+            "transmit_seconds": f"{seconds:.3f}",
+            "bpp": f"{bits['total'] / (height * width):.4f}",
+        }
         row |= {f"bits_{part}": bits[part] for part in PARTS}
         if not self.transmitting:
             row |= {"link": config.link, "snr_db": f"{config.snr:g}", "pool": config.pool}
@@ -230,7 +285,9 @@ class Regeneration:
             if "image" in scene:
                 row |= self.measures.per_picture(images[j : j + 1], scene["image"])
             if not self.transmitting and sents and sents[j].choice is not None:
-                row["mismatch_db"] = f"{float(psnr(images[j : j + 1], sents[j].choice.picture[None].float().cpu())):.3f}"
+                row["mismatch_db"] = (
+                    f"{float(psnr(images[j : j + 1], sents[j].choice.picture[None].float().cpu())):.3f}"
+                )
 
     def _without_bank(self, numbers):
         """Regenerate one batch by ordinary diffusion: fresh noise per picture, over the analog channel."""
@@ -238,24 +295,52 @@ class Regeneration:
         batch = self.dataset.batch(numbers)
         y = self._coded(batch)
         sigma, named = snr_to_sigma(config.snr), [self.numbers[k] for k in numbers]
-        received = transmit(y, sigma, generators=[generator(config.seed, "channel", number) for number in named],
-                            num_classes=config.num_classes, one_hot=config.one_hot_label, pool=config.pool)  # fmt: skip
-        noise = [torch.randn(3, *y.shape[2:], generator=generator(config.seed, "picture noise", number)) for number in named]
+        received = transmit(
+            y,
+            sigma,
+            generators=[generator(config.seed, "channel", number) for number in named],
+            num_classes=config.num_classes,
+            one_hot=config.one_hot_label,
+            pool=config.pool,
+        )
+        noise = [
+            torch.randn(3, *y.shape[2:], generator=generator(config.seed, "picture noise", number)) for number in named
+        ]
         device = self.parts["device"]
         with autocast(device, self.parts["precision"]):
-            result = sample(
-                self.parts["model"], self.parts["diffusion"], received.to(device), torch.stack(noise).to(device),
-                method=config.sampler, s=config.s, eta=config.eta if config.sampler == "ddim" else 0.0,
+            settings = SamplerSettings(
+                config.sampler,
+                s=config.s,
+                eta=config.eta if config.sampler == "ddim" else 0.0,
+                clip_denoised=config.clip_denoised,
+                tail_steps=config.tail_steps,
+            )
+            result = run_chain(
+                self.parts["model"],
+                self.parts["diffusion"],
+                received.to(device),
+                torch.stack(noise).to(device),
+                settings,
                 seeds=[stream_seed(config.seed, "picture chain", number) for number in named],
-                early_stop=self.parts["early_stop"], clip_denoised=config.clip_denoised, tail_steps=config.tail_steps,
-                on_step=self.on_step, reuse_bytes=int(config.label_memory * 2**30),
-            )  # fmt: skip
+                early_stop=self.parts["early_stop"],
+                on_step=self.on_step,
+                cache_bytes=int(config.label_memory * 2**30),
+            )
         images = result.images.float().cpu()
         seconds = (time.monotonic() - started) / len(numbers)
-        rows = [{"path": self.paths[k], "name": self.names[k], "steps": steps, "link": config.link,
-                 "snr_db": f"{config.snr:g}", "pool": config.pool, "seconds": f"{seconds:.3f}",
-                 **analog_facts(y[j : j + 1], sigma, config.num_classes, config.one_hot_label)}
-                for j, (k, steps) in enumerate(zip(numbers, result.steps.tolist(), strict=True))]  # fmt: skip
+        rows = [
+            {
+                "path": self.paths[k],
+                "name": self.names[k],
+                "steps": steps,
+                "link": config.link,
+                "snr_db": f"{config.snr:g}",
+                "pool": config.pool,
+                "seconds": f"{seconds:.3f}",
+                **analog_facts(y[j : j + 1], sigma, config.num_classes, config.one_hot_label),
+            }
+            for j, (k, steps) in enumerate(zip(numbers, result.steps.tolist(), strict=True))
+        ]
         scenes = [{key: value[j : j + 1] for key, value in batch.items()} for j in range(len(numbers))]
         arrivals = [Arrival(None, received[j : j + 1], 0, ()) for j in range(len(numbers))]
         self._write_pictures(numbers, scenes, [None] * len(numbers), arrivals, images)
@@ -276,8 +361,9 @@ class Regeneration:
         self.measures.complete(self.results, rows, self.kind)
         self.results.write_table(rows)
         if codecs and self.bank is not None and (self.transmitting or self.config.link != "analog"):
-            baseline_rows = self.measures.compare(self.results, rows, self.crossing, self.config.seed,
-                                                  dict(zip(self.paths, self.numbers, strict=True)))  # fmt: skip
+            baseline_rows = self.measures.compare(
+                self.results, rows, self.crossing, self.config.seed, dict(zip(self.paths, self.numbers, strict=True))
+            )
         facts = {"role": self.config.role}
         if not self.transmitting:
             facts |= {"link": self.config.link, "pool": self.config.pool, "snr_db": f"{self.config.snr:g}"}
@@ -299,7 +385,7 @@ class Regeneration:
     def _write_message(self, k, message):
         path = self.results.file("messages", self.names[k], ".dgo")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path, "wb") as f:
+        with atomic_write(path, "wb") as f:
             f.write(message.to_bytes())
 
     def _write_pictures(self, numbers, scenes, sents, arrivals, images):
@@ -342,8 +428,15 @@ class Regeneration:
         return self._coded(scene) if self.bank is None else self.transmitter.describe(scene)[1]
 
     def _coded(self, scene):
-        return received_semantics(scene["label"], scene.get("instance"), scene.get("image_edge"), self.config.num_classes,
-                                  self.config.one_hot_label, not self.config.no_instance, self.parts["coding"])  # fmt: skip
+        return received_semantics(
+            scene["label"],
+            scene.get("instance"),
+            scene.get("image_edge"),
+            self.config.num_classes,
+            self.config.one_hot_label,
+            not self.config.no_instance,
+            self.parts["coding"],
+        )
 
 
 def read_message(path):
@@ -367,7 +460,7 @@ class _StepCounter:
         self.bar.set_postfix_str(f"{self.count} steps")
 
 
-def run_points(config, weights, parts, say, share=ALONE, quiet=False, start=None):
+def run_points(config, weights, parts, log, share=ALONE, quiet=False, start=None):
     """Run every point of a sampling config (see `config.points`), sum each up, and draw curves where there are several.
 
     Of several shares, one that finds all pictures of all points there sums up; the others end before.
@@ -383,29 +476,29 @@ def run_points(config, weights, parts, say, share=ALONE, quiet=False, start=None
         verb = "writing the messages of" if run.transmitting else "regenerating"
         place = f" ({number} of {len(found)})" if len(found) > 1 else ""
         part = f"share {share.index + 1} of {share.count} of " if share.count > 1 else ""
-        say(f"{verb} {part}{run.count} pictures with {weights} into {point.results_path}{place}")
+        log(f"{verb} {part}{run.count} pictures with {weights} into {point.results_path}{place}")
         rows = run.run()
         runs.append(run)
         if share.count == 1:  # at once, so that a long sweep shows its first results
-            summaries.append(_sum_up(run, rows, say))
+            summaries.append(_sum_up(run, rows, log))
     if share.count > 1:
         tables = [(run, run.rows()) for run in runs]
         count = sum(len(batch) for run in runs for batch in run.batches)
         folders = [(run.results, run.is_complete(rows)) for run, rows in tables]
-        if not is_last(share, count, folders, config.results_path, say):
+        if not is_last(share, count, folders, config.results_path, log):
             return
-        summaries = [_sum_up(run, rows, say) for run, rows in tables]
+        summaries = [_sum_up(run, rows, log) for run, rows in tables]
     for note in parts["measures"].metrics.notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     if len(found) > 1:
-        say(write_curves(Path(config.results_path), summaries))
+        log(write_curves(Path(config.results_path), summaries))
     for run in runs:  # at the very end: while they are there, the work of putting them together is not done
         run.results.tidy()
 
 
-def _sum_up(run, rows, say):
+def _sum_up(run, rows, log):
     """Sum one point up and say how it went; return (link, pool, snr_db, summary)."""
     summary = run.sum_up(rows)
     for line in [*run.summary(rows), *codec_lines(summary)]:
-        say(line)
+        log(line)
     return run.config.link, run.config.pool, run.config.snr, summary

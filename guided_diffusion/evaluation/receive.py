@@ -7,21 +7,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .digests import digest, digest_once
-from .errors import InputError
-from .link.message import receive_parts
+from ..console import InputError, bar_options
+from ..files import digest, digest_once
+from ..link.message import receive_parts
 from .measures import PARTS
 from .panels import palette, picture_grid, save_picture, show_semantics, to_uint8
-from .regenerate import ALONE, COLUMNS, FREE, read_message
-from .results import (
-    ResultsFolder,
-    is_last,
-    picture_digest,
-    read_picture_file,
-    settings_of,
-    share_out,
-)
-from .scripts import bar_options
+from .results import ResultsFolder, is_last, picture_digest, read_picture_file, settings_of, share_out
+from .run import ALONE, COLUMNS, FREE, read_message
 
 ENDING = ".dgo"
 
@@ -97,10 +89,17 @@ class Receiving:
         received = show_semantics(arrival.y, num_classes, header.one_hot)[0]
         save_picture(received, self.results.file("received", self.names[k]))
         save_picture(to_uint8(image)[0], self.results.file("samples", self.names[k]))
-        row = {"path": str(self.files[k]), "name": self.names[k], "bank_index": arrival.start, "steps": int(result.steps[0]),
-               "link": "messages", "seconds": f"{time.monotonic() - started:.3f}",
-               "bpp": f"{bits['total'] / (header.height * header.width):.4f}",
-               "picture_sha256": picture_digest(image[0]), "message_sha256": digest(self.files[k]).hex()}  # fmt: skip
+        row = {
+            "path": str(self.files[k]),
+            "name": self.names[k],
+            "bank_index": arrival.start,
+            "steps": int(result.steps[0]),
+            "link": "messages",
+            "seconds": f"{time.monotonic() - started:.3f}",
+            "bpp": f"{bits['total'] / (header.height * header.width):.4f}",
+            "picture_sha256": picture_digest(image[0]),
+            "message_sha256": digest(self.files[k]).hex(),
+        }
         return row | {f"bits_{part}": bits[part] for part in PARTS}
 
     def sum_up(self, rows):
@@ -111,22 +110,24 @@ class Receiving:
         pictures = [[read_picture_file(self.results.file(kind, name)) for kind in kinds] for name in names]
         same_size = [row for row in pictures if row[0].shape == pictures[0][0].shape]
         if same_size:
-            save_picture(picture_grid(same_size, ["received semantics", "regenerated"]), self.results.path / "panel.png")
+            save_picture(
+                picture_grid(same_size, ["received semantics", "regenerated"]), self.results.path / "panel.png"
+            )
 
 
-def receive_all(config, weights, parts, say, share=ALONE, quiet=False):
+def receive_all(config, weights, parts, log, share=ALONE, quiet=False):
     """Receive a folder of messages, or a share of it, and sum up where all are received.
 
     :param say: function that prints one line. The others: as of `Receiving`.
     """
     run = Receiving(config, weights, parts, share, quiet)
     part = f"share {share.index + 1} of {share.count} of " if share.count > 1 else ""
-    say(f"receiving {part}{run.count} messages with {weights} into {config.results_path}")
+    log(f"receiving {part}{run.count} messages with {weights} into {config.results_path}")
     rows = run.run()
     if share.count > 1:
         complete = {*map(str, run.files[: run.count])} <= {row["path"] for row in rows}
-        if not is_last(share, len(run.own), [(run.results, complete)], config.results_path, say):
+        if not is_last(share, len(run.own), [(run.results, complete)], config.results_path, log):
             return
     run.sum_up(rows)
-    say(f"{len(rows)} pictures; results.csv, panel.png and pictures are in {config.results_path}")
+    log(f"{len(rows)} pictures; results.csv, panel.png and pictures are in {config.results_path}")
     run.results.tidy()

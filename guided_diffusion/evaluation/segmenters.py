@@ -14,7 +14,7 @@ import warnings
 
 import torch
 
-from .errors import InputError
+from ..console import InputError
 
 # torch.export.load (2.15) unpickles sample inputs and some weights without restriction, evaluates size expressions, and
 # looks functions up by their dotted name. Only what ordinary networks need is let through.
@@ -26,12 +26,52 @@ _OPERATIONS = re.compile(
     r"|torch\.ops\.aten\.__i?(and|or|xor|lshift|rshift)__\.\w+|torch\.sym_\w+|math\.[a-z]\w*"
     r"|_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)"
 )
-_SIZE_FUNCTIONS = {"Symbol", "Integer", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Abs", "FloorDiv", "CeilDiv",
-                   "CleanDiv", "ModularIndexing", "Mod", "PythonMod", "FloorToInt", "CeilToInt", "IntTrueDiv", "Identity",
-                   "PowByNatural", "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan",
-                   "GreaterThan", "And", "Or", "Not", "Where"}  # fmt: skip
-_SIZE_SYNTAX = (ast.Expression, ast.Call, ast.Name, ast.Load, ast.Constant, ast.keyword, ast.BinOp, ast.UnaryOp, ast.Compare,
-                ast.operator, ast.unaryop, ast.cmpop)  # fmt: skip
+_SIZE_FUNCTIONS = {
+    "Symbol",
+    "Integer",
+    "Rational",
+    "Add",
+    "Mul",
+    "Pow",
+    "Max",
+    "Min",
+    "Abs",
+    "FloorDiv",
+    "CeilDiv",
+    "CleanDiv",
+    "ModularIndexing",
+    "Mod",
+    "PythonMod",
+    "FloorToInt",
+    "CeilToInt",
+    "IntTrueDiv",
+    "Identity",
+    "PowByNatural",
+    "Equality",
+    "Unequality",
+    "StrictLessThan",
+    "LessThan",
+    "StrictGreaterThan",
+    "GreaterThan",
+    "And",
+    "Or",
+    "Not",
+    "Where",
+}
+_SIZE_SYNTAX = (
+    ast.Expression,
+    ast.Call,
+    ast.Name,
+    ast.Load,
+    ast.Constant,
+    ast.keyword,
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.Compare,
+    ast.operator,
+    ast.unaryop,
+    ast.cmpop,
+)
 
 
 class Network:
@@ -52,7 +92,9 @@ class Network:
                 return torch.cat([self._whole_group(group) for group in groups])
         except Exception as error:  # whatever a foreign network raises, most often about the size
             size = "x".join(map(str, images.shape[2:]))
-            raise InputError(f"{self.name} fails on {size} pictures ({_reason(error)}); give a network of that size") from None
+            raise InputError(
+                f"{self.name} fails on {size} pictures ({_reason(error)}); give a network of that size"
+            ) from None
 
     def _whole_group(self, group):
         missing = (self.batch or len(group)) - len(group)
@@ -70,7 +112,9 @@ def load_network(path, flag, device="cpu"):
         with open(path, "rb") as f:
             data = f.read()
     except OSError as error:
-        raise InputError(f"{name}: cannot be read ({error.strerror}); give a TorchScript file or exported program") from None
+        raise InputError(
+            f"{name}: cannot be read ({error.strerror}); give a TorchScript file or exported program"
+        ) from None
     try:
         # Both loaders read through this very reader: what is checked is what they will see.
         reader = torch._C.PyTorchFileReader(io.BytesIO(data))
@@ -86,10 +130,14 @@ def load_network(path, flag, device="cpu"):
             if any(record.startswith("code/") for record in records):
                 return Network(torch.jit.load(io.BytesIO(data), map_location=device).eval(), name, None, device)
     except _Refused as error:
-        raise InputError(f"{name}: refused, because it brings {error}; export a plain network with torch.export.save") from None
+        raise InputError(
+            f"{name}: refused, because it brings {error}; export a plain network with torch.export.save"
+        ) from None
     except Exception as error:  # torch raises many kinds for damaged files
         raise InputError(f"{name}: damaged ({_reason(error)}); write it again") from None
-    raise InputError(f"{name}: neither TorchScript nor an exported program; write one with torch.jit.save or torch.export.save")
+    raise InputError(
+        f"{name}: neither TorchScript nor an exported program; write one with torch.jit.save or torch.export.save"
+    )
 
 
 def _reason(error):
@@ -103,7 +151,9 @@ def _program(data, name, device):
 
         program = move_to_device_pass(program, device)
     inputs = set(program.graph_signature.user_inputs)
-    shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    shapes = [
+        node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs
+    ]
     batch = shapes[0][0] if isinstance(shapes[0][0], int) else None  # else it is a symbol: any batch
     # Guards are Python source in the file: they are left out, and the batch is looked after here instead.
     unguarded = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
@@ -168,8 +218,11 @@ def _check_size(expression):
         nodes = [None]
     for node in nodes:
         calls = isinstance(node, ast.Call)
-        if (not isinstance(node, _SIZE_SYNTAX) or (calls and getattr(node.func, "id", "") not in _SIZE_FUNCTIONS)
-                or (isinstance(node, ast.Constant) and isinstance(node.value, str) and not node.value.isalnum())):  # fmt: skip
+        if (
+            not isinstance(node, _SIZE_SYNTAX)
+            or (calls and getattr(node.func, "id", "") not in _SIZE_FUNCTIONS)
+            or (isinstance(node, ast.Constant) and isinstance(node.value, str) and not node.value.isalnum())
+        ):
             raise _Refused(f"the expression {expression[:60]!r}")
 
 
@@ -190,15 +243,21 @@ def segment(network, images, num_classes, flag="segmenter"):
     channels = out.shape[1] if torch.is_tensor(out) and out.dim() == 4 else 1
     if not torch.is_tensor(out) or out.numel() != n * channels * height * width or out.shape[-2:] != (height, width):
         found = tuple(out.shape) if torch.is_tensor(out) else type(out).__name__
-        raise InputError(f"--{flag} gave {found} for pictures ({n}, 3, {height}, {width}); it must give scores (N, K, H, W)"
-                         " or ids (N, H, W) of the same height and width")  # fmt: skip
+        raise InputError(
+            f"--{flag} gave {found} for pictures ({n}, 3, {height}, {width}); it must give scores (N, K, H, W)"
+            " or ids (N, H, W) of the same height and width"
+        )
     if channels not in (1, num_classes):
-        raise InputError(f"--{flag} gave scores of {channels} classes, but --num_classes is {num_classes};"
-                         " give a segmenter of the same label space")  # fmt: skip
+        raise InputError(
+            f"--{flag} gave scores of {channels} classes, but --num_classes is {num_classes};"
+            " give a segmenter of the same label space"
+        )
     ids = out.argmax(1, keepdim=True) if channels > 1 else out.reshape(n, 1, height, width).long()
     if ids.min() < 0 or ids.max() >= num_classes:
-        raise InputError(f"--{flag} gave class ids {int(ids.min())}..{int(ids.max())}, but --num_classes is {num_classes};"
-                         " give a segmenter of the same label space")  # fmt: skip
+        raise InputError(
+            f"--{flag} gave class ids {int(ids.min())}..{int(ids.max())}, but --num_classes is {num_classes};"
+            " give a segmenter of the same label space"
+        )
     return ids
 
 

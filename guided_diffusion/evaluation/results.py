@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from .errors import InputError
-from .files import whole_file
+from ..console import InputError
+from ..files import atomic_write
 
 PICTURE_KINDS = ("images", "labels", "local", "messages", "received", "samples")  # folders that shares write into
 
@@ -28,8 +28,10 @@ def unique_names(paths):
         counts = Counter(names)
         if max(counts.values(), default=1) == 1:
             break
-        names = ["__".join(part[-depth:]).replace("/", "") if counts[name] > 1 else name
-                 for name, part in zip(names, parts, strict=True)]  # fmt: skip
+        names = [
+            "__".join(part[-depth:]).replace("/", "") if counts[name] > 1 else name
+            for name, part in zip(names, parts, strict=True)
+        ]
     counts = Counter(names)
     return [f"{name}__{k}" if counts[name] > 1 else name for k, name in enumerate(names)]
 
@@ -74,7 +76,9 @@ class ResultsFolder:
         if path.exists():
             self._compare(path, settings, free)
         elif foreign:
-            raise InputError(f"--results_path {self.path} holds a {foreign[0]} that is not of sampling; choose another folder")
+            raise InputError(
+                f"--results_path {self.path} holds a {foreign[0]} that is not of sampling; choose another folder"
+            )
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("settings.json", settings)
@@ -92,8 +96,10 @@ class ResultsFolder:
         settings = json.loads(json.dumps(settings))
         for k in settings:
             if k not in free and earlier.get(k) != settings[k]:
-                raise InputError(f"--results_path {self.path} holds results with {k} {earlier.get(k)!r}, now {settings[k]!r};"
-                                 " choose another folder for other settings")  # fmt: skip
+                raise InputError(
+                    f"--results_path {self.path} holds results with {k} {earlier.get(k)!r}, now {settings[k]!r};"
+                    " choose another folder for other settings"
+                )
 
     def file(self, kind, name, ending=".png"):
         """Path of one picture's file of a kind, such as "samples"."""
@@ -137,14 +143,14 @@ class ResultsFolder:
 
     def write_table(self, rows, name="results.csv", columns=None):
         """Write rows (dicts) as CSV, whole or not at all."""
-        with whole_file(self.path / name) as f:
+        with atomic_write(self.path / name) as f:
             writer = csv.DictWriter(f, columns or self.columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
 
     def write_json(self, name, values):
         """Write a dict as JSON, whole or not at all."""
-        with whole_file(self.path / name) as f:
+        with atomic_write(self.path / name) as f:
             f.write(json.dumps(values, indent=1) + "\n")
 
 
@@ -157,7 +163,7 @@ def share_out(count, size, share):
     return [range(start, min(start + size, count)) for start in starts]
 
 
-def is_last(share, count, folders, where, say):
+def is_last(share, count, folders, where, log):
     """Say how one share of several ends; return whether it is the one that puts the tables together.
 
     :param count: of the share's pictures.
@@ -166,13 +172,15 @@ def is_last(share, count, folders, where, say):
     """
     done = f"share {share.index + 1} of {share.count} is done ({count} pictures)"
     if not all(complete for _, complete in folders):
-        say(f"{done}; the last share to end sums up in {where}. Should one fail, give the same command again: it does the rest")
+        log(
+            f"{done}; the last share to end sums up in {where}. Should one fail, give the same command again: it does the rest"
+        )
         return False
     # Without such tables another share has been through with it. The first one repeats it, as a process alone does.
     if share.index > 0 and not any(results.shard_tables() for results, _ in folders):
-        say(f"{done}; the results of all shares are in {where}")
+        log(f"{done}; the results of all shares are in {where}")
         return False
-    say(f"{done}, and so are the others: putting their tables together")
+    log(f"{done}, and so are the others: putting their tables together")
     return True
 
 

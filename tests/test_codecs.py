@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion import baselines
-from guided_diffusion.baselines import CODECS, SCALES, available, best_within, container_bytes, decode
-from guided_diffusion.errors import InputError
-from guided_diffusion.metrics import psnr
+from guided_diffusion.console import InputError
+from guided_diffusion.evaluation import codecs as baselines
+from guided_diffusion.evaluation.codecs import CODECS, SCALES, available, best_within, container_bytes, decode
+from guided_diffusion.evaluation.metrics import psnr
 
 HEIGHT, WIDTH = 48, 80
 
@@ -109,8 +109,12 @@ def test_container_bytes_are_most_of_a_flat_picture(codec):
 @pytest.mark.parametrize("damage", ["truncated", "header", "empty", "other"])
 def test_damaged_data_is_an_input_error(codec, picture, damage):
     data = best_within(codec, picture, 3000).data
-    bad = {"truncated": data[: len(data) // 3], "header": bytes(12) + data[12:], "empty": b"",
-           "other": b"GIF89a" + data}[damage]  # fmt: skip
+    bad = {
+        "truncated": data[: len(data) // 3],
+        "header": bytes(12) + data[12:],
+        "empty": b"",
+        "other": b"GIF89a" + data,
+    }[damage]
     with pytest.raises(InputError, match=f"{codec} data of {len(bad)} bytes cannot be decoded") as caught:
         decode(codec, bad, HEIGHT, WIDTH)
     assert "\n" not in str(caught.value)

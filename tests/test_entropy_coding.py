@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from guided_diffusion.errors import InputError
-from guided_diffusion.link import context_coding
-from guided_diffusion.link.context_coding import decode, encode
+from guided_diffusion.console import InputError
+from guided_diffusion.link import entropy_coding as entropy_coding
+from guided_diffusion.link.entropy_coding import decode, encode
 
 
 def blocks(height, width, count, side=5, seed=0):
@@ -28,7 +28,7 @@ def test_maps_come_back(height, width, count):
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
 def test_length_is_the_entropy_of_the_decisions(share):
     draws = np.random.default_rng(1).random(4000) < share
-    code, finish = context_coding._coder()
+    code, finish = entropy_coding._coder()
     p = round(65536 * share)
     for bit in draws:
         code([p, 8, None], bool(bit))
@@ -37,15 +37,15 @@ def test_length_is_the_entropy_of_the_decisions(share):
 
 
 def test_probabilities_are_counted_in_the_coarser_context_too():
-    code, _ = context_coding._coder()
+    code, _ = entropy_coding._coder()
     coarse = [32768, 8, None]
     node = [32768, 8, coarse]
     for _ in range(2000):
         code(node, True)
-    assert node[0] == coarse[0] > 65000 and node[1] == coarse[1] >= context_coding._MOST
+    assert node[0] == coarse[0] > 65000 and node[1] == coarse[1] >= entropy_coding._MOST
     for _ in range(20000):
         code(node, False)
-    assert node[0] == context_coding._LEAST  # never impossible
+    assert node[0] == entropy_coding._LEAST  # never impossible
 
 
 def test_independent_bits_cost_about_one_bit_each_and_copies_next_to_nothing():

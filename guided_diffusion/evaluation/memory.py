@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .diffusion.unet import ResBlock
+from ..diffusion.unet import ResBlock
 
 
 def parameter_count(model):
@@ -54,7 +54,8 @@ def describe_label_memory(model, height, width, batch, precision, limit):
     if need <= limit:
         return line + "computed once for each chain"
     return (
-        line + f"more than --label_memory {limit:g}, so computed at every step: slower; raise the flag, or lower --batch_size"
+        line
+        + f"more than --label_memory {limit:g}, so computed at every step: slower; raise the flag, or lower --batch_size"
     )
 
 

@@ -14,7 +14,7 @@ from ..random_streams import generator, integer, uniform
 
 
 @dataclass(frozen=True)
-class SampleRules:
+class TrainingInputs:
     """How pictures become training samples.
 
     :param num_classes, one_hot, edge_plane: see `encode_semantics`.
@@ -65,8 +65,14 @@ class SampleRules:
         if self.add_noise:
             sigmas = [self._sigma(p) for p in positions]
             streams = [generator(self.seed, "channel", p) for p in positions]
-            y = transmit(y, sigmas, generators=streams, num_classes=self.num_classes, one_hot=self.one_hot,
-                         noise_to=self.noise_to)  # fmt: skip
+            y = transmit(
+                y,
+                sigmas,
+                generators=streams,
+                num_classes=self.num_classes,
+                one_hot=self.one_hot,
+                noise_to=self.noise_to,
+            )
         if self.drop_rate:
             kept = [float(uniform(self.seed, "drop", p) >= self.drop_rate) for p in positions]
             y = y * torch.tensor(kept)[:, None, None, None]

@@ -7,25 +7,33 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, features
 
-from .errors import InputError
-from .flags import CODECS
+from ..console import InputError
+from ..flags import CODECS
 
 SCALES = (1, 2, 4, 8)  # the picture is coded at 1/scale of its size and enlarged by the receiver
 
 # Pillow's options: what is tried at every scale, and what has a last word at the best scale because it is slow. Higher
 # efforts of JPEG XL are tuned for the eye: on street scenes of 64x128, effort 3 beats 7 by 0.3-0.9 dB at equal bytes.
 _SEARCHED = {
-    "jpeg": ({"optimize": True, "subsampling": "4:2:0"}, {"optimize": True, "progressive": True, "subsampling": "4:2:0"},
-             {"optimize": True, "subsampling": "4:4:4"}),
+    "jpeg": (
+        {"optimize": True, "subsampling": "4:2:0"},
+        {"optimize": True, "progressive": True, "subsampling": "4:2:0"},
+        {"optimize": True, "subsampling": "4:4:4"},
+    ),
     "webp": ({"method": 6},),
     "avif": ({"speed": 6, "subsampling": "4:2:0", "max_threads": 1},),
     "jxl": ({"effort": 3, "num_threads": 1, "use_container": False},),
-}  # fmt: skip
+}
 _LAST_WORD = {
     "avif": ({"speed": 4, "subsampling": "4:2:0", "max_threads": 1},),
     "jxl": ({"effort": 9, "num_threads": 1, "use_container": False},),
 }
-_HIGHEST = {"jpeg": 95, "webp": 100, "avif": 99, "jxl": 99}  # qualities are 0 (jpeg: 1) to this; above, pictures are lossless
+_HIGHEST = {
+    "jpeg": 95,
+    "webp": 100,
+    "avif": 99,
+    "jxl": 99,
+}  # qualities are 0 (jpeg: 1) to this; above, pictures are lossless
 _NEAR = 12
 
 
@@ -88,7 +96,9 @@ def decode(codec, data, height, width):
     try:
         with Image.open(io.BytesIO(data), formats=[codec.upper()]) as image:
             if image.width > width or image.height > height:
-                raise InputError(f"{codec} picture of {image.width}x{image.height} where at most {width}x{height} was agreed")
+                raise InputError(
+                    f"{codec} picture of {image.width}x{image.height} where at most {width}x{height} was agreed"
+                )
             image = image.convert("RGB")
     except InputError:
         raise

@@ -11,10 +11,9 @@ from PIL import Image
 
 from guided_diffusion import build_link, prepare
 from guided_diffusion.config import SampleConfig, parse_config, points
-from guided_diffusion.errors import InputError
+from guided_diffusion.console import InputError, StartUp
+from guided_diffusion.evaluation.run import Regeneration, run_points
 from guided_diffusion.link.message import receive_parts
-from guided_diffusion.regenerate import Regeneration, run_points
-from guided_diffusion.startup import StartUp
 
 KINDS = ("images", "labels", "received", "samples")
 
@@ -22,11 +21,18 @@ KINDS = ("images", "labels", "received", "samples")
 @pytest.fixture
 def make_run(scenes, trained, tmp_path):
     def make(folder="results", **flags):
-        flags = {"data_dir": scenes, "model_path": trained, "results_path": tmp_path / folder, **TINY,
-                 "timestep_respacing": "3", "use_ddim": True, **flags}  # fmt: skip
+        flags = {
+            "data_dir": scenes,
+            "model_path": trained,
+            "results_path": tmp_path / folder,
+            **TINY,
+            "timestep_respacing": "3",
+            "use_ddim": True,
+            **flags,
+        }
         config, _ = parse_config(SampleConfig, "", as_arguments(flags))
         weights = prepare.find_weights(config.model_path)
-        parts = build_link.sampling_parts(config, weights, say=lambda line: None)
+        parts = build_link.sampling_parts(config, weights, log=lambda line: None)
         return Regeneration(points(config)[0], weights, parts)
 
     return make
@@ -64,8 +70,17 @@ def test_saved_labels_are_the_ids(make_run, tmp_path):
         np.testing.assert_array_equal(np.asarray(picture), run.dataset[0]["label"][0].numpy())
 
 
-@pytest.mark.parametrize("flags", [{}, {"use_ddim": False}, {"eta": 0.7}, {"s": 2}, {"noise_bank_size": 0},
-                                   {"use_ddim": False, "sampler": "dpm++", "noise_bank_size": 0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"use_ddim": False},
+        {"eta": 0.7},
+        {"s": 2},
+        {"noise_bank_size": 0},
+        {"use_ddim": False, "sampler": "dpm++", "noise_bank_size": 0},
+    ],
+)
 def test_a_picture_does_not_depend_on_its_batch(make_run, tmp_path, flags):
     flags = {"snr": 10, **flags}
     make_run("one", batch_size=1, **flags).run()
@@ -175,7 +190,9 @@ def test_transmitting_writes_messages_of_the_size_that_is_counted(make_run, tmp_
     for row in table(tmp_path / "results"):
         bits = {part: int(row[f"bits_{part}"]) for part in ("header", "labels", "edges", "indices", "total")}
         assert (tmp_path / "results" / "messages" / f"{row['name']}.dgo").stat().st_size * 8 == bits["total"]
-        assert sum(bits.values()) == 2 * bits["total"] and float(row["bpp"]) == pytest.approx(bits["total"] / 512, abs=1e-4)
+        assert sum(bits.values()) == 2 * bits["total"] and float(row["bpp"]) == pytest.approx(
+            bits["total"] / 512, abs=1e-4
+        )
         assert (tmp_path / "results" / "local" / f"{row['name']}.png").exists() and row["psnr_db"] and not row["snr_db"]
     assert not (tmp_path / "results" / "samples").exists()
     assert summary == json.loads((tmp_path / "results" / "summary.json").read_text())
@@ -204,17 +221,32 @@ def test_selected_steps_do_not_depend_on_the_batch(make_run, tmp_path, flags):
 
 def test_several_points_make_curves(make_run, tmp_path):
     run = make_run()
-    config, _ = parse_config(SampleConfig, "", as_arguments({
-        **TINY, "data_dir": run.config.data_dir, "model_path": run.weights, "results_path": tmp_path / "points",
-        "timestep_respacing": "2", "link": "analog,ideal", "pool": "None,med", "snr": "30,5", "num_samples": 2,
-    }))  # fmt: skip
+    config, _ = parse_config(
+        SampleConfig,
+        "",
+        as_arguments(
+            {
+                **TINY,
+                "data_dir": run.config.data_dir,
+                "model_path": run.weights,
+                "results_path": tmp_path / "points",
+                "timestep_respacing": "2",
+                "link": "analog,ideal",
+                "pool": "None,med",
+                "snr": "30,5",
+                "num_samples": 2,
+            }
+        ),
+    )
     said = []
     parts = build_link.sampling_parts(config, run.weights, said.append)
     run_points(config, run.weights, parts, said.append)
     folders = {"analog_30dB", "analog_5dB", "analog_med_30dB", "analog_med_5dB", "ideal"}
     assert {path.name for path in (tmp_path / "points").iterdir() if path.is_dir()} == folders
     for folder in folders:
-        assert len(table(tmp_path / "points" / folder)) == 2 and (tmp_path / "points" / folder / "summary.json").exists()
+        assert (
+            len(table(tmp_path / "points" / folder)) == 2 and (tmp_path / "points" / folder / "summary.json").exists()
+        )
     lines = (tmp_path / "points" / "curves.csv").read_text().splitlines()
     assert len(lines) == 6 and lines[0].startswith("line,snr_db,psnr_db") and "curves.csv" in said[-1]
 
@@ -276,6 +308,8 @@ def test_the_first_reverse_step_is_told_once(make_run, capsys):
     run = make_run(num_samples=2)
     run.start = StartUp()
     run.run()
-    told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "first reverse step after" in line]
+    told = [
+        line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "first reverse step after" in line
+    ]
     assert len(told) == 1 and "noise bank" in told[0]
     assert run.bank.seconds > 0  # of the bank that the chain draws from, which is this one

@@ -9,7 +9,7 @@ arithmetic is that of carry-less range coders (as in lpaq): integers alone, so t
 
 import numpy as np
 
-from ..errors import InputError
+from ..console import InputError
 
 # Bounds of a decoder's work: well below a second
 MAX_PIXELS, MAX_SYMBOLS = 2**17, 64
@@ -38,7 +38,9 @@ def decode(data, height, width, count):
     :raises InputError: the bytes are not exactly what `encode` makes of some map.
     """
     if height * width > MAX_PIXELS or not 2 <= count <= MAX_SYMBOLS:
-        raise InputError(f"context-coded map of {width}x{height} pixels and {count} symbols: beyond what this coder makes")
+        raise InputError(
+            f"context-coded map of {width}x{height} pixels and {count} symbols: beyond what this coder makes"
+        )
     code, finish = _coder(data)
     rows = [[0] * (width + 4) for _ in range(height + 2)]
     if not _walk(rows, count, code) or finish() != data:
@@ -106,7 +108,9 @@ def _walk(rows, count, code):
             west = row[x - 1]
             key = west | (up[x] | (up[x + 1] | up[x - 1] << bits) << bits) << bits
             if count == 2:  # few contexts: six more neighbours
-                key |= row[x - 2] << 4 | up[x - 2] << 5 | up[x + 2] << 6 | up2[x - 1] << 7 | up2[x] << 8 | up2[x + 1] << 9
+                key |= (
+                    row[x - 2] << 4 | up[x - 2] << 5 | up[x + 2] << 6 | up2[x - 1] << 7 | up2[x] << 8 | up2[x + 1] << 9
+                )
             context = contexts.get(key)
             if context is None:
                 budget -= 1

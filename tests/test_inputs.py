@@ -9,26 +9,38 @@ from guided_diffusion.data.semantics import encode_semantics
 from guided_diffusion.link.channel import TRAINING_SIGMAS, transmit
 from guided_diffusion.link.noise_bank import NoiseBank
 from guided_diffusion.random_streams import generator
-from guided_diffusion.training.samples import SampleRules
+from guided_diffusion.training.inputs import TrainingInputs
 
 K, H, W = 4, 8, 16
 BANK = NoiseBank((3, H, W), 50, seed=9)
 
 
 def rules(**changes):
-    return SampleRules(**{"num_classes": K, "one_hot": True, "edge_plane": True, "bank": BANK, "seed": 5, **changes})
+    return TrainingInputs(**{"num_classes": K, "one_hot": True, "edge_plane": True, "bank": BANK, "seed": 5, **changes})
 
 
 def batch(positions):
     """A loaded batch whose pictures follow from their positions."""
     streams = [generator(0, "picture", p) for p in positions]
     image, label, edge = zip(
-        *((torch.rand(3, H, W, generator=g) * 2 - 1, torch.randint(K, (1, H, W), generator=g), torch.rand(1, H, W, generator=g))
-          for g in streams), strict=True)  # fmt: skip
+        *(
+            (
+                torch.rand(3, H, W, generator=g) * 2 - 1,
+                torch.randint(K, (1, H, W), generator=g),
+                torch.rand(1, H, W, generator=g),
+            )
+            for g in streams
+        ),
+        strict=True,
+    )
     return {
-        "image": torch.stack(image), "label": torch.stack(label), "instance": torch.stack(label).int() * 1000,
-        "image_edge": torch.stack(edge), "path": [f"{p}.png" for p in positions], "position": torch.tensor(positions),
-    }  # fmt: skip
+        "image": torch.stack(image),
+        "label": torch.stack(label),
+        "instance": torch.stack(label).int() * 1000,
+        "image_edge": torch.stack(edge),
+        "path": [f"{p}.png" for p in positions],
+        "position": torch.tensor(positions),
+    }
 
 
 def ones(n, size=1):

@@ -1,0 +1,1 @@
+"""From pictures to a results folder: runs, metrics, codecs, panels, reports."""
