@@ -1,4 +1,4 @@
-"""The package as a whole: what it exports, what importing it costs, which way imports point, how large its pieces are."""
+"""The package as a whole: what it exports, what importing it costs, which way imports point, how large it is."""
 
 import ast
 import graphlib
@@ -66,8 +66,8 @@ def test_help_loads_no_torch(module):
 
 
 def test_sampling_imports_nothing_slow_but_torch():
-    code = f"import sys, guided_diffusion.build, guided_diffusion.evaluation.run as r; print(*({{*{SLOW}}} & {{*sys.modules}}))"
-    done = run_python(code)
+    loads = "import sys, guided_diffusion.build, guided_diffusion.evaluation.run as run; "
+    done = run_python(loads + f"print(*({{*{SLOW}}} & {{*sys.modules}}))")
     assert (done.stdout, done.stderr) == ("\n", "")
 
 
