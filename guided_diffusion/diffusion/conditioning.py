@@ -4,7 +4,7 @@ import torch
 
 from ..console import InputError
 from .gaussian_diffusion import check_scale, guide, guided_denoiser
-from .spade import GuidedMaps, StoredMaps
+from .spade import CachedModulation, GuidedModulation
 
 CACHE_BYTES = 2**32  # memory that a chain may take for what it computes once from the label map (--label_memory)
 
@@ -23,16 +23,16 @@ class Conditioning:
     def __init__(self, model, y, s=1.0, cache_bytes=CACHE_BYTES):
         check_scale(s)
         self.model, self.s, self.y = model, s, y
-        self.maps = self.empty = None
-        if not hasattr(model, "modulations"):
+        self.modulation = self.null = None
+        if not hasattr(model, "cached_modulation"):
             return
         itemsize = 2 if torch.is_autocast_enabled(y.device.type) else 4
         fits = model.modulation_bytes(len(y), *y.shape[2:], itemsize) <= cache_bytes
-        self.maps = model.modulations(y) if fits else model.label_maps(y)
+        self.modulation = model.cached_modulation(y) if fits else model.label_modulation(y)
         if s > 1:
-            self.empty = model.empty_maps(y)  # the same for all samples, and cheap to compute again
+            self.null = model.null_modulation(y)  # the same for all samples, and cheap to compute again
             if model.modulation_bytes(len(y) + 1, *y.shape[2:], itemsize) <= cache_bytes:
-                self.empty = model.modulations(self.empty)
+                self.null = model.cached_modulation(self.null)
 
     @property
     def shape(self):
@@ -40,22 +40,22 @@ class Conditioning:
         return self.y.shape
 
     @property
-    def is_stored(self):
+    def is_cached(self):
         """Whether the label maps' work is kept, and not done at every step."""
-        return isinstance(self.maps, StoredMaps)
+        return isinstance(self.modulation, CachedModulation)
 
     def denoiser(self, diffusion, s, n, rows=None):
         """Return the denoiser of n samples, those at `rows` (n,) where not all are left."""
         if s != self.s:
             raise InputError(f"--s {s:g}: this conditioning was made ready for {self.s:g}")
         some = rows is not None and len(self.y) > 1
-        if self.maps is None:
+        if self.modulation is None:
             y = self.y.expand(n, -1, -1, -1) if len(self.y) == 1 else self.y[rows] if some else self.y
             return guided_denoiser(self.model, diffusion, y, s)
-        maps = self.maps.rows(rows) if some else self.maps
+        maps = self.modulation.rows(rows) if some else self.modulation
         if s == 1:
             return guided_denoiser(self.model, diffusion, maps)
-        maps = GuidedMaps(maps, self.empty)
+        maps = GuidedModulation(maps, self.null)
 
         def guided(x, t):
             return guide(*self.model(x, diffusion.model_timesteps(t), maps).chunk(2), s)

@@ -1,7 +1,7 @@
 """SPADE normalisation (arXiv 1903.07291), and the ways in which a network is given its label map.
 
-A network's SPADE layers ask their `maps` to modulate: `LabelMaps` computes scale and shift there and then, `StoredMaps`
-looks them up, `GuidedMaps` serves both halves of guidance. All three give the same result.
+A network's SPADE layers ask their `maps` to modulate: `LabelModulation` computes scale and shift there and then, `CachedModulation`
+looks them up, `GuidedModulation` serves both halves of guidance. All three give the same result.
 """
 
 import torch
@@ -21,7 +21,7 @@ class SPADEGroupNorm(nn.Module):
     def __init__(self, channels, label_channels, stride):
         super().__init__()
         self.stride = stride
-        self.number = 0  # the network counts its layers: the place in StoredMaps
+        self.number = 0  # the network counts its layers: the place in CachedModulation
         self.norm = nn.GroupNorm(32, channels, affine=False)
         self.mlp_shared = nn.Sequential(nn.Conv2d(label_channels, self.hidden, 3, padding=1), nn.ReLU())
         self.mlp_gamma = nn.Conv2d(self.hidden, channels, 3, padding=1)
@@ -45,7 +45,7 @@ class _Maps:
         return torch.addcmul(shift, x.to(scale.dtype), scale)
 
 
-class LabelMaps(_Maps):
+class LabelModulation(_Maps):
     """Label maps y (N, C, H, W), whose modulation is computed whenever it is asked for."""
 
     def __init__(self, y):
@@ -61,11 +61,11 @@ class LabelMaps(_Maps):
 
     def rows(self, rows):
         """Return the label maps of some samples."""
-        return LabelMaps(self.at_stride[1][rows])
+        return LabelModulation(self.at_stride[1][rows])
 
 
-class EmptyMaps(LabelMaps):
-    """The empty label map of one picture size, as `LabelMaps` of zeros (1, C, H, W), at next to no cost.
+class NullModulation(LabelModulation):
+    """The empty label map of one picture size, as `LabelModulation` of zeros (1, C, H, W), at next to no cost.
 
     Two 3x3 convolutions of a constant are constant but for the two outermost rows and columns: a 5x5 map says it all.
     """
@@ -86,7 +86,7 @@ class EmptyMaps(LabelMaps):
         return torch.where(place < side - 2, place.clamp(max=2), place - side + 5) if side > 5 else place
 
 
-class StoredMaps(_Maps):
+class CachedModulation(_Maps):
     """The (1 + gamma, beta) of every SPADE layer, in the layers' order: all that follows from the label map alone.
 
     :param pairs: list of (1 + gamma, beta), each (N, channels, h, w).
@@ -103,10 +103,10 @@ class StoredMaps(_Maps):
 
     def rows(self, rows):
         """Return the maps of some samples; they are picked layer by layer, so that no second set is in memory."""
-        return StoredMaps(self.pairs, rows)
+        return CachedModulation(self.pairs, rows)
 
 
-class GuidedMaps:
+class GuidedModulation:
     """Two kinds of maps for a batch of 2N: the first N rows are conditional, the others see the empty label map."""
 
     def __init__(self, conditional, empty):

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..console import InputError
 from .nn import AttentionBlock, Downsample, Upsample, normalization, timestep_embedding, zero_module
-from .spade import EmptyMaps, GuidedMaps, LabelMaps, SPADEGroupNorm, StoredMaps
+from .spade import CachedModulation, GuidedModulation, LabelModulation, NullModulation, SPADEGroupNorm
 
 DEFAULT_CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
 
@@ -201,27 +201,27 @@ class UNetModel(nn.Module):
             spade.number = number
         self.encoder_sees_labels = spade_encoder
 
-    def modulations(self, maps):
+    def cached_modulation(self, maps):
         """Return every SPADE layer's scale and shift: all that the network computes from the label map alone.
 
-        :param maps: (N, C, H, W) conditioning y, or what `label_maps` or `empty_maps` gives.
-        :return: `StoredMaps`, which `forward` takes in place of y, to be reused over a whole reverse chain.
+        :param maps: (N, C, H, W) conditioning y, or what `label_modulation` or `null_modulation` gives.
+        :return: `CachedModulation`, which `forward` takes in place of y, to be reused over a whole reverse chain.
         """
-        maps = self.label_maps(maps) if maps is None or torch.is_tensor(maps) else maps
-        return StoredMaps([maps.scale_shift(spade) for spade in self.spades])
+        maps = self.label_modulation(maps) if maps is None or torch.is_tensor(maps) else maps
+        return CachedModulation([maps.scale_shift(spade) for spade in self.spades])
 
-    def empty_maps(self, y):
-        """Return the `EmptyMaps` of y's size."""
+    def null_modulation(self, y):
+        """Return the `NullModulation` of y's size."""
         self._check_labels(y)
-        return EmptyMaps(y)
+        return NullModulation(y)
 
-    def label_maps(self, y):
-        """Return `LabelMaps` of y (N, C, H, W), which `forward` takes in place of y: computed at every call."""
+    def label_modulation(self, y):
+        """Return `LabelModulation` of y (N, C, H, W), which `forward` takes in place of y: computed at every call."""
         self._check_labels(y)
-        return LabelMaps(y)
+        return LabelModulation(y)
 
     def modulation_bytes(self, n, height, width, itemsize=4):
-        """Return the memory, in bytes, that `modulations` takes for n pictures, with `itemsize` bytes for a number."""
+        """Return the memory, in bytes, that `cached_modulation` takes for n pictures, with `itemsize` bytes for a number."""
         elements = sum(2 * spade.mlp_gamma.out_channels / spade.stride**2 for spade in self.spades)
         return int(itemsize * n * height * width * elements)
 
@@ -230,17 +230,17 @@ class UNetModel(nn.Module):
 
         :param x: (N, 3, H, W) noisy picture; the downsampling must divide H and W.
         :param t: (N,) original timesteps, 0...999 for 1000 steps; may be fractional.
-        :param y: (N, C, H, W) conditioning, or the result of `modulations(y)`, or `GuidedMaps`.
-        :return: (N, 3 or 6, H, W) float32; with `GuidedMaps` (2N, ...), the conditional predictions first.
+        :param y: (N, C, H, W) conditioning, or the result of `cached_modulation(y)`, or `GuidedModulation`.
+        :return: (N, 3 or 6, H, W) float32; with `GuidedModulation` (2N, ...), the conditional predictions first.
         """
         check_size(x.shape[2], x.shape[3], self.downsampling)
         if y is None or torch.is_tensor(y):
             self._check_labels(y, x)
-        maps = LabelMaps(y) if torch.is_tensor(y) else y
+        maps = LabelModulation(y) if torch.is_tensor(y) else y
         embedded = timestep_embedding(t, self.model_channels).to(self.time_embed[0].weight.dtype)
         emb = self.time_embed(embedded)  # (N, emb_channels)
         h, skips = x, []
-        twice = isinstance(maps, GuidedMaps)
+        twice = isinstance(maps, GuidedModulation)
         if twice and self.encoder_sees_labels:
             h, emb, twice = _twice(h), _twice(emb), False
         for stage in self.input_blocks:
