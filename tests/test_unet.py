@@ -304,7 +304,7 @@ def test_spade_equals_the_naive_formula(stride):
     x = torch.randn(2, 64, 12 // stride, 8 // stride) * 3 + 1
     parameters = {f"spade.{name}": value for name, value in layer.state_dict().items()}
     torch.testing.assert_close(
-        layer(x, LabelModulation(y)), naive_spade(parameters, "spade", x, y), rtol=1e-5, atol=1e-5
+        layer(x, LabelModulation(y, [stride])), naive_spade(parameters, "spade", x, y), rtol=1e-5, atol=1e-5
     )
 
 
