@@ -39,7 +39,7 @@ class UniformSampler(nn.Module):
 class LossSecondMomentSampler(UniformSampler):
     """Steps in proportion to sqrt(E[loss^2]) over the last losses seen at each (improved diffusion, eq. 18).
 
-    Uniform until every step has been seen `history` times. All state is in buffers, so it is saved with a state dict and
+    Uniform until every step has been seen `history` times. All state is in buffers: it is saved with a state dict, and
     never leaves the device.
     """
 
