@@ -21,7 +21,7 @@ class Conditioning:
 
     @torch.no_grad()
     def __init__(self, model, y, s=1.0, cache_bytes=CACHE_BYTES):
-        self.model, self.s, self.y = model, s, y
+        self.model, self.s, self.y, self.shape = model, s, y, y.shape
         self.modulation = self.null = None
         if not hasattr(model, "cached_modulation"):
             return
@@ -34,11 +34,6 @@ class Conditioning:
         self.modulation = cached(model.label_modulation(y), len(y))
         if s > 1:
             self.null = cached(model.null_modulation(y), len(y) + 1)
-
-    @property
-    def shape(self):
-        """Shape of the conditioning, (N, C, H, W)."""
-        return self.y.shape
 
     @property
     def is_cached(self):

@@ -35,8 +35,7 @@ class GaussianDiffusion(nn.Module):
         self.prediction, self.learn_sigma, self.loss_type = prediction, learn_sigma, loss_type
         self.kept = kept = list(range(len(betas))) if kept is None else list(kept)
         self.num_timesteps = len(kept)
-        scale = 1000.0 / len(betas) if rescale_timesteps else 1
-        self._table("timestep_map", np.asarray(kept) * scale)
+        self._table("timestep_map", np.asarray(kept) * (1000.0 / len(betas) if rescale_timesteps else 1))
         betas = respaced_betas(betas, kept)
         alphas_cumprod = np.cumprod(1 - betas)
         previous = np.append(1.0, alphas_cumprod[:-1])
@@ -201,17 +200,7 @@ def guide(output, null_output, s):
     return torch.cat([mean, output[:, 3:]], dim=1)
 
 
-def create_gaussian_diffusion(
-    *,
-    diffusion_steps,
-    noise_schedule,
-    timestep_respacing="",
-    prediction="eps",
-    learn_sigma=False,
-    loss_type="mse",
-    rescale_timesteps=False,
-):
-    """Build a process from a named schedule and a respacing (see `schedules`)."""
+def create_gaussian_diffusion(*, diffusion_steps, noise_schedule, timestep_respacing="", **options):
+    """Build a process from a named schedule and a respacing (see `schedules`); options: as `GaussianDiffusion`."""
     betas = beta_schedule(noise_schedule, diffusion_steps)
-    kept = space_timesteps(betas, timestep_respacing)
-    return GaussianDiffusion(betas, kept, prediction, learn_sigma, loss_type, rescale_timesteps)
+    return GaussianDiffusion(betas, space_timesteps(betas, timestep_respacing), **options)

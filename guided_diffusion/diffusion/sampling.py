@@ -1,6 +1,5 @@
 """The reverse process: the step rules of `solvers`, with guidance, seeded noise and early stopping per sample."""
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -78,26 +77,29 @@ def run_chain(
     :param early_stop: an `EarlyStop`: finished samples leave the batch with their predicted x_0 as the answer.
     :param on_step: function (t, x, out), called at every step with the step number, x_t and the prediction.
     :param cache_bytes: see `Conditioning`.
-    :param network_steps: run the network at so many of the steps only, evenly spread, and hold the predicted x_0
-        between them ("dpm++": its extrapolation), without early stopping. The noises stay those of the whole chain:
-        a cheap look at its picture.
+    :param network_steps: run the network at so many steps only, evenly spread, and hold the predicted x_0 between them
+        (not with early stopping). The noises stay those of the whole chain: a cheap look at its picture.
     :return: `SampleResult`.
     """
     if y.shape[0] not in (1, len(noise)) or noise.shape[2:] != y.shape[2:]:
         raise InputError(f"noise {tuple(noise.shape)} and conditioning {tuple(y.shape)} differ in N, H or W")
     if seeds is not None and len(seeds) != len(noise):
         raise InputError(f"seeds: {len(seeds)} for {len(noise)} samples; one per sample is needed")
-    count = network_steps or diffusion.num_timesteps
-    evaluated = {diffusion.num_timesteps - 1 - k * diffusion.num_timesteps // count for k in range(count)}
-    rule, batch = StepRule(diffusion, settings, evaluated), _Batch(noise, early_stop)
+    rule, batch = StepRule(diffusion, settings, network_steps), _Batch(noise, early_stop)
 
     def draw(step, x, out):
         z = step_noise(step, x, out) if step_noise is not None else None
         return fresh_noise(x, batch.rows, seeds, diffusion.kept[step]) if z is None else z
 
-    with _evaluating(model):
+    training = getattr(model, "training", False)
+    try:
+        if training:
+            model.eval()
         condition = y if isinstance(y, Conditioning) else Conditioning(model, y, settings.s, cache_bytes)
         _reverse_process(condition, rule, noise, batch, draw, on_step)
+    finally:
+        if training:
+            model.train()
     return batch.result
 
 
@@ -167,16 +169,3 @@ def fresh_noise(x, rows, seeds, timestep):
     if not x.is_cpu:  # the next step's noise is drawn while the device still works
         noise = noise.pin_memory()
     return noise.to(x, non_blocking=True)
-
-
-@contextmanager
-def _evaluating(model):
-    """Put a module that trains in evaluation mode for a while."""
-    training = getattr(model, "training", False)
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()

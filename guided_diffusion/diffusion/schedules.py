@@ -39,8 +39,7 @@ def space_timesteps(betas, respacing):
         of the signal-to-noise ratio, as DPM-Solver's steps are, arXiv 2206.00927, section 3.4).
     :return: ascending list of original step numbers.
     """
-    steps = len(betas)
-    text = str(respacing).strip()
+    steps, text = len(betas), str(respacing).strip()
     if not text:
         return list(range(steps))
     kind = next((kind for kind in ("ddim", "logsnr") if text.startswith(kind)), "")
@@ -50,7 +49,10 @@ def space_timesteps(betas, respacing):
         forms = 'a count ("250"), counts per section ("10,20,30"), "ddim50" or "logsnr20"'
         raise InputError(f"--timestep_respacing {text}: expected {forms}") from None
     if kind == "ddim":
-        return _fixed_stride(steps, counts[0])
+        strides = [stride for stride in range(1, steps + 1) if len(range(0, steps, stride)) == counts[0]]
+        if not strides:
+            raise InputError(f"--timestep_respacing {text}: no whole stride takes {counts[0]} of {steps} steps")
+        return list(range(0, steps, strides[0]))
     if min(counts) < 1:
         raise InputError(f"--timestep_respacing {text}: every count must be at least 1")
     if kind == "logsnr":
@@ -67,13 +69,6 @@ def space_timesteps(betas, respacing):
             place += stride  # added up, as guided-diffusion does: a product would round some ties the other way
         start += size
     return chosen
-
-
-def _fixed_stride(steps, wanted):
-    for stride in range(1, steps + 1):
-        if len(range(0, steps, stride)) == wanted:
-            return list(range(0, steps, stride))
-    raise InputError(f"--timestep_respacing ddim{wanted}: no whole stride takes {wanted} of {steps} steps")
 
 
 def _even_in_logsnr(betas, count, text):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from ..console import InputError
 
 METHODS = ("ddpm", "ddim", "dpm++")
-VARIANCES = ("model", "posterior")
 
 
 def ancestral_step(diffusion, out, x, t, z=None):
@@ -32,11 +31,9 @@ class DPMSolver:
     """DPM-Solver++(2M): the probability-flow ODE by second-order steps, each with one prediction (algorithm 2).
 
     x_{t-1} = (sigma_{t-1} / sigma_t) x_t + alpha_{t-1} (1 - e^{-h}) D, where h is the step in log(alpha / sigma) and D
-    extrapolates x_0's predictions to the middle of the step. The first and the last step are of first order: they are
-    DDIM's, and the last one ends at x_0 itself.
+    extrapolates x_0's predictions to the middle of the step. The first and the last step are DDIM's: of first order.
 
-    :param evaluated: step numbers at which the network runs; D is held between them, so that the chain goes through the
-        same points as the one of these steps alone.
+    :param evaluated: steps at which the network runs. D is held between them: the chain is that of these steps alone.
     """
 
     def __init__(self, diffusion, evaluated):
@@ -62,7 +59,7 @@ class DPMSolver:
         return keep * x + pull * self.direction
 
     def keep(self, rows):
-        """Keep the history of the samples at `rows`, a mask (N,), alone."""
+        """Keep the history of the samples at `rows` (n,) alone."""
         if self.previous is not None:
             self.previous = self.previous[rows]
 
@@ -97,25 +94,23 @@ class SamplerSettings:
             raise InputError(f"--eta {self.eta} belongs to DDIM, not to {self.method}")
         if not 0 <= self.eta <= 1:
             raise InputError(f"--eta {self.eta}: expected 0 (deterministic) to 1 (as much noise as ancestral sampling)")
-        if self.variance not in VARIANCES:
-            raise InputError(f"variance {self.variance!r}: unknown; choose one of {', '.join(VARIANCES)}")
-        if self.variance == "posterior" and self.method != "ddpm":
-            raise InputError(f"variance 'posterior' belongs to ancestral sampling, not to {self.method}")
 
 
 class StepRule:
     """One step of the chosen sampler: which posterior, whether there is noise, and x_{t-1}.
 
     :param settings: the `SamplerSettings`.
-    :param evaluated: step numbers at which the network runs.
+    :param network_steps: at how many steps the network runs, evenly spread, the first among them; None: at all.
     """
 
-    def __init__(self, diffusion, settings, evaluated):
+    def __init__(self, diffusion, settings, network_steps=None):
         steps, tail = diffusion.num_timesteps, settings.tail_steps
         if not 0 <= tail <= steps:
             raise InputError(f"--tail_steps {tail}: expected 0 to {steps}, the chain's steps")
-        self.diffusion, self.settings, self.evaluated = diffusion, settings, evaluated
-        self.solver = DPMSolver(diffusion, evaluated) if settings.method == "dpm++" else None
+        count = network_steps or steps
+        self.evaluated = {steps - 1 - k * steps // count for k in range(count)}
+        self.diffusion, self.settings = diffusion, settings
+        self.solver = DPMSolver(diffusion, self.evaluated) if settings.method == "dpm++" else None
 
     def posterior(self, output, x, t, held=None):
         """Turn a denoiser's output into p(x_{t-1} | x_t); x_0 is the one `held` from an earlier step, where given."""
@@ -123,14 +118,13 @@ class StepRule:
         if held is not None:
             out["pred_xstart"], out["mean"] = held, self.diffusion.q_posterior(held, x, t)[0]
         if self.settings.variance == "posterior":
-            out["variance"] = self.diffusion.at("posterior_variance", t).expand_as(x)
-            out["log_variance"] = self.diffusion.at("posterior_log_variance", t).expand_as(x)
+            for name in ("variance", "log_variance"):
+                out[name] = self.diffusion.at(f"posterior_{name}", t).expand_as(x)
         return out
 
     def is_noisy(self, step):
         """Whether step number `step` takes a noise; the last one never does."""
-        random = self.settings.method == "ddpm" or self.settings.eta > 0
-        return random and step >= max(1, self.settings.tail_steps)
+        return (self.settings.method == "ddpm" or self.settings.eta > 0) and step >= max(1, self.settings.tail_steps)
 
     def keep(self, rows):
         """Go on with the samples at `rows` (n,) alone."""

@@ -98,21 +98,35 @@ class TimestepSequential(nn.Sequential):
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Makes the parts of one network: what they share stands here, once."""
+    """The blocks of one network: what they share stands here, once.
 
-    shared: tuple  # what all residual blocks take
-    updown: bool
+    :param attention_strides: downsampling rates at which attention runs.
+    :param num_head_channels: width of one attention head; -1: `num_heads` heads (`num_heads_upsample` in the decoder).
+    """
+
+    emb_channels: int
+    label_channels: int
     num_res_blocks: int
     attention_strides: set
-    num_head_channels: int
-    new_order: bool
+    dropout: float = 0.0
+    num_heads: int = 4
+    num_heads_upsample: int = -1
+    num_head_channels: int = -1
+    use_scale_shift_norm: bool = True
+    resblock_updown: bool = False
+    use_new_attention_order: bool = False
 
     def residual(self, spade, channels, out_channels, stride, resample=""):
         kind = SPADEResBlock if spade else ResBlock
-        return kind(channels, out_channels, stride, resample, *self.shared)
+        shared = (self.emb_channels, self.label_channels, self.dropout, self.use_scale_shift_norm)
+        return kind(channels, out_channels, stride, resample, *shared)
 
     def attention(self, channels, num_heads):
-        return AttentionBlock(channels, _head_count(channels, num_heads, self.num_head_channels), self.new_order)
+        by_width = self.num_head_channels != -1
+        flag, value = ("num_head_channels", self.num_head_channels) if by_width else ("num_heads", num_heads)
+        if value < 1 or channels % value:
+            raise InputError(f"--{flag} {value} does not divide an attention layer of {channels} channels")
+        return AttentionBlock(channels, channels // value if by_width else value, self.use_new_attention_order)
 
     def layers(self, spade, channels, width, stride, num_heads):
         """Return a residual block and, where the picture is small enough, attention."""
@@ -121,36 +135,36 @@ class _Blocks:
             layers.append(self.attention(width, num_heads))
         return layers
 
-    def down(self, spade, channels, stride):
-        return self.residual(spade, channels, channels, stride, "down") if self.updown else Downsample(channels, True)
+    def resampling(self, spade, channels, stride, direction):
+        if self.resblock_updown:
+            return self.residual(spade, channels, channels, stride, direction)
+        return Upsample(channels, True) if direction == "up" else Downsample(channels, True)
 
-    def up(self, spade, channels, stride):
-        return self.residual(spade, channels, channels, stride, "up") if self.updown else Upsample(channels, True)
-
-    def encoder(self, spade, widths, num_heads):
+    def encoder(self, spade, widths):
         """Return the stages after the first convolution, and the widths of all skip connections."""
         stages, channels, stride = [], widths[0], 1
         skips = [channels]
         for level, width in enumerate(widths):
             for _ in range(self.num_res_blocks):
-                stages.append(self.layers(spade, channels, width, stride, num_heads))
+                stages.append(self.layers(spade, channels, width, stride, self.num_heads))
                 skips.append(width)
                 channels = width
             if level != len(widths) - 1:
-                stages.append([self.down(spade, channels, stride)])
+                stages.append([self.resampling(spade, channels, stride, "down")])
                 skips.append(channels)
                 stride *= 2
         return stages, skips
 
-    def decoder(self, spade, widths, skips, num_heads):
+    def decoder(self, spade, widths, skips):
         """Return the stages; each takes one skip connection, the last first."""
+        num_heads = self.num_heads if self.num_heads_upsample == -1 else self.num_heads_upsample
         stages, channels, stride = [], widths[-1], 2 ** (len(widths) - 1)
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(self.num_res_blocks + 1):
                 stages.append(self.layers(spade, channels + skips.pop(), width, stride, num_heads))
                 channels = width
             if level:
-                stages[-1].append(self.up(spade, channels, stride))
+                stages[-1].append(self.resampling(spade, channels, stride, "up"))
                 stride //= 2
         return stages
 
@@ -161,53 +175,32 @@ class UNetModel(nn.Module):
     :param model_channels: base width; every level width `mult * model_channels` must be a multiple of 32.
     :param out_channels: 3, or 6 with a learned variance.
     :param label_channels: planes of the conditioning y.
-    :param attention_strides: downsampling rates at which attention runs.
     :param channel_mult: width multiplier of each level; each level but the last halves the size.
-    :param num_head_channels: width of one attention head; -1 uses `num_heads` (`num_heads_upsample` in the decoder).
     :param places: "unet", "spadeboth" or "enconly".
+    :param options: the other fields of `_Blocks`.
     """
 
     def __init__(
-        self,
-        *,
-        model_channels,
-        out_channels,
-        label_channels,
-        num_res_blocks,
-        attention_strides,
-        channel_mult,
-        dropout=0.0,
-        num_heads=4,
-        num_heads_upsample=-1,
-        num_head_channels=-1,
-        use_scale_shift_norm=True,
-        resblock_updown=False,
-        use_new_attention_order=False,
-        use_checkpoint=False,
-        places="unet",
+        self, model_channels, out_channels, label_channels, channel_mult, places="unet", use_checkpoint=False, **options
     ):
         super().__init__()
         self.model_channels, self.label_channels, self.use_checkpoint = model_channels, label_channels, use_checkpoint
         self.downsampling = 2 ** (len(channel_mult) - 1)
-        spade_encoder, spade_decoder = SPADE_PLACES[places]
-        self.encoder_sees_labels = spade_encoder
+        self.encoder_sees_labels, decoder_sees_labels = SPADE_PLACES[places]
         widths = [_level_width(mult, model_channels) for mult in channel_mult]
-        emb_channels = 4 * model_channels
-        shared = (emb_channels, label_channels, dropout, use_scale_shift_norm)
-        attention = (attention_strides, num_head_channels, use_new_attention_order)
-        blocks = _Blocks(shared, resblock_updown, num_res_blocks, *attention)
+        emb_channels, deepest = 4 * model_channels, widths[-1]
+        blocks = _Blocks(emb_channels, label_channels, **options)
         linear = nn.Linear(model_channels, emb_channels)
         self.time_embed = nn.Sequential(linear, nn.SiLU(), nn.Linear(emb_channels, emb_channels))
-        stem, deepest = nn.Conv2d(3, widths[0], 3, padding=1), widths[-1]
-        stages, skips = blocks.encoder(spade_encoder, widths, num_heads)
+        stem = nn.Conv2d(3, widths[0], 3, padding=1)
+        stages, skips = blocks.encoder(self.encoder_sees_labels, widths)
         self.input_blocks = nn.ModuleList(TimestepSequential(*layers) for layers in ([stem], *stages))
         self.middle_block = TimestepSequential(
             blocks.residual(True, deepest, deepest, self.downsampling),
-            blocks.attention(deepest, num_heads),
+            blocks.attention(deepest, blocks.num_heads),
             blocks.residual(True, deepest, deepest, self.downsampling),
         )
-        heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
-        stages = blocks.decoder(spade_decoder, widths, skips, heads)
+        stages = blocks.decoder(decoder_sees_labels, widths, skips)
         self.output_blocks = nn.ModuleList(TimestepSequential(*layers) for layers in stages)
         out_conv = zero_module(nn.Conv2d(widths[0], out_channels, 3, padding=1))
         self.out = nn.Sequential(normalization(widths[0]), nn.SiLU(), out_conv)
@@ -289,11 +282,3 @@ def _level_width(mult, model_channels):
             " every level must be a multiple of 32"
         )
     return width
-
-
-def _head_count(channels, num_heads, num_head_channels):
-    by_width = num_head_channels != -1
-    flag, value = ("--num_head_channels", num_head_channels) if by_width else ("--num_heads", num_heads)
-    if value < 1 or channels % value:
-        raise InputError(f"{flag} {value} does not divide an attention layer of {channels} channels")
-    return channels // value if by_width else value
