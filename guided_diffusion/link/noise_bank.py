@@ -3,11 +3,13 @@
 import math
 import time
 from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from ..console import InputError
-from ..random_streams import stream_seed
+from ..random_streams import generator, integer, stream_seed
 
 MAX_STATES = 1900  # of 5,056 bytes each: below 10 MB for any bank size
 
@@ -79,6 +81,10 @@ class NoiseBank:
             self._siblings[shape] = NoiseBank(shape, self.size, self.seed, self._cache_entries)
         return self._siblings[shape]
 
+    def index_for(self, seed, purpose, position):
+        """Return the index that follows from (seed, purpose, position) alone, uniform over the bank."""
+        return integer(seed, purpose, self.size, position)
+
     def draw(self, n, generator):
         """Draw n indices uniformly with a CPU `torch.Generator`; return (indices (n,) int64, noise (n, *shape))."""
         indices = torch.randint(self.size, (n,), generator=generator)
@@ -116,3 +122,39 @@ class NoiseBank:
             self._buffer.random_(-(2**63), None, generator=stream)
         else:
             self._buffer.normal_(generator=stream)
+
+
+@dataclass(frozen=True)
+class FreshNoise:
+    """Ordinary diffusion with a bank's interface, for --noise_bank_size 0: a noise per position, which no message can name.
+
+    :param shape: shape of one noise.
+    :param purpose, chain_purpose: random streams of the noise and of the later chain (see `random_streams`).
+    """
+
+    shape: tuple
+    seed: int
+    purpose: str = "picture noise"
+    chain_purpose: str = "picture chain"
+    size: ClassVar = 0
+    index_bits: ClassVar = 0
+    seconds: ClassVar = 0.0
+
+    def __getitem__(self, position):
+        return torch.randn(self.shape, generator=generator(self.seed, self.purpose, position))
+
+    def entries(self, positions):
+        """Return the noise at `positions`, stacked: (n, *shape)."""
+        return torch.stack([self[position] for position in positions])
+
+    def index_for(self, seed, purpose, position):
+        """Return the position itself: every position has a noise of its own."""
+        return position
+
+    def chain_seed(self, position):
+        """Return the seed of all later noise in the reverse chain of a position."""
+        return stream_seed(self.seed, self.chain_purpose, position)
+
+    def sized(self, *shape):
+        """Return the fresh noise of another shape."""
+        return replace(self, shape=shape)

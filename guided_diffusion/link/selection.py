@@ -17,7 +17,6 @@ from ..console import InputError
 from ..diffusion.conditioning import CACHE_BYTES, Conditioning
 from ..diffusion.sampling import EarlyStop, fresh_noise, run_chain
 from ..diffusion.solvers import SamplerSettings
-from ..evaluation.metrics import mse
 from ..random_streams import generator
 
 CODEBOOK_BYTES = 2**30  # memory that a codebook may take; larger ones are made again, block by block, at every step
@@ -28,10 +27,11 @@ BLOCK = 32  # entries whose inner products are computed at once
 class Chain:
     """Everything of a reverse chain but its conditioning and where it starts: both ends hold the same.
 
-    :param model, diffusion, method, s, eta, clip_denoised, early_stop, tail_steps: as `sample` takes them.
-    :param bank: the shared `NoiseBank`; chains run at any picture size, with the bank of that size.
-    :param selected_steps: None for chains whose steps are not selected. Otherwise the last so many steps that take a noise
-        (0: all of them) are, and all steps have the posterior's variance: that needs ancestral steps or DDIM with eta = 1.
+    :param model, diffusion, early_stop, cache_bytes: as `run_chain` takes them.
+    :param bank: the shared `NoiseBank`, or `FreshNoise`; chains run at any picture size, with the bank of that size.
+    :param sampler: the `SamplerSettings`.
+    :param selected_steps: None for chains whose steps are not selected. Otherwise the last so many steps that take a
+        noise (0: all of them) are: that needs ancestral steps with the posterior's variance, or DDIM with eta = 1.
     :param device: where the model is.
     :param precision: function that gives the context in which the model runs, such as autocast.
     """
@@ -39,12 +39,8 @@ class Chain:
     model: Callable
     diffusion: Any
     bank: Any
-    method: str = "ddpm"
-    s: float = 1.0
-    eta: float = 0.0
-    clip_denoised: bool = True
+    sampler: SamplerSettings
     early_stop: EarlyStop | None = None
-    tail_steps: int = 0
     selected_steps: int | None = None
     device: Any = "cpu"
     precision: Callable = nullcontext
@@ -53,39 +49,33 @@ class Chain:
     def __post_init__(self):
         if self.selected_steps is None:
             return
-        if self.method == "dpm++" or (self.method == "ddim" and self.eta != 1):
-            raise InputError(
-                f"per-step selection with {self.method}, eta {self.eta:g}: it needs ancestral sampling, or DDIM"
-                " with eta 1"
-            )
+        if (self.sampler.method, self.sampler.variance) != ("ddpm", "posterior") and self.sampler.eta != 1:
+            found = f"{self.sampler.method}, {self.sampler.variance} variance, eta {self.sampler.eta:g}"
+            raise InputError(f"per-step selection with {found}: it needs ddpm, posterior variance, or ddim, eta 1")
         if self.early_stop is not None:
-            raise InputError(
-                "per-step selection steers the predicted x_0 at every step: drop early stopping (--stop_tol)"
-            )
-        available = self.diffusion.num_timesteps - max(1, self.tail_steps)
+            raise InputError("per-step selection steers x_0 at every step: drop early stopping (--stop_tol)")
+        available = self.diffusion.num_timesteps - max(1, self.sampler.tail_steps)
         if not max(1, self.selected_steps) <= available or self.selected_steps < 0:
-            raise InputError(
-                f"--selected_steps {self.selected_steps}: expected 0 (all) to {max(0, available)}, the steps that"
-                f" take a noise with --tail_steps {self.tail_steps}"
-            )
+            wanted = f"expected 0 (all) to {max(0, available)}, the steps that take a noise"
+            raise InputError(f"--selected_steps {self.selected_steps}: {wanted}; see --tail_steps")
 
     @property
     def selected(self):
         """Step numbers t whose noise is selected, in the chain's order."""
         if self.selected_steps is None:
             return []
-        noisy = range(max(1, self.tail_steps), self.diffusion.num_timesteps)
+        noisy = range(max(1, self.sampler.tail_steps), self.diffusion.num_timesteps)
         return list(reversed(noisy[: self.selected_steps or None]))
 
     def evaluations(self, result, network_steps=None):
         """Network evaluations that a `SampleResult` of this chain took."""
         steps = int(result.steps.sum()) if network_steps is None else network_steps * len(result.steps)
-        return steps * (2 if self.s > 1 else 1)
+        return steps * (2 if self.sampler.s > 1 else 1)
 
     def prepare(self, y):
         """Do the label-map work of y (1, C, H, W) once, for several runs."""
         with self.precision():
-            return Conditioning(self.model, y.to(self.device), self.s, self.cache_bytes)
+            return Conditioning(self.model, y.to(self.device), self.sampler.s, self.cache_bytes)
 
     def run(self, y, indices, codewords=None, on_step=None, network_steps=None, step_noise=None):
         """Run chains from x_T = bank[i]; their later noise follows from i, too, or from picks.
@@ -104,28 +94,11 @@ class Chain:
         seeds = [bank.chain_seed(i) for i in indices]
         if codewords is not None and any(codewords):
             step_noise = self._replay(bank, seeds, codewords)
-        posterior = self.selected_steps is not None and self.method == "ddpm"
+        options = {"seeds": seeds, "step_noise": step_noise, "on_step": on_step, "network_steps": network_steps}
+        early_stop = self.early_stop if network_steps is None else None
+        model = self.model, self.diffusion
         with self.precision():
-            settings = SamplerSettings(
-                self.method,
-                s=self.s,
-                eta=self.eta,
-                clip_denoised=self.clip_denoised,
-                variance="posterior" if posterior else "model",
-                tail_steps=self.tail_steps,
-            )
-            return run_chain(
-                self.model,
-                self.diffusion,
-                conditioning,
-                x.to(self.device),
-                settings,
-                seeds=seeds,
-                step_noise=step_noise,
-                early_stop=self.early_stop if network_steps is None else None,
-                on_step=on_step,
-                network_steps=network_steps,
-            )
+            return run_chain(*model, conditioning, x.to(self.device), self.sampler, early_stop=early_stop, **options)
 
     def _replay(self, bank, seeds, codewords):
         """Return a `step_noise` function that makes each sample's noise from its picks, and seeded noise after them."""
@@ -170,6 +143,11 @@ class Choice:
 
 
 # -- where the chain starts -------------------------------------------------------------------------------------------
+
+
+def mse(pictures, image):
+    """Mean squared error (N,) over all pixels and channels of pictures in [-1, 1]; one original serves all."""
+    return (pictures.float() - image.float()).square().flatten(1).mean(1)
 
 
 def select_initial(

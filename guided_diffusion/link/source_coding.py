@@ -7,7 +7,6 @@ what the bytes claim before it takes memory.
 
 import io
 import lzma
-from itertools import pairwise
 from math import comb
 
 import numpy as np
@@ -254,54 +253,52 @@ def choice_bits(bank_size, steps, candidates, atoms):
     :param bank_size: 0 where x_T is not chosen.
     """
     start = (bank_size - 1).bit_length() if bank_size else 0
-    return start + (steps * _pick_bits(candidates, atoms) if steps else 0)
+    return start + (steps * _codeword_bits(candidates, atoms) if steps else 0)
 
 
-def _pick_bits(candidates, atoms):
+def _codeword_bits(candidates, atoms):
     if not 1 <= atoms <= candidates:
-        raise InputError(
-            f"{atoms} atoms of {candidates} candidates per step: needs 1 or more, and no more than candidates"
-        )
+        raise InputError(f"{atoms} atoms of {candidates} candidates per step: needs 1 or more, and no more than those")
     return (comb(candidates, atoms) - 1).bit_length() + atoms
 
 
 def pack_choices(start_index, bank_size, codewords, candidates, atoms):
     """Write noise choices as bits, the highest first, without gaps, zeros at the end up to a whole byte.
 
-    :param start_index: bank entry of x_T (ceil(log2 bank_size) bits), or None where entry 0 is agreed on.
-    :param picks: per selected step (indices, signs): `atoms` ascending entries below `candidates`, and as many +1 or -1. The
-        index set is sent as its rank in the combinatorial number system, then a bit per sign (1 is -1).
+    :param start_index: bank entry of x_T, or None where entry 0 is agreed on.
+    :param bank_size: entries of the bank; 0 (fresh noise): the start is not sent.
+    :param codewords: per selected step (indices, signs): `atoms` ascending entries below `candidates`, and as many +1 or
+        -1. The index set is sent as its rank in the combinatorial number system, then a bit per sign (1 is -1).
     :return: bytes.
     """
     bits = value = 0
-    if start_index is not None:
+    if start_index is not None and bank_size:
         if not 0 <= start_index < bank_size:
             raise InputError(f"noise index {start_index}: the bank has {bank_size} entries")
-        bits, value = choice_bits(bank_size, 0, candidates, atoms), int(start_index)
-    pick_bits = _pick_bits(candidates, atoms) if codewords else 0
+        bits, value = choice_bits(bank_size, 0, candidates, atoms), start_index
     for indices, signs in codewords:
-        indices, signs = [int(index) for index in indices], [int(sign) for sign in signs]
-        ascending = all(a < b for a, b in pairwise(indices))
-        if len(indices) != atoms or not ascending or indices[0] < 0 or indices[-1] >= candidates:
-            raise InputError(f"a step picks entries {indices}: needs {atoms} ascending ones below {candidates}")
-        if len(signs) != atoms or not {-1, 1} >= set(signs):
-            raise InputError(f"a step has signs {signs}: needs {atoms} of +1 or -1")
+        if len(indices) != atoms or list(indices) != sorted(set(indices) & set(range(candidates))):
+            raise InputError(
+                f"a step's codeword has entries {indices}: needs {atoms} ascending ones below {candidates}"
+            )
         rank = sum(comb(index, k) for k, index in enumerate(indices, 1))
         for sign in signs:
             rank = rank << 1 | (sign < 0)
-        value, bits = value << pick_bits | rank, bits + pick_bits
+        width = _codeword_bits(candidates, atoms)
+        value, bits = value << width | rank, bits + width
     size = -(-bits // 8)
     return (value << 8 * size - bits).to_bytes(size, "big")
 
 
-def unpack_choices(data, has_start, bank_size, steps, candidates, atoms, prefix=False):
-    """Undo `pack_choices`: return (start_index or None, picks), picks a tuple of (indices, signs) tuples.
+def unpack_choices(data, bank_size, steps, candidates, atoms, prefix=False):
+    """Undo `pack_choices`: return (start_index or None, codewords), a tuple of (indices, signs) tuples.
 
-    :param prefix: `data` may be a beginning: return what it holds whole and valid, start_index None and no picks where that
-        is not even the start.
+    :param bank_size: 0 where the start is not sent.
+    :param prefix: `data` may be a beginning: return what it holds whole and valid, start_index None and no codewords
+        where that is not even the start.
     :raises InputError: any other number of bytes than choices have, or what `pack_choices` never writes.
     """
-    length = choice_bits(bank_size if has_start else 0, steps, candidates, atoms)
+    length = choice_bits(bank_size, steps, candidates, atoms)
     if not prefix and len(data) != -(-length // 8):
         raise InputError(f"noise choices of {len(data)} bytes, but the header's take {length} bits")
     value, left = int.from_bytes(data, "big"), 8 * len(data)
@@ -312,25 +309,22 @@ def unpack_choices(data, has_start, bank_size, steps, candidates, atoms, prefix=
         return value >> left & (1 << bits) - 1
 
     start, codewords = None, []
-    start_bits = choice_bits(bank_size, 0, 0, 0)
-    if has_start:
-        start = take(start_bits) if left >= start_bits else bank_size
+    if bank_size:
+        width = choice_bits(bank_size, 0, candidates, atoms)
+        start = take(width) if left >= width else bank_size
         if start >= bank_size:
             if prefix:
                 return None, ()
             raise InputError(f"noise index {start}: the bank has {bank_size} entries")
-    pick_bits, sets = (_pick_bits(candidates, atoms), comb(candidates, atoms)) if steps else (0, 0)
-    while len(codewords) < steps and left >= pick_bits:
-        rank, signs = take(pick_bits - atoms), take(atoms)
+    width, sets = (_codeword_bits(candidates, atoms), comb(candidates, atoms)) if steps else (0, 0)
+    while len(codewords) < steps and left >= width:
+        rank, signs = take(width - atoms), take(atoms)
         if rank >= sets:
             if prefix:
                 break
-            raise InputError(
-                f"step {len(codewords) + 1} of the noise choices is no set of {atoms} of {candidates} entries"
-            )
-        codewords.append(
-            (_unrank(rank, candidates, atoms), tuple(1 - 2 * (signs >> k & 1) for k in reversed(range(atoms))))
-        )
+            raise InputError(f"step {len(codewords) + 1} of the noise choices is no set of {atoms} of {candidates}")
+        signs = tuple(1 - 2 * (signs >> k & 1) for k in reversed(range(atoms)))
+        codewords.append((_unrank(rank, candidates, atoms), signs))
     if not prefix and take(left):
         raise InputError("noise choices: bits are left over")
     return start, tuple(codewords)

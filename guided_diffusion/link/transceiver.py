@@ -13,6 +13,7 @@ import torch
 from ..console import InputError
 from ..data.semantics import SemanticCoding, conditioning_channels, describe, restore
 from ..diffusion.sampling import SampleResult
+from .channel import sent_planes, transmit
 from .message import Header, Message, Reception, receive_parts
 from .selection import Choice
 
@@ -132,39 +133,27 @@ class Arrival:
 
 
 class Receiver:
-    """Turns what arrived into pictures.
+    """Turns what arrived into pictures, each by itself, and never fails on what the channel did.
 
-    What is lost is replaced: label map and header by the last good ones (an empty label map at first), edges by none,
-    indices by entry 0 and seeded noise. It never fails on what the channel did.
+    Error concealment: lost labels become the null conditioning, edges none, indices entry 0 and seeded noise.
 
     :param make_chain: function Header -> `Chain`; raises InputError where the message was not made for this receiver.
     """
 
     def __init__(self, make_chain):
         self.make_chain = make_chain
-        self.header = self.label = None  # the last good ones
 
     def accept(self, reception):
-        """Make an `Arrival` of a `Reception`; None while no header has ever arrived."""
-        header = reception.header or self.header
+        """Make an `Arrival` of a `Reception`; None where the header is lost."""
+        header = reception.header
         if header is None:
             return None
-        self.header = header
         if reception.label is not None:
-            self.label = reception.label
             y = condition(header, reception.label, reception.boundary, reception.edges)
-        elif self.label is not None and self.label.shape == header.label_shape:
-            y = condition(header, self.label)
         else:
             channels = conditioning_channels(header.num_classes, header.one_hot, not header.edge_plane)
             y = torch.zeros(1, channels, header.height, header.width)
-        return Arrival(header, y, reception.start_index or 0, tuple(reception.codewords), tuple(reception.problems))
-
-    def recall(self, message, label=True):
-        """Take a message's header, and its label map unless that was lost, as the last good ones."""
-        self.header = message.header
-        if label:
-            self.label = message.label
+        return Arrival(header, y, reception.start_index or 0, reception.codewords, reception.problems)
 
     def pictures(self, arrivals, on_step=None):
         """Run the reverse chains of arrivals of one picture size; those whose headers ask for the same chain run together.
@@ -188,3 +177,81 @@ class Receiver:
             for k, image, taken in zip(numbers, result.images, result.steps, strict=True):
                 images[k], steps[k] = image, taken
         return SampleResult(torch.stack(images), torch.stack(steps))
+
+
+# -- channels ---------------------------------------------------------------------------------------------------------
+#
+# Each has `send(sent, receiver, stream)`: it sends one `Sent` with the noise of `stream`, a CPU generator, and returns the
+# receiver's `Arrival` (None where nothing can be made of it) and a dict of table columns.
+
+
+class AnalogChannel:
+    """Gaussian noise on the semantic planes, then a pool (GESCO, see `channel`); header and indices arrive.
+
+    :param sigma: standard deviation of the noise.
+    :param pool: "None", "med", "mean" or "max".
+    """
+
+    def __init__(self, sigma, pool="None"):
+        self.sigma, self.pool = sigma, pool
+
+    def send(self, sent, receiver, stream):
+        """Send one message's conditioning."""
+        message, header = sent.message, sent.message.header
+        form = {"num_classes": header.num_classes, "one_hot": header.one_hot}
+        received = transmit(sent.y, self.sigma, generators=[stream], pool=self.pool, **form)
+        arrival = Arrival(header, received, message.start_index or 0, message.codewords)
+        return arrival, analog_facts(sent.y, self.sigma, **form)
+
+
+class IdealChannel:
+    """The message's bytes arrive as they are."""
+
+    def send(self, sent, receiver, stream):
+        """Send one message."""
+        return receiver.accept(receive_parts(sent.message.parts())), {}
+
+
+class DigitalChannel:
+    """The message's bytes, channel-coded part by part (see `channel_coding`).
+
+    :param link: a `DigitalLink`.
+    """
+
+    def __init__(self, link):
+        self.link = link
+
+    def send(self, sent, receiver, stream):
+        """Send one message."""
+        parts = sent.message.parts()
+        delivery = self.link.send(parts, stream)
+        arrived = {name: delivery.part(name) for name in parts}
+        arrival = receiver.accept(receive_parts(arrived, delivery.prefix("indices")))
+        return arrival, digital_facts(delivery, *sent.y.shape[2:])
+
+
+def analog_facts(y, sigma, num_classes, one_hot):
+    """Report what one conditioning (1, C, H, W) costs on the analog channel.
+
+    P planes of H x W real values take PHW/2 complex uses. `realised_snr_db` is the mean power of the sent planes over
+    sigma^2, the true signal-to-noise ratio beside the nominal one.
+    """
+    height, width = y.shape[2:]
+    sent = sent_planes(y, num_classes, one_hot)[0]
+    uses = int(sent.sum()) * height * width / 2
+    power = float(y[0, sent].square().mean()) if sent.any() else 0.0
+    realised = 10 * torch.tensor(power / sigma**2).log10().item() if sigma and power else float("inf")
+    return {"channel_uses": uses, "bandwidth_ratio": uses / (3 * height * width), "realised_snr_db": realised}
+
+
+def digital_facts(delivery, height, width):
+    """Report what one `Delivery` cost, and how it went."""
+    uses = sum(delivery.uses.values())
+    return {
+        "channel_uses": uses,
+        "bandwidth_ratio": uses / (3 * height * width),
+        "realised_snr_db": delivery.realised_es_n0_db,
+        "eb_n0_db": delivery.realised_eb_n0_db,
+        "blocks": delivery.blocks_sent,
+        "block_errors": delivery.block_errors,
+    }
