@@ -172,8 +172,7 @@ class Regeneration:
 
     def _started(self, bar):
         if self.start is not None:
-            spent = {} if self.bank is None else {"noise_bank": self.bank.seconds}
-            bar.write(self.start.line(**spent), file=StandardError())
+            bar.write(self.start.line(), file=StandardError())
 
     # -- one batch ----------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """The message: all that is sent for one picture, and nothing else.
 
-Four parts: header, labels, edges (boundaries within classes and image edges), indices (noise choices). Each ends in a CRC-32
-and can be lost alone; a part with nothing to say is no bytes at all. The CRC of a part goes on from the header's, so that
-parts of two messages do not pass as one. Weights and noise bank are shared knowledge, named by fingerprint and seed.
+Four parts: header, labels, edges (boundaries within classes and image edges), indices (noise choices). Each ends in a
+CRC-32 and can be lost alone; a part with nothing to say is no bytes at all. The CRC of a part goes on from that of the
+header, so that parts of two messages do not pass as one. Weights and noise bank are named by fingerprint and seed.
 """
 
 import functools
@@ -20,27 +20,22 @@ from .source_coding import MissingPlugin, decode_map, encode_map, pack_choices, 
 
 PARTS = ("header", "labels", "edges", "indices")
 CRC_BYTES = 4
-_MAGIC, _VERSION = b"DG", 1
+_MAGIC = b"DG\x01"  # the last byte is the format's version
 
 
-def _places(shift, *values):
-    """Give each value its bits: its number, `shift` bits up."""
-    return {value: number << shift for number, value in enumerate(values)}
-
-
-# Fields of the 16-bit word: which bits each value has
+# Fields of a 16-bit word: which bits each value has
 _CHOICES = {
-    "one_hot": _places(0, False, True),
-    "edge_plane": _places(1, False, True),
-    "boundaries": _places(2, False, True),
-    "clip_denoised": _places(3, False, True),
-    "start_sent": _places(4, False, True),
+    "one_hot": {False: 0, True: 1 << 0},
+    "edge_plane": {False: 0, True: 1 << 1},
+    "boundaries": {False: 0, True: 1 << 2},
+    "clip_denoised": {False: 0, True: 1 << 3},
+    "start_sent": {False: 0, True: 1 << 4},
     "method": {"ddpm": 0, "ddim": 1 << 5, "dpm++": 1 << 7},
-    "variance": _places(6, "model", "posterior"),
-    "label_scale": _places(8, 1, 2, 4, 8),
-    "edge_scale": _places(10, 1, 2, 4, 8),
-    "precision": _places(12, "fp32", "bf16", "fp16"),
-    "spacing": _places(14, "", "{}", "ddim{}", "logsnr{}"),
+    "variance": {"model": 0, "posterior": 1 << 6},
+    "label_scale": {1: 0, 2: 1 << 8, 4: 2 << 8, 8: 3 << 8},
+    "edge_scale": {1: 0, 2: 1 << 10, 4: 2 << 10, 8: 3 << 10},
+    "precision": {"fp32": 0, "bf16": 1 << 12, "fp16": 2 << 12},
+    "spacing": {"": 0, "{}": 1 << 14, "ddim{}": 2 << 14, "logsnr{}": 3 << 14},
 }
 # Numbers in the order in which they are sent: format of `struct`, lowest and highest value
 _NUMBERS = {
@@ -60,9 +55,8 @@ _NUMBERS = {
     "step_atoms": ("H", 0, source_coding.MAX_ATOMS),
     "tail_steps": ("H", 0, 2**16 - 1),
 }
-_SAMPLER = ("method", "s", "eta", "clip_denoised", "variance", "tail_steps")  # as the sampler's settings name them
-# Magic and version in front; behind, the fingerprint and the other parts' lengths
-_FIELDS = struct.Struct("<2sB" + "".join(form for form, _, _ in _NUMBERS.values()) + "8s3s3s3s")
+# Behind the magic and the numbers: the fingerprint and the other parts' lengths
+_FIELDS = struct.Struct("<3s" + "".join(form for form, _, _ in _NUMBERS.values()) + "8s3s3s3s")
 HEADER_BYTES = _FIELDS.size + CRC_BYTES
 
 
@@ -77,7 +71,7 @@ class Header:
     :param label_scale, edge_scale: 1, 2, 4 or 8 pixels to one that is sent.
     :param edge_levels: values of an image-edge pixel, 2...256; 0: image edges are not sent.
     :param bank_seed, bank_size: the noise bank.
-    :param sampler: the `SamplerSettings` of both ends; eta and s are rounded to single precision, in which they are sent.
+    :param sampler: the `SamplerSettings` of both ends, with eta and s rounded to single precision, as they are sent.
     :param stop_step: 0, or the answer is the predicted x_0 after so many steps.
     :param start_sent: the index of x_T is in the message; otherwise it is entry 0.
     :param selected_steps: so many steps' noise is in the message: step_atoms of step_candidates entries each.
@@ -120,46 +114,31 @@ class Header:
         return -(-self.height // self.edge_scale), -(-self.width // self.edge_scale)
 
     def check(self):
-        """Raise InputError unless a message can carry these values."""
-        values = self._values()
+        """Raise InputError unless a message can carry these values; return them as they are sent, by name."""
+        values = vars(self) | vars(self.sampler) | {"choices": 0}
+        values["spacing"], values["step_count"] = _split_steps(self.sampler.steps)
+        values["levels"] = self.edge_levels - 1 if self.edge_levels else 0
+        for name, bits in _CHOICES.items():
+            if values[name] not in bits:
+                raise InputError(f"message header: {name} is {values[name]!r}; must be one of {tuple(bits)}")
+            values["choices"] |= bits[values[name]]
         for name, (_, low, high) in _NUMBERS.items():
             if not low <= values[name] <= high:
                 raise InputError(f"message header: {name} is {values[name]}; must be {low} to {high}")
-        for name, allowed in _CHOICES.items():
-            if values[name] not in allowed:
-                raise InputError(f"message header: {name} is {values[name]!r}; must be one of {tuple(allowed)}")
         if self.height * self.width > source_coding.MAX_PIXELS:
-            most = source_coding.MAX_PIXELS
-            raise InputError(f"message header: {self.width}x{self.height} pixels; must be at most {most}")
+            raise InputError(f"message header: {self.width}x{self.height} pixels; must be at most 2^24")
         if self.edge_levels == 1 or ((self.boundaries or self.edge_levels) and not self.edge_plane):
-            raise InputError(
-                f"message header: {self.edge_levels} edge levels; must be 0 or 2 to 256, with an edge plane"
-            )
+            raise InputError(f"message header: {self.edge_levels} edge levels; must be 0, or 2...256 and an edge plane")
         if self.selected_steps and not 1 <= self.step_atoms <= self.step_candidates <= self.bank_size:
             found = f"{self.step_atoms} atoms of {self.step_candidates} candidates in a bank of {self.bank_size}"
             raise InputError(f"message header: {found}; each must be at least 1, and no more than the next")
-        if len(self.fingerprint) != 8:
-            raise InputError(f"message header: fingerprint of {len(self.fingerprint)} bytes; must be 8")
-
-    def _values(self):
-        """Return the fields as they are sent: name -> value, of `_NUMBERS` and `_CHOICES`."""
-        values = vars(self) | {name: getattr(self.sampler, name) for name in _SAMPLER}
-        values["spacing"], values["step_count"] = _split_steps(self.sampler.steps)
-        values["levels"] = self.edge_levels - 1 if self.edge_levels else 0
-        return values | {"choices": 0}
+        return values
 
     def to_bytes(self, lengths):
         """Return the header's bytes, CRC included. `lengths`: of the other parts, in bytes."""
-        self.check()
-        if max(lengths) >= 2**24:
-            raise InputError(
-                f"a message part has {max(lengths)} bytes, not below 2^24: raise --label_scale or --edge_scale"
-            )
-        values = self._values()
-        values["choices"] = sum(places[values[name]] for name, places in _CHOICES.items())
-        numbers = [values[name] for name in _NUMBERS]
+        values = self.check()
         ends = [length.to_bytes(3, "little") for length in lengths]
-        return _with_crc(_FIELDS.pack(_MAGIC, _VERSION, *numbers, self.fingerprint, *ends))
+        return _with_crc(_FIELDS.pack(_MAGIC, *(values[name] for name in _NUMBERS), self.fingerprint, *ends))
 
 
 def _split_steps(steps):
@@ -168,36 +147,28 @@ def _split_steps(steps):
     if found and int(found[2]) < 2**16:
         return found[1] + "{}", int(found[2])
     if steps:
-        raise InputError(
-            f"--timestep_respacing {steps}: sections cannot be sent; give N, ddimN or logsnrN, up to 65535"
-        )
+        raise InputError(f"--timestep_respacing {steps}: cannot be sent in a message; give N, ddimN or logsnrN")
     return "", 0
 
 
 def read_header(data):
-    """Read the header in front of a message's bytes.
-
-    :return: (`Header`, {part: bytes} for the three other parts), every field checked.
-    """
-    if data[:2] != _MAGIC or len(data) < HEADER_BYTES:
-        raise InputError(f"no message begins with these {len(data)} bytes; give a file written with --role transmit")
-    if data[2] != _VERSION:
-        raise InputError(f"a message of version {data[2]}, not {_VERSION}: use the transmitter's program")
-    _, _, *numbers, fingerprint, labels, edges, indices = _FIELDS.unpack(_without_crc("header", data[:HEADER_BYTES]))
+    """Read the header in front of a message's bytes: return (`Header`, {part: bytes} for the three other parts)."""
+    if data[:3] != _MAGIC or len(data) < HEADER_BYTES:
+        raise InputError(f"these {len(data)} bytes are no message of version 1; give a file of --role transmit")
+    _, *numbers, fingerprint, labels, edges, indices = _FIELDS.unpack(_without_crc("header", data[:HEADER_BYTES]))
     values = dict(zip(_NUMBERS, numbers, strict=True))
     word = values.pop("choices")
-    for name, places in _CHOICES.items():
-        own = word & functools.reduce(int.__or__, places.values())
-        found = [value for value, bits in places.items() if bits == own]
-        if not found:
+    for name, bits in _CHOICES.items():
+        own = word & functools.reduce(int.__or__, bits.values())
+        if own not in bits.values():
             raise InputError(f"message header: the bits of {name} have no meaning; send it again")
-        values[name] = found[0]
+        values[name] = next(value for value in bits if bits[value] == own)
     levels, spacing, count = (values.pop(name) for name in ("levels", "spacing", "step_count"))
-    steps = spacing.format(count)
-    if _split_steps(steps) != (spacing, count):
+    values |= {"steps": spacing.format(count), "edge_levels": levels and levels + 1, "fingerprint": fingerprint}
+    if _split_steps(values["steps"]) != (spacing, count):
         raise InputError(f"message header: {count} steps without a spacing; send it again")
-    sampler = SamplerSettings(steps=steps, **{name: values.pop(name) for name in _SAMPLER})
-    header = Header(sampler=sampler, edge_levels=levels and levels + 1, fingerprint=fingerprint, **values)
+    sampler = SamplerSettings(**{name: values.pop(name) for name in vars(SamplerSettings())})
+    header = Header(sampler=sampler, **values)
     header.check()
     lengths = (int.from_bytes(length, "little") for length in (labels, edges, indices))
     return header, dict(zip(PARTS[1:], lengths, strict=True))
@@ -205,21 +176,23 @@ def read_header(data):
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """One picture's message. Read it from bytes with `from_bytes`, the exact inverse of `to_bytes`.
+    """One picture's message, or what arrived of one. `from_bytes` is the exact inverse of `to_bytes`.
 
     :param label: (h, w) uint8 class ids of the header's `label_shape`.
     :param boundary: (H, W) bool, or None without `boundaries`.
     :param edges: (h, w) uint8 symbols below edge_levels, of the header's `edge_shape`, or None with 0 levels.
     :param start_index: bank entry of x_T, or None without `start_sent`.
     :param codewords: per selected step (indices, signs), tuples of step_atoms integers (see `pack_choices`).
+    :param problems: names of parts that were lost: what they say is None (codewords: fewer), without the header all.
     """
 
-    header: Header
-    label: np.ndarray
+    header: Header | None
+    label: np.ndarray | None = None
     boundary: np.ndarray | None = None
     edges: np.ndarray | None = None
     start_index: int | None = None
     codewords: tuple = ()
+    problems: tuple = ()
 
     def parts(self):
         """Return the parts in the order in which they are sent: {"header", "labels", "edges", "indices": bytes}."""
@@ -227,26 +200,12 @@ class Message:
 
     @functools.cached_property
     def _parts(self):  # once: coding the maps is the work, and bits, bytes and the channel all ask
-        self._check()
         header = self.header
         choices = self.start_index, header.bank_size, self.codewords, header.step_candidates, header.step_atoms
         labels, edges = encode_map(self.label, header.num_classes), _encode_edges(header, self.boundary, self.edges)
         bodies = labels, edges, pack_choices(*choices)
         head = header.to_bytes([len(_with_crc(body)) for body in bodies])
         return dict(zip(PARTS, [head, *(_with_crc(body, head) for body in bodies)], strict=True))
-
-    def _check(self):
-        header = self.header
-        header.check()
-        boundary_shape = (header.height, header.width) if header.boundaries else None
-        wanted = [header.label_shape, boundary_shape, header.edge_shape if header.edge_levels else None]
-        found = [None if plane is None else plane.shape for plane in (self.label, self.boundary, self.edges)]
-        if found != wanted:
-            raise InputError(f"message: label map, boundaries and edges of {found}; the header asks for {wanted}")
-        if len(self.codewords) != header.selected_steps or (self.start_index is None) == header.start_sent:
-            found = f"start index {self.start_index} and {len(self.codewords)} codewords"
-            wanted = f"{'a' if header.start_sent else 'no'} start index and {header.selected_steps} codewords"
-            raise InputError(f"message: {found}; the header asks for {wanted}")
 
     def to_bytes(self):
         """Return the message's bytes: its parts one after the other."""
@@ -271,35 +230,19 @@ class Message:
         return bits | {"total": sum(bits.values())}
 
 
-@dataclass(frozen=True, eq=False)
-class Reception:
-    """What a receiver has of a message. Fields as in `Message`, None (codewords: fewer) where lost.
-
-    :param problems: names of the parts that were lost. Without its header nothing else can be read.
-    """
-
-    header: Header | None = None
-    label: np.ndarray | None = None
-    boundary: np.ndarray | None = None
-    edges: np.ndarray | None = None
-    start_index: int | None = None
-    codewords: tuple = ()
-    problems: tuple = ()
-
-
 def receive_parts(parts, indices_prefix=b""):
     """Make what can be made of parts that the channel may have damaged or lost.
 
     :param parts: {part: bytes, or None where it is lost}.
     :param indices_prefix: a beginning of the indices that is known to be right, for when the whole is not.
-    :return: `Reception`.
+    :return: `Message` with its `problems`.
     :raises InputError: only where a part is good and this machine lacks the plugin that reads it.
     """
     head = (parts.get("header") or b"")[:HEADER_BYTES]
     try:
         header, lengths = read_header(head)
     except InputError:
-        return Reception(problems=("header",))
+        return Message(None, problems=("header",))
     read, problems = {"labels": None, "edges": (None, None)}, []
     for name, length in lengths.items():
         part = parts.get(name)
@@ -314,10 +257,7 @@ def receive_parts(parts, indices_prefix=b""):
     if "indices" in problems:
         beginning = indices_prefix[: max(0, lengths["indices"] - CRC_BYTES)]
         read["indices"] = _read_choices(header, beginning, prefix=True)
-    return Reception(header, read["labels"], *read["edges"], *read["indices"], tuple(problems))
-
-
-# -- parts -------------------------------------------------------------------------------------------------------------
+    return Message(header, read["labels"], *read["edges"], *read["indices"], tuple(problems))
 
 
 def _with_crc(body, head=b""):
@@ -337,30 +277,33 @@ def _without_crc(name, part, head=b""):
 def _encode_edges(header, boundary, edges):
     """Code the boundary plane (nothing, if it is empty), and the image edges behind it.
 
-    With both, the boundaries' length stands in front: 7 bits a byte, the lowest first, the highest bit set where more follow.
+    With both, the length of the boundaries' bytes stands in front, as an unsigned LEB128 number.
     """
     first = encode_map(boundary, 2) if boundary is not None and boundary.any() else b""
     if edges is None:
         return first
+    second = encode_map(edges, header.edge_levels)
+    if boundary is None:
+        return second
     length, left = bytearray(), len(first)
     while left > 127:
         length.append(left & 127 | 128)
         left >>= 7
-    length.append(left)
-    return (bytes(length) if header.boundaries else b"") + first + encode_map(edges, header.edge_levels)
+    return bytes([*length, left]) + first + second
 
 
 def _read_edges(header, data):
     """Undo `_encode_edges`: return (boundary, edges)."""
-    size, first = (header.height, header.width), data
+    boundary = edges = None
+    if header.boundaries:
+        size = header.height, header.width
+        first, data = _split_edges(data) if header.edge_levels else (data, b"")
+        boundary = decode_map(first, *size, 2).astype(bool) if first else np.zeros(size, bool)
     if header.edge_levels:
-        first, data = _split_edges(data) if header.boundaries else (b"", data)
-    elif first and not header.boundaries:
-        raise InputError(f"message: {len(first)} bytes of edges, but the header has none; send it again")
-    boundary = np.zeros(size, bool) if header.boundaries else None
-    if first:
-        boundary = decode_map(first, *size, 2).astype(bool)
-    return boundary, decode_map(data, *header.edge_shape, header.edge_levels) if header.edge_levels else None
+        edges = decode_map(data, *header.edge_shape, header.edge_levels)
+    elif data:
+        raise InputError(f"message: {len(data)} bytes of edges that the header does not name; send it again")
+    return boundary, edges
 
 
 def _split_edges(data):
@@ -373,13 +316,13 @@ def _split_edges(data):
     raise InputError("message: the edges' length is damaged; send it again")
 
 
-def _read_labels(header, data):
-    return decode_map(data, *header.label_shape, header.num_classes)
-
-
 def _read_choices(header, data, prefix=False):
     bank_size = header.bank_size if header.start_sent else 0
     return unpack_choices(data, bank_size, header.selected_steps, header.step_candidates, header.step_atoms, prefix)
 
 
-_READERS = {"labels": _read_labels, "edges": _read_edges, "indices": _read_choices}
+_READERS = {
+    "labels": lambda header, data: decode_map(data, *header.label_shape, header.num_classes),
+    "edges": _read_edges,
+    "indices": _read_choices,
+}

@@ -1,12 +1,11 @@
-"""Both ends of the link: from a scene to a message, and from what arrived to a picture (Diff-GOn, arXiv 2412.06980, fig. 1).
+"""Both ends of the link and the channel between them (Diff-GOn, arXiv 2412.06980, fig. 1): scene, message, picture.
 
-Both ends condition on the semantics *after* source coding, and draw everything random from (bank seed, index, timestep).
-So after a channel without errors the receiver's picture is the transmitter's local one: bit for bit on one machine, library
-version and thread count when both are made alone (batch 1).
+Both ends condition on the semantics *after* source coding, and draw all that is random from (bank seed, index,
+timestep). So after a channel without errors the receiver's picture is the transmitter's local one: bit for bit on one
+machine, library version and thread count when both are made alone (batch 1).
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,10 +13,8 @@ from ..console import InputError
 from ..data.semantics import SemanticCoding, conditioning_channels, describe, restore
 from ..diffusion.sampling import SampleResult
 from .channel import sent_planes, transmit
-from .message import Header, Message, Reception, receive_parts
+from .message import Header, Message, receive_parts
 from .selection import Choice
-
-__all__ = ["Arrival", "Header", "Message", "Receiver", "Reception", "Sent", "Transmitter", "condition", "receive_parts"]
 
 
 def condition(header, label, boundary=None, edges=None):
@@ -28,19 +25,18 @@ def condition(header, label, boundary=None, edges=None):
     :param edges: (h', w') uint8 symbols of the image edges, or None.
     :return: (1, C, H, W) float32.
     """
-    size = header.height, header.width
+    size, form = (header.height, header.width), (header.num_classes, header.one_hot, header.edge_plane)
     coding = SemanticCoding(header.label_scale, header.edge_levels, edge_scale=header.edge_scale)
-    label, boundary, edges = (
-        None if plane is None else torch.from_numpy(plane.copy())[None, None] for plane in (label, boundary, edges)
-    )
+    planes = (None if plane is None else torch.from_numpy(plane)[None, None] for plane in (label, boundary, edges))
+    label, boundary, edges = planes  # (1, 1, h, w) each
     if header.boundaries and boundary is None:
         boundary = torch.zeros(1, 1, *size, dtype=torch.bool)  # boundaries between classes follow from the labels
-    return restore(label.long(), boundary, edges, coding, size, header.num_classes, header.one_hot, header.edge_plane)
+    return restore(label.long(), boundary, edges, coding, size, *form)
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What the transmitter has for one scene: the message, its conditioning (1, C, H, W), and the choice, if one was made."""
+    """What the transmitter has for one scene: message, conditioning (1, C, H, W), and the choice if one was made."""
 
     message: Message
     y: torch.Tensor
@@ -71,16 +67,10 @@ class Transmitter:
         if not self.template.edge_plane:
             boundary = edges = None
         height, width = scene["label"].shape[2:]
-        header = dataclasses.replace(
-            self.template,
-            height=height,
-            width=width,
-            boundaries=boundary is not None,
-            edge_levels=0 if edges is None else self.coding.edge_levels,
-        )
-        start = 0 if header.start_sent else None
-        label = label.astype("uint8")
-        return Message(header, label, boundary, edges, start, ()), condition(header, label, boundary, edges)
+        levels = 0 if edges is None else self.coding.edge_levels
+        header = replace(self.template, height=height, width=width, boundaries=boundary is not None, edge_levels=levels)
+        label, start = label.astype("uint8"), 0 if header.start_sent else None
+        return Message(header, label, boundary, edges, start), condition(header, label, boundary, edges)
 
     def send(self, scene, start, on_step=None):
         """Describe one scene, choose its noise, and write the message.
@@ -89,39 +79,31 @@ class Transmitter:
         :param start: bank index of x_T, where none is chosen.
         :param on_step: called at every step of every local chain, as by `sample`.
         :return: `Sent`; its choice has the picture where one was chosen or `local` is set.
-        :raises InputError: a choice has to be made, and the scene has no picture.
         """
         if self.choose is not None and "image" not in scene:
             raise InputError("noise selection compares with the picture, and this split has labels alone")
-        message, y = self.describe(scene)
-        choice = None
+        (message, y), choice = self.describe(scene), None
+        header = message.header
         if self.choose is not None:
             choice = self.choose(self.chain, y, scene, start, on_step)
-            start = choice.index
         elif self.local:
-            choice = local_choice(self.chain, y, start, on_step)
-        changes = {"start_index": start if message.header.start_sent else None}
+            result = self.chain.run(y, [start], on_step=on_step)
+            spent = self.chain.evaluations(result)
+            choice = Choice(start, (), None, spent, result.images[0].cpu(), int(result.steps))
         if choice is not None:
-            changes["codewords"] = choice.codewords
+            start, message = choice.index, replace(message, codewords=choice.codewords)
             if choice.steps < self.chain.diffusion.num_timesteps:
-                changes["header"] = dataclasses.replace(message.header, stop_step=choice.steps)
-        return Sent(dataclasses.replace(message, **changes), y, choice)
-
-
-def local_choice(chain, y, start, on_step=None):
-    """Make the local picture of a start that was not chosen."""
-    result = chain.run(y, [start], on_step=on_step)
-    return Choice(start, (), None, chain.evaluations(result), result.images[0].cpu(), int(result.steps))
+                header = replace(header, stop_step=choice.steps)
+        return Sent(replace(message, header=header, start_index=start if header.start_sent else None), y, choice)
 
 
 @dataclass(frozen=True)
 class Arrival:
     """What a receiver knows of one picture before it makes it.
 
-    :param header: the message's, or the last good one.
     :param y: (1, C, H, W) conditioning.
     :param start: bank index of x_T.
-    :param picks: the noise of selected steps, or a beginning of it.
+    :param codewords: of the selected steps, or of the first of them.
     :param problems: what was lost.
     """
 
@@ -144,7 +126,7 @@ class Receiver:
         self.make_chain = make_chain
 
     def accept(self, reception):
-        """Make an `Arrival` of a `Reception`; None where the header is lost."""
+        """Make an `Arrival` of what `receive_parts` returns; None where the header is lost."""
         header = reception.header
         if header is None:
             return None
@@ -156,10 +138,7 @@ class Receiver:
         return Arrival(header, y, reception.start_index or 0, reception.codewords, reception.problems)
 
     def pictures(self, arrivals, on_step=None):
-        """Run the reverse chains of arrivals of one picture size; those whose headers ask for the same chain run together.
-
-        :return: `SampleResult`.
-        """
+        """Run the chains of arrivals of one picture size, together where they ask for one chain: a `SampleResult`."""
         groups = {}
         for k, arrival in enumerate(arrivals):
             chain = self.make_chain(arrival.header)
@@ -167,13 +146,8 @@ class Receiver:
         images, steps = [None] * len(arrivals), [None] * len(arrivals)
         for chain, numbers in groups.values():
             own = [arrivals[k] for k in numbers]
-            codewords = [arrival.codewords for arrival in own]
-            result = chain.run(
-                torch.cat([arrival.y for arrival in own]),
-                [arrival.start for arrival in own],
-                codewords if any(codewords) else None,
-                on_step=on_step,
-            )
+            y, starts = torch.cat([arrival.y for arrival in own]), [arrival.start for arrival in own]
+            result = chain.run(y, starts, [arrival.codewords for arrival in own], on_step=on_step)
             for k, image, taken in zip(numbers, result.images, result.steps, strict=True):
                 images[k], steps[k] = image, taken
         return SampleResult(torch.stack(images), torch.stack(steps))
@@ -181,8 +155,8 @@ class Receiver:
 
 # -- channels ---------------------------------------------------------------------------------------------------------
 #
-# Each has `send(sent, receiver, stream)`: it sends one `Sent` with the noise of `stream`, a CPU generator, and returns the
-# receiver's `Arrival` (None where nothing can be made of it) and a dict of table columns.
+# Each has `send(sent, receiver, stream)`: it sends one `Sent`, with noise from the CPU generator `stream`, and returns
+# the receiver's `Arrival` (None where the header is lost) and a dict of table columns.
 
 
 class AnalogChannel:
@@ -231,10 +205,9 @@ class DigitalChannel:
 
 
 def analog_facts(y, sigma, num_classes, one_hot):
-    """Report what one conditioning (1, C, H, W) costs on the analog channel.
+    """Report what one conditioning (1, C, H, W) costs on the analog channel: P real planes take PHW/2 complex uses.
 
-    P planes of H x W real values take PHW/2 complex uses. `realised_snr_db` is the mean power of the sent planes over
-    sigma^2, the true signal-to-noise ratio beside the nominal one.
+    `realised_snr_db` is the mean power of the sent planes over sigma^2, the true ratio beside the nominal one.
     """
     height, width = y.shape[2:]
     sent = sent_planes(y, num_classes, one_hot)[0]
