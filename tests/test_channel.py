@@ -93,14 +93,6 @@ def test_transmit_to_label_spares_the_edge_plane():
     assert all((received[n, k] != y[n, k]).all() for n in range(2) for k in PRESENT)
 
 
-@pytest.mark.parametrize("noise_to", ["semantics", "label"])
-def test_transmit_of_raw_label_ids(noise_to):
-    y = encode_semantics(scenes(1)[:, :K].argmax(1, keepdim=True), None, scenes(1)[:, K:], K, one_hot=False)
-    noise = send(y, 0.5, one_hot=False, noise_to=noise_to) - y
-    assert noise[:, 0].std() == pytest.approx(0.5, rel=0.05)
-    assert noise[:, 1].any() == (noise_to == "semantics")
-
-
 def test_transmit_does_not_depend_on_the_batch():
     y, sigmas = scenes(3), [0.2, 0.0, 0.7]
     together = send(y, sigmas, seeds=(11, 12, 13), pool="mean")
@@ -139,9 +131,3 @@ def test_apply_pool_of_none_and_of_an_unknown_name():
     assert torch.equal(apply_pool(y, "None"), y) and torch.equal(apply_pool(y, None), y)
     with pytest.raises(InputError, match="--pool avg: unknown; choose None, med, mean or max"):
         send(y, 0.0, pool="avg")
-
-
-def test_transmit_pools_after_the_noise():
-    y = scenes(1)
-    pooled, raw = send(y, 0.5, pool="med"), send(y, 0.5)
-    torch.testing.assert_close(pooled, apply_pool(raw, "med") * sent_planes(y, K)[..., None, None])

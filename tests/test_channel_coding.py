@@ -80,24 +80,18 @@ print(state() == before)
 
 
 @pytest.mark.parametrize("limit", [channel_coding.INDEX_BLOCK_BYTES, channel_coding.BLOCK_BYTES])
-def test_segment_makes_few_large_blocks_with_little_filling(limit):
-    sizes = set()
-    for num_bytes in range(1, 2000):
-        cut = segment(num_bytes, limit, 0.5, 4)
+def test_segment_makes_few_large_blocks_at_the_rate_in_whole_symbols(limit):
+    sizes, modulations = set(), MODULATIONS.values()
+    for num_bytes, rate, q in itertools.product(range(1, 1000, 3), (0.2, 1 / 3, 0.5, 0.95), modulations):
+        cut = segment(num_bytes, limit, rate, q)
         sizes.add(cut.size)
         assert cut.count == math.ceil(num_bytes / limit) and cut.size <= limit
         filling = cut.count * cut.size - num_bytes
         assert 0 <= filling < cut.count * max(4, cut.size / 15) + cut.count
         assert cut.k == 8 * cut.size + channel_coding.CRC_BITS
-    assert len(sizes) <= 64
-
-
-@pytest.mark.parametrize("rate", [0.2, 1 / 3, 0.5, 0.95])
-def test_segment_codes_at_the_rate_in_whole_symbols(rate):
-    for num_bytes, q in itertools.product((1, 5, 63, 130, 475), MODULATIONS.values()):
-        cut = segment(num_bytes, channel_coding.BLOCK_BYTES, rate, q)
         assert cut.n % q == 0 and abs(cut.n - cut.k / (min(rate, 0.85) if cut.k <= 292 else rate)) < q
         assert 0.2 <= cut.k / cut.n <= 0.95 and cut.uses * q == cut.coded_bits == cut.count * cut.n
+    assert len(sizes) <= 64
 
 
 # -- what arrives -----------------------------------------------------------------------------------------------------

@@ -1,12 +1,6 @@
-"""Messages: there and back, bits, lost parts, and thousands of damaged ones.
-
-    python tests/test_message.py 10000
-
-runs so many mutations and prints what became of them, the slowest reading and the growth of memory.
-"""
+"""Messages: there and back, bits, lost parts, and damaged ones; `python tests/test_message.py 10000` tries so many."""
 
 import random
-import resource
 import struct
 import sys
 import time
@@ -58,12 +52,7 @@ KINDS = [
     {},
     {"boundaries": True, "edge_levels": 2, **PER_STEP},
     {"boundaries": True, "label_scale": 8, "start_sent": False},
-    {
-        "edge_levels": 256,
-        "edge_scale": 4,
-        "stop_step": 17,
-        "sampler": {"method": "ddim", "eta": 0.3, "steps": "ddim50"},
-    },
+    {"edge_levels": 256, "edge_scale": 4, "stop_step": 17, "sampler": {"method": "ddim", "eta": 0.3, "steps": "50"}},
     {**SMALL, "sampler": {"s": 1.7}},
     {"bank_size": 1, "bank_seed": -(2**63), "precision": "bf16", "num_classes": 1, "sampler": {"clip_denoised": False}},
     {"sampler": {"method": "dpm++", "steps": "logsnr20", "tail_steps": 3}},
@@ -141,11 +130,10 @@ def test_message_of_another_kind_version_or_length():
 @pytest.mark.parametrize("fields", KINDS[:2])
 def test_message_with_any_flipped_bit_is_refused(fields):
     data = make(**fields).to_bytes()
+    number = int.from_bytes(data, "little")
     for at in range(8 * len(data)):
-        damaged = bytearray(data)
-        damaged[at // 8] ^= 1 << at % 8
         with pytest.raises(InputError):
-            Message.from_bytes(bytes(damaged))
+            Message.from_bytes((number ^ 1 << at).to_bytes(len(data), "little"))
 
 
 def test_message_of_parts_of_two_is_refused():
@@ -195,22 +183,19 @@ def test_receive_parts_names_a_missing_plugin(monkeypatch):
 # -- fuzzing -----------------------------------------------------------------------------------------------------------
 
 
-def with_right_crcs(data, lengths=None):
-    """Make every CRC right again, for parts of the lengths given or claimed."""
-    data, first = bytearray(data), HEADER_BYTES - CRC_BYTES - 9
+def with_right_crcs(data):
+    """Make every CRC right again."""
     if len(data) < HEADER_BYTES:
-        return bytes(data)
-    for k, length in enumerate(lengths or ()):
-        data[first + 3 * k : first + 3 * k + 3] = length.to_bytes(3, "little")
-    head = zlib.crc32(data[: HEADER_BYTES - CRC_BYTES])
-    data[HEADER_BYTES - CRC_BYTES : HEADER_BYTES] = head.to_bytes(CRC_BYTES, "little")
-    at = HEADER_BYTES
-    for k in range(3):
-        end = at + int.from_bytes(data[first + 3 * k : first + 3 * k + 3], "little")
-        if at + CRC_BYTES < end <= len(data):
-            data[end - CRC_BYTES : end] = zlib.crc32(data[at : end - CRC_BYTES], head).to_bytes(CRC_BYTES, "little")
-        at = end
-    return bytes(data)
+        return data
+    head = data[: HEADER_BYTES - CRC_BYTES]
+    crc = zlib.crc32(head)
+    parts, at = [head + crc.to_bytes(CRC_BYTES, "little")], HEADER_BYTES
+    for k in (9, 6, 3):
+        size = int.from_bytes(head[len(head) - k :][:3], "little")
+        body = data[at : at + size - CRC_BYTES] if size else b""
+        parts.append(body and body + zlib.crc32(body, crc).to_bytes(CRC_BYTES, "little"))
+        at += size
+    return b"".join(parts)
 
 
 def flipped(rng, data, first=0):
@@ -226,45 +211,28 @@ def resized(rng, data):
     return data[:3] + struct.pack("<HH", *rng.choice(sizes)) + data[7:]
 
 
-def another_body(rng, message):
-    """Replace a part's content by noise, a bomb or another map; CRCs and lengths are right."""
-    head, *parts = message.parts().values()
-    bodies = [part[:-CRC_BYTES] for part in parts]
-    filters = source_coding._lzma_filters(2**20)
-    bomb = source_coding.lzma.compress(bytes(2**20), source_coding.lzma.FORMAT_RAW, filters=filters)
-    noise, jxl = rng.randbytes(rng.randrange(1, 400)), bytes([6, 1, 0, 1, *rng.randbytes(40)])
-    other = source_coding.encode_map(planes(*message.header.label_shape, 2, rng.randrange(100)), 35)
-    choices = (noise, bytes([7, 1, 0, 1]) + bomb, jxl, bytes([rng.randrange(32)]) + bodies[0], other)
-    bodies[rng.randrange(3)] = rng.choice(choices)
-    parts = [body + bytes(CRC_BYTES) if body else body for body in bodies]
-    return with_right_crcs(head + b"".join(parts), [len(part) for part in parts])
-
-
 MUTATIONS = {
-    "truncated": lambda rng, data, message, other: data[: rng.randrange(len(data))],
-    "extended": lambda rng, data, message, other: data + rng.randbytes(rng.randrange(1, 50)),
-    "flipped": lambda rng, data, message, other: flipped(rng, data),
-    "spliced": lambda rng, data, message, other: data[: len(data) // 2] + other[len(data) // 2 :],
-    "forged flip": lambda rng, data, *_: with_right_crcs(flipped(rng, data, HEADER_BYTES)),
-    "forged header": lambda rng, data, *_: with_right_crcs(flipped(rng, data[:HEADER_BYTES]) + data[HEADER_BYTES:]),
-    "forged size": lambda rng, data, *_: with_right_crcs(resized(rng, data)),
-    "forged part": lambda rng, data, message, other: another_body(rng, message),
+    "truncated": lambda rng, data, other: data[: rng.randrange(len(data))],
+    "extended": lambda rng, data, other: data + rng.randbytes(rng.randrange(1, 50)),
+    "flipped": lambda rng, data, other: flipped(rng, data),
+    "spliced": lambda rng, data, other: data[: len(data) // 2] + other[len(data) // 2 :],
+    "forged flip": lambda rng, data, other: with_right_crcs(flipped(rng, data, HEADER_BYTES)),
+    "forged header": lambda rng, data, other: with_right_crcs(flipped(rng, data[:HEADER_BYTES]) + data[HEADER_BYTES:]),
+    "forged size": lambda rng, data, other: with_right_crcs(resized(rng, data)),
 }
 
 
 def fuzz(count, seed=0):
-    """Read `count` damaged messages; return (what became of them, seconds of the slowest, growth of memory in MB).
+    """Read `count` damaged messages; return what became of them, and the seconds of the slowest.
 
     Honest damage (CRCs as they were) must be an InputError or leave the message as it was; forged CRCs must give an
     InputError or a message that is consistent in itself.
     """
-    rng = random.Random(seed)
-    messages = [make(k, **fields) for k, fields in enumerate(KINDS)]
-    originals = [message.to_bytes() for message in messages]
-    outcomes, slowest, before = Counter(), 0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rng, outcomes, slowest = random.Random(seed), Counter(), 0.0
+    originals = {make(k, **fields).to_bytes(): make(k, **fields) for k, fields in enumerate(KINDS)}
     for _ in range(count):
-        kind, k = rng.choice(list(MUTATIONS)), rng.randrange(len(originals))
-        data = MUTATIONS[kind](rng, originals[k], messages[k], rng.choice(originals))
+        kind = rng.choice(list(MUTATIONS))
+        data = MUTATIONS[kind](rng, rng.choice(list(originals)), rng.choice(list(originals)))
         started, found = time.perf_counter(), None
         try:
             found = Message.from_bytes(data)
@@ -272,13 +240,12 @@ def fuzz(count, seed=0):
             assert "\n" not in str(error)
         slowest = max(slowest, time.perf_counter() - started)
         if found is not None and not kind.startswith("forged"):
-            assert data in originals and same(found, messages[originals.index(data)]), f"{kind}: passed as right"
+            assert data in originals and same(found, originals[data]), f"{kind}: passed as right"
         elif found is not None and found.header.height * found.header.width <= 2**12:
             assert same(Message.from_bytes(found.to_bytes()), found), f"{kind}: not consistent"
         outcomes[kind, "refused" if found is None else "original" if data in originals else "another message"] += 1
         fuzz_reception(rng, data)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return outcomes, slowest, grown
+    return outcomes, slowest
 
 
 def fuzz_reception(rng, data):
@@ -291,14 +258,13 @@ def fuzz_reception(rng, data):
 
 
 def test_message_fuzz():
-    outcomes, _, _ = fuzz(1500)
-    kinds = {kind for kind, _ in outcomes}
-    assert len(kinds) == len(MUTATIONS) and all(outcomes[kind, "refused"] for kind in kinds)
+    outcomes, _ = fuzz(1000)
+    assert all(outcomes[kind, "refused"] for kind in MUTATIONS)
     assert outcomes["forged header", "another message"]  # the CRCs alone do not refuse everything here
 
 
 if __name__ == "__main__":
-    outcomes, slowest, grown = fuzz(int(sys.argv[1]))
+    outcomes, slowest = fuzz(int(sys.argv[1]))
     for (kind, what), count in sorted(outcomes.items()):
         print(f"{count:6d}  {kind}: {what}")
-    print(f"slowest reading {slowest:.3f} s, peak memory grew by {grown:.0f} MB")
+    print(f"slowest reading {slowest:.3f} s")

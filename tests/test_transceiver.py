@@ -202,8 +202,6 @@ def test_analog_facts_have_the_true_snr():
     y[:, 0, :32], y[:, 2, 32:] = 1, 1  # two planes are sent, of power 1/2 each
     facts = transceiver.analog_facts(y, 0.36, 4, True)
     assert facts["realised_snr_db"] == pytest.approx(10 * math.log10(1 / 2 / 0.36**2), abs=1e-4)
-    noise = (transmit(y, 0.36, generators=[stream()], num_classes=4) - y)[0, [0, 2]].square().mean()
-    assert 10 * math.log10(0.5 / noise) == pytest.approx(facts["realised_snr_db"], abs=0.3)
     assert transceiver.analog_facts(y, 0.0, 4, True)["realised_snr_db"] == math.inf
     empty = {"channel_uses": 0, "bandwidth_ratio": 0, "realised_snr_db": math.inf}
     assert transceiver.analog_facts(torch.zeros_like(y), 0.1, 4, True) == empty
