@@ -261,14 +261,12 @@ class StepCodebook:
 def select_per_step(chain, y, image, start, codebook, distance=None, on_step=None):
     """Choose the noise of the chain's selected steps: at each, the codeword points from x_0's prediction to x_0.
 
-    x_{t-1} = mu(x_t, x0_t) + sqrt(posterior variance) z, where z is made of the M entries z_k = a_t * NB[k], k < K, with
-    the largest |<z_k, x_0 - x0_t>| (after DDCM and Turbo-DDCM). x0_t is the guided, clipped prediction of the step.
+    x_{t-1} = mu(x_t, x0_t) + sqrt(posterior variance) z, z made of the M entries z_k = a_t * NB[k], k < K, with the
+    largest |<z_k, x_0 - x0_t>| (after DDCM and Turbo-DDCM). x0_t is the guided, clipped prediction of the step.
 
     :param chain: a `Chain` with `selected_steps`.
-    :param y: (1, C, H, W) conditioning, as the receiver will have it.
-    :param image: (1, 3, H, W) in [-1, 1], the original picture x_0.
+    :param y, image, distance: as in `select_initial`; distance None: no score.
     :param start, codebook: bank index of x_T, and the `StepCodebook`.
-    :param distance: for the score, as in `select_initial`, or None.
     :return: `Choice`.
     """
     bank, kept, selected = chain.bank.sized(3, *y.shape[2:]), chain.diffusion.kept, set(chain.selected)
