@@ -27,9 +27,6 @@ def send(y, sigma, seeds=None, **options):
     return transmit(y, sigma, generators=streams, num_classes=K, **options)
 
 
-# -- the table --------------------------------------------------------------------------------------------------------
-
-
 def test_snr_to_sigma_has_the_rows_of_the_table():
     rows = {100: 0, 30: 0.05, 25: 0.08, 20: 0.13, 15: 0.22, 10: 0.36, 5: 0.6, 1: 0.9}
     assert {snr: snr_to_sigma(float(snr)) for snr in rows} == rows
@@ -50,9 +47,6 @@ def test_snr_to_sigma_below_1_db_names_the_range():
     for snr in (0.99, math.nan):
         with pytest.raises(InputError, match=r"--snr .*1 dB to 100 dB"):
             snr_to_sigma(snr)
-
-
-# -- what is sent -----------------------------------------------------------------------------------------------------
 
 
 def test_sent_planes_are_present_classes_and_the_edge_plane():
@@ -100,9 +94,6 @@ def test_transmit_does_not_depend_on_the_batch():
         alone = send(y[n : n + 1], sigmas[n], seeds=(11 + n,), pool="mean")
         torch.testing.assert_close(alone[0], together[n], rtol=0, atol=1e-6)
     assert torch.equal(send(y, [0.0, 0.0, 0.5])[:2], y[:2])
-
-
-# -- pools ------------------------------------------------------------------------------------------------------------
 
 
 def naive_pool(plane, pool):

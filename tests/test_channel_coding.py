@@ -1,6 +1,5 @@
 """The digital channel: what arrives and what it costs, its noise, outage, and sionna's manners."""
 
-import importlib.util
 import itertools
 import math
 import random
@@ -15,7 +14,7 @@ from guided_diffusion.console import InputError
 from guided_diffusion.link import channel_coding
 from guided_diffusion.link.channel_coding import MODULATIONS, DigitalLink, segment
 
-needs_sionna = pytest.mark.skipif(importlib.util.find_spec("sionna") is None, reason="sionna-no-rt is not installed")
+pytest.importorskip("sionna")
 
 
 def payload(size, seed=0):
@@ -24,9 +23,6 @@ def payload(size, seed=0):
 
 def deliver(parts, snr_db, seed=0, **options):
     return DigitalLink(snr_db, **options).send(parts, torch.Generator().manual_seed(seed))
-
-
-# -- units and configuration ------------------------------------------------------------------------------------------
 
 
 def test_units_in_closed_form():
@@ -52,7 +48,6 @@ def test_digital_link_without_sionna_says_what_to_install(monkeypatch):
         DigitalLink(10)
 
 
-@needs_sionna
 @pytest.mark.slow
 def test_digital_link_leaves_the_global_streams_alone():
     code = """
@@ -72,9 +67,6 @@ print(state() == before)
     assert done.stdout == "True True\nFalse\n"  # the last: sionna does reseed
 
 
-# -- segmentation -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("limit", [channel_coding.INDEX_BLOCK_BYTES, channel_coding.BLOCK_BYTES])
 def test_segment_makes_few_large_blocks_at_the_rate_in_whole_symbols(limit):
     sizes, modulations = set(), MODULATIONS.values()
@@ -90,10 +82,6 @@ def test_segment_makes_few_large_blocks_at_the_rate_in_whole_symbols(limit):
     assert len(sizes) <= 64
 
 
-# -- what arrives -----------------------------------------------------------------------------------------------------
-
-
-@needs_sionna
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.95])
 @pytest.mark.parametrize("modulation", MODULATIONS)
 def test_send_over_a_clean_channel_delivers_every_byte(modulation, rate):
@@ -106,7 +94,6 @@ def test_send_over_a_clean_channel_delivers_every_byte(modulation, rate):
     assert received.uses["empty"] == 0
 
 
-@needs_sionna
 @pytest.mark.parametrize("data", [b"\0" * 100, b"\xff" * 100, payload(100)], ids=["zeros", "ones", "random"])
 @pytest.mark.parametrize("snr", [-20, -1e308])
 def test_send_over_a_dead_channel_delivers_nothing_and_raises_nothing(data, snr):
@@ -116,7 +103,6 @@ def test_send_over_a_dead_channel_delivers_nothing_and_raises_nothing(data, snr)
     assert received.part("labels") is None and received.prefix("indices") == b""
 
 
-@needs_sionna
 def test_block_code_crc_catches_unusable_symbols_and_a_decoder_that_errs(monkeypatch):
     code = channel_coding._block_code(8 * 12 + channel_coding.CRC_BITS, 240, 4, 3)
     for dead in (0.0, math.nan):
@@ -133,10 +119,6 @@ def test_block_code_crc_catches_unusable_symbols_and_a_decoder_that_errs(monkeyp
     assert code.decode(code.encode(sent), 0.01) == [sent[0].tobytes(), None]
 
 
-# -- what it costs ----------------------------------------------------------------------------------------------------
-
-
-@needs_sionna
 @pytest.mark.parametrize("modulation", MODULATIONS)
 def test_send_costs_the_uses_of_its_segments(modulation):
     sizes = {"header": 60, "labels": 300, "edges": 500, "indices": 40}
@@ -150,10 +132,6 @@ def test_send_costs_the_uses_of_its_segments(modulation):
     assert received.realised_eb_n0_db == pytest.approx(received.realised_es_n0_db - 10 * math.log10(per_use))
 
 
-# -- the noise --------------------------------------------------------------------------------------------------------
-
-
-@needs_sionna
 @pytest.mark.parametrize("modulation", MODULATIONS)
 @pytest.mark.parametrize("data", [payload(1900), b"\0" * 1900], ids=["random", "zeros"])
 def test_send_realises_the_es_n0_asked_for(data, modulation):
@@ -162,7 +140,6 @@ def test_send_realises_the_es_n0_asked_for(data, modulation):
         assert received.realised_es_n0_db == pytest.approx(snr, abs=0.15)
 
 
-@needs_sionna
 def test_send_draws_from_the_generator_and_the_part_alone():
     parts = {"indices": payload(64 * 12)}
     one, again, other = (deliver(parts, -1.4, seed) for seed in (4, 4, 5))
@@ -174,7 +151,6 @@ def test_send_draws_from_the_generator_and_the_part_alone():
     assert first == one and second != one  # the caller's generator moves on
 
 
-@needs_sionna
 def test_send_has_a_cliff_and_that_of_control_lies_lower():
     parts = {"labels": payload(4 * 122), "indices": payload(4 * 64)}
     above, between, below = (deliver(parts, snr) for snr in (8, 4, -4))
@@ -185,7 +161,6 @@ def test_send_has_a_cliff_and_that_of_control_lies_lower():
     assert below.block_errors == below.blocks_sent
 
 
-@needs_sionna
 def test_send_over_rayleigh_fading_loses_parts_by_their_gain():
     parts = {f"map {k}": payload(60, k) for k in range(40)}
     received = deliver(parts, 10, fading="rayleigh")

@@ -48,9 +48,6 @@ Y = (normals(1, 5, *SIZE, seed=7) > 0.8).float()
 IMAGE = normals(1, 3, *SIZE, seed=9).clamp(-1, 1)
 
 
-# -- where the chain starts -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("settings", [{"method": "ddpm"}, {"method": "ddim", "s": 1.5}])
 def test_select_initial_finds_the_best_of_single_chains(unet, make_chain, settings):
     candidates, sampler = [17, 3, 4, 9, 12], SamplerSettings(**settings)
@@ -101,9 +98,6 @@ def test_halving_rungs_quarter_the_candidates():
         (64, 50, 0): [(None, 1)],
     }
     assert {numbers: selection.halving_rungs(*numbers) for numbers in plans} == plans
-
-
-# -- the noise of its steps: the definition ---------------------------------------------------------------------------
 
 
 def by_definition(unet, s, candidates, atoms, selected_steps, tail_steps):
@@ -170,9 +164,6 @@ def test_step_codebook_finds_a_residual_made_of_atoms_and_breaks_ties():
     assert StepCodebook(20, 3).pick(BANK, torch.zeros(BANK.shape), 5) == ((0, 1, 2), (1, 1, 1))
 
 
-# -- the receiver -----------------------------------------------------------------------------------------------------
-
-
 def test_chain_run_uses_the_codewords_that_are_left_and_seeded_noise_behind(make_chain):
     chain = make_chain({"selected_steps": 4}, **POSTERIOR)
     codewords = select_per_step(chain, Y, IMAGE, 6, StepCodebook(16, 4)).codewords
@@ -204,9 +195,6 @@ def test_select_both_joins_the_two(make_chain):
     second = select_per_step(chain, Y, IMAGE, first.index, codebook, mse)
     assert (both.index, both.codewords, both.score) == (first.index, second.codewords, second.score)
     assert torch.equal(both.picture, second.picture) and both.evaluations == first.evaluations + second.evaluations
-
-
-# -- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,6 @@ def containers(ids, num_values):
     return {(data[0] & 3, data[0] >> 3): data for data in coded}
 
 
-# -- id maps ----------------------------------------------------------------------------------------------------------
-
 MAPS = [
     (blocks(32, 64, [0, 7, 8, 11, 13, 26]), 35),
     (blocks(33, 17, [3, 4]), 5),
@@ -111,9 +109,6 @@ def test_decode_map_takes_no_memory_for_a_bomb():
     assert len(bomb) < 20_000 and peak < 10**6
 
 
-# -- JPEG XL -----------------------------------------------------------------------------------------------------------
-
-
 @needs_jxl
 @pytest.mark.parametrize("size", [(8, 8), (1, 1), (16, 9), (256, 341), (264, 330), (300, 513), (100, 1030)])
 def test_jxl_head_is_that_of_the_plugin(size):
@@ -150,9 +145,6 @@ def test_decode_map_names_whatever_the_plugin_raises(monkeypatch):
         with pytest.raises(shown) as caught:
             decode_map(coded, 24, 40, 35)
         assert shown is KeyboardInterrupt or "damaged JPEG XL data (two lines)" in str(caught.value)
-
-
-# -- noise choices -----------------------------------------------------------------------------------------------------
 
 
 def random_codewords(steps, candidates, atoms, seed=0):

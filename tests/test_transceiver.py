@@ -63,9 +63,6 @@ def sender(coding=None, header=TEMPLATE, **options):
     return Transmitter(header, coding, chain=None, **options)
 
 
-# -- what a message stands for ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("coding", [(1, 0), (1, 256), (4, 2, 0.5, 2), (2, 16, 0.3, 4)])
 @pytest.mark.parametrize("missing", [(), ("instance",), ("image_edge",)])
 @pytest.mark.parametrize("form", [{}, {"one_hot": False}, {"edge_plane": False}])
@@ -79,9 +76,6 @@ def test_both_ends_build_equal_conditioning(coding, missing, form):
     assert torch.equal(y, received_semantics(*planes, CLASSES, *form, SemanticCoding(*coding)))
     if coding == (1, 256) and not missing and form == (True, True):  # without loss
         assert torch.equal(y, encode_semantics(*planes, CLASSES)) and message.boundary.any()
-
-
-# -- the transmitter --------------------------------------------------------------------------------------------------
 
 
 def test_transmitter_needs_the_picture_for_a_choice_alone(network):
@@ -143,9 +137,6 @@ def test_receiver_stops_where_the_transmitter_did_whatever_shares_its_batch(netw
         torch.testing.assert_close(image, sent.choice.picture, rtol=0, atol=1e-4)
 
 
-# -- lost parts -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def message():
     """A message with codewords."""
@@ -182,9 +173,6 @@ def test_receiver_uses_the_valid_beginning_of_lost_indices(network, message):
     image = Receiver(make).pictures([arrival]).images
     assert torch.equal(image, make(message.header).run(arrival.y, [9], [message.codewords[:1]]).images)
     assert not torch.equal(image, make(message.header).run(arrival.y, [9]).images)
-
-
-# -- channels ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form, planes", [({}, 4), ({"edge_plane": False}, 3), ({"one_hot": False}, 2)])
