@@ -45,12 +45,12 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("options", [{}, {"is_train": False}, {"deterministic": True}])
+@pytest.mark.parametrize("options", [{}, {"is_train": False}, {"deterministic": True, "no_instance": True}])
 def test_cache_batches_are_those_of_the_files(city, tmp_path, monkeypatch, options, workers):
     make_cityscapes(city, split="val", count=4)
     options = {"num_workers": workers, "seed": 3, **options}
     plain = rows(islice(load(city, **options), 10))
-    opened(city, tmp_path / "cache", is_train=options.get("is_train", True))
+    load(city, cache_dir=tmp_path / "cache", **options)
     seen = reads(monkeypatch)
     batches = load(city, cache_dir=tmp_path / "cache", **options)
     kept = rows(islice(batches, 10))
@@ -64,13 +64,6 @@ def test_cache_random_crops_are_cut_from_the_files(tmp_path):
     kept = rows(kept)
     assert all(equal(kept[position], row) for position, row in rows(plain).items())
     assert not (tmp_path / "cache").exists()
-
-
-def test_cache_labels_alone_and_no_instance(tmp_path, city):
-    make_cityscapes(tmp_path / "bare", images=False, instances=False)
-    assert same(opened(tmp_path / "bare", ""), opened(tmp_path / "bare", tmp_path / "cache"))
-    assert same(opened(city, "", no_instance=True), opened(city, tmp_path / "cache", no_instance=True))
-    assert same(opened(city, ""), opened(city, tmp_path / "cache"))
 
 
 def test_cache_pictures_of_several_sizes_and_kinds_of_ids(tmp_path, capsys):

@@ -80,13 +80,6 @@ def test_find_pairs_both_ade20k_layouts_and_coco(tmp_path):
     assert find_pairs("coco", tmp_path / "coco", False, no_instance=True)[0].instance is None
 
 
-def test_find_pairs_kinds_without_any_file_are_none(tmp_path):
-    touch_cityscapes(tmp_path, "a/1", "a/2", kinds=("label",))
-    (tmp_path / "leftImg8bit/train").mkdir(parents=True)
-    pairs = find_pairs("cityscapes", tmp_path, True)
-    assert [(pair.image, pair.instance) for pair in pairs] == [(None, None)] * 2
-
-
 def test_find_pairs_incomplete_scenes_are_left_out_and_named_in_one_line(tmp_path):
     touch_cityscapes(tmp_path, "a/whole")
     touch_cityscapes(tmp_path, "a/no_label", kinds=("image", "instance"))
@@ -114,24 +107,17 @@ def test_find_pairs_bad_folders(tmp_path):
     refuse("--data_dir", "s3://bucket/data", data_dir="s3://bucket/data")
     refuse("gtFine/train", "it holds a_file, other", data_dir=tmp_path)
     refuse("training or annotations/training", mode="ade20k", data_dir=tmp_path)
+    (tmp_path / "labels/train2017").mkdir(parents=True)
+    refuse(tmp_path / "labels/train2017", "no label file (*.png)", mode="coco", data_dir=tmp_path)
+    touch(tmp_path, "two/labels/train2017/1.png", "two/images/train2017/1.jpg", "two/images/train2017/1.jpeg")
+    refuse("1.jpg", "1.jpeg", "same stem", mode="coco", data_dir=tmp_path / "two")
     (tmp_path / "empty").mkdir()
     refuse("gtFine/val", "holds nothing", data_dir=tmp_path / "empty", is_train=False)
-
-
-def test_find_pairs_folder_without_labels(tmp_path):
-    touch_cityscapes(tmp_path, "a/1", kinds=("image",))
-    (tmp_path / "gtFine/train").mkdir(parents=True)
-    refuse(tmp_path / "gtFine/train", "*_gtFine_labelIds.png", data_dir=tmp_path)
 
 
 def test_find_pairs_nothing_matches(tmp_path):
     touch(tmp_path, "images/train2017/1.jpg", "labels/train2017/001.png")
     refuse("match", "train2017/1.jpg", "train2017/001.png", mode="coco", data_dir=tmp_path)
-
-
-def test_find_pairs_two_files_of_one_stem(tmp_path):
-    touch(tmp_path, "images/train2017/1.jpg", "images/train2017/1.jpeg", "labels/train2017/1.png")
-    refuse("1.jpg", "1.jpeg", "same stem", mode="coco", data_dir=tmp_path)
 
 
 def test_find_pairs_remote_folders_are_listed_through_blobfile(monkeypatch):

