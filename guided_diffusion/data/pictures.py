@@ -10,13 +10,15 @@ import struct
 import time
 import zlib
 from contextlib import contextmanager
+from pathlib import Path
 
 import blobfile as bf
 import numpy as np
+import torch
 from PIL import Image, ImageFilter
 
 from ..console import InputError
-from ..files import digest_of
+from ..files import atomic_write, digest_of
 from .pairing import is_remote
 
 # Modes whose pixels are one integer; of "P" the index counts, not the colour
@@ -181,3 +183,30 @@ def centred(pixels):
 def picture_array(picture):
     """8-bit RGB picture -> float32 array (3, H, W) in [-1, 1]."""
     return centred(planes(picture))
+
+
+def eight_bit(images):
+    """Round pictures (N, 3, H, W) in [-1, 1] as their files do."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+
+
+def to_uint8(images):
+    """Turn pictures (N, 3, H, W) in [-1, 1] into (N, H, W, 3) uint8 arrays."""
+    scaled = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def from_uint8(picture):
+    """Turn an (H, W, 3) uint8 array into (1, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def save_picture(picture, path, palette=None):
+    """Write a uint8 array (H, W, 3), or ids (H, W) with a palette (K, 3), as PNG, by a temporary name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(picture)
+    if palette is not None:
+        image.putpalette(np.asarray(palette, dtype=np.uint8).flatten().tolist())
+    with atomic_write(path, "wb") as f:
+        image.save(f, format="PNG")
