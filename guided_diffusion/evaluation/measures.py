@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..files import atomic_write
-from ..link.crossing import digital_facts
+from ..link.transceiver import digital_facts
 from ..random_streams import generator
 from . import codecs as baselines
 from .metrics import bootstrap_interval, colour_error
