@@ -99,7 +99,7 @@ def scenes(config, log, device="cpu"):
     """Open the split: with the data set's label maps, or with those that an extractor reads off the pictures."""
     if config.extractor == "gt":
         return data_set(config, config.is_train, log)
-    from .data.picture_folder import PictureFolder
+    from .data.datasets import PictureFolder
     from .evaluation.segmenters import load_network, segment
 
     network = load_network(config.extractor, "extractor", device)
