@@ -11,7 +11,16 @@ from PIL import Image
 
 from guided_diffusion.data.pictures import from_uint8, save_picture
 from guided_diffusion.evaluation.metrics import Metrics, bootstrap_interval
-from guided_diffusion.evaluation.report import BASELINE_COLUMNS, Measures, intervals, means, write_curves
+from guided_diffusion.evaluation.report import (
+    BASELINE_COLUMNS,
+    Measures,
+    codec_lines,
+    cost_lines,
+    intervals,
+    means,
+    score_lines,
+    write_curves,
+)
 from guided_diffusion.evaluation.results import ResultsFolder
 
 CLASSES, SIZE = 3, (32, 48)
