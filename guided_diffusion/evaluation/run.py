@@ -23,9 +23,9 @@ from ..link.source_coding import pack_choices
 from ..random_streams import generator, text_number
 from ..training.ranks import Share
 from .metrics import psnr
-from .panels import palette, picture_grid, show_semantics
+from .panels import palette, show_semantics, write_panel
 from .report import BITS, CHANNEL, MEASURED, PARTS, codec_lines, cost_lines, score_lines, write_curves
-from .results import ResultsFolder, picture_digest, read_picture_file, share_out, unique_names
+from .results import ResultsFolder, picture_digest, share_out, unique_names
 
 _POINT = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool")
 _COST = ("seconds", "transmit_seconds", "evaluations", "distance", *BITS, "bpp")
@@ -82,9 +82,6 @@ class SceneRun:
         place = config.data_dir if "://" in config.data_dir else os.path.abspath(config.data_dir)
         digests = {f"{name}_sha256": digest_once(path).hex() for name, path in files.items()}
         return results_settings(config) | {"data_dir": place} | digests
-
-    def check(self):
-        """Refuse what cannot be made, before the long work."""
 
     def is_current(self, k, row):
         """Whether a row is of picture k."""
@@ -217,20 +214,21 @@ class SceneRun:
         return summary, [*lines, f"{len(rows)} pictures; {what} are in {self.results.path}"]
 
     def _write_panel(self, rows, codecs):
-        config, pictures = self.config, []
-        kinds = ["images", "local"] if self.transmitting else ["images", "received", "samples"]
-        kinds += [f"baseline_{codec}" for codec in codecs]
-        for name in [row["name"] for row in rows]:
-            scene = self.dataset.batch([self.names.index(name)])
-            sent = show_semantics(self.transmitter.describe(scene)[1], config.num_classes, config.one_hot_label)[0]
-            found = [read_picture_file(self.results.file(kind, name)) for kind in kinds]
-            pictures.append([found[0], sent, *found[1:]])
+        config = self.config
+
+        def sent_semantics(name):
+            y = self.transmitter.describe(self.dataset.batch([self.names.index(name)]))[1]
+            return show_semantics(y, config.num_classes, config.one_hot_label)[0]
+
+        columns = {"original": "images", "sent semantics": sent_semantics}
         channel = "" if config.link == "ideal" else f" {config.snr:g} dB"
         channel += f", {config.pool}" if config.link == "analog" and config.pool != "None" else ""
-        made = ["local picture"] if self.transmitting else [f"received, {config.link}{channel}", "regenerated"]
-        captions = ["original", "sent semantics", *made, *(f"{codec}, same bits" for codec in codecs)]
-        if pictures:
-            save_picture(picture_grid(pictures, captions), self.results.path / "panel.png")
+        if self.transmitting:
+            columns["local picture"] = "local"
+        else:
+            columns |= {f"received, {config.link}{channel}": "received", "regenerated": "samples"}
+        columns |= {f"{codec}, same bits": f"baseline_{codec}" for codec in codecs}
+        write_panel(self.results, rows, columns)
 
 
 class MessageRun:
@@ -244,7 +242,7 @@ class MessageRun:
 
     def __init__(self, config, weights, parts, results):
         self.config, self.weights, self.results = config, weights, results
-        self.make_chain, self.receiver = parts["make_chain"], parts["receiver"]()
+        self.receiver = parts["receiver"]()
         folder = Path(config.messages)
         self.files = sorted(path for path in folder.rglob(f"*{MESSAGE}") if path.is_file())
         if not self.files:
@@ -253,19 +251,12 @@ class MessageRun:
         self.names = [str(path.relative_to(folder).with_suffix("")).replace("/", "__") for path in self.files]
         if len({*self.names}) < len(self.names):
             raise InputError(f"--messages {folder}: two files would give pictures of one name; rename one of them")
+        for path in self.files[: config.num_samples]:  # what cannot be received is refused before the long work
+            read_message(path, parts["make_chain"])
 
     def settings(self):
         """Return what identifies the results: flags, and the weights' digest."""
         return results_settings(self.config) | {"weights_sha256": digest_once(self.weights).hex()}
-
-    def check(self):
-        """Read all messages, and refuse those that were not made for this receiver, before the long work."""
-        for path in self.files[: self.config.num_samples]:
-            message = read_message(path)
-            try:
-                self.make_chain(message.header)
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from None
 
     def is_current(self, k, row):
         """Whether a row is of message k, and the message still the same."""
@@ -293,20 +284,17 @@ class MessageRun:
 
     def sum_up(self, rows):
         """Write panel.png; return (None, lines to log)."""
-        names = [row["name"] for row in rows][: self.config.panel_items]
-        kinds = ("received", "samples")
-        pictures = [[read_picture_file(self.results.file(kind, name)) for kind in kinds] for name in names]
-        same_size = [row for row in pictures if row[0].shape == pictures[0][0].shape]
-        if same_size:
-            panel = picture_grid(same_size, ["received semantics", "regenerated"])
-            save_picture(panel, self.results.path / "panel.png")
+        columns = {"received semantics": "received", "regenerated": "samples"}
+        write_panel(self.results, rows[: self.config.panel_items], columns)
         return None, [f"{len(rows)} pictures; results.csv, panel.png and pictures are in {self.results.path}"]
 
 
-def read_message(path):
-    """Read one message file; InputError, naming it, where it is damaged."""
+def read_message(path, check=lambda header: None):
+    """Read one message file; InputError, naming it, where it is damaged or `check` refuses its header."""
     try:
-        return Message.from_bytes(path.read_bytes())
+        message = Message.from_bytes(path.read_bytes())
+        check(message.header)
+        return message
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -327,7 +315,6 @@ class Run:
 
     def run(self):
         """Make what is missing of this share; return how many pictures that were."""
-        self.work.check()
         self.results.claim(self.work.settings())
         batches, done = share_out(self.count, self.work.batch_size, self.share), self._finished()
         todo = [left for batch in batches if (left := [k for k in batch if k not in done])]
