@@ -5,10 +5,16 @@ Start small: python image_sample.py --preset toy
 
 import os
 
-from guided_diffusion.config import SampleConfig, adopt_training_config, check_bank, parse_config, print_config
-from guided_diffusion.console import InputError, Interrupted, Interrupts, StartUp, import_torch, log, run_script
+from guided_diffusion.config import (
+    SampleConfig,
+    adopt_training_config,
+    check_bank,
+    parse_config,
+    print_config,
+    unused_flags,
+)
+from guided_diffusion.console import STARTED, InputError, Interrupted, Interrupts, log, run_script
 from guided_diffusion.files import check_folder
-from guided_diffusion.idle_flags import unused_flags
 from guided_diffusion.prepare import check_places, check_values, draw_toy_scenes, find_weights, trained_config
 from guided_diffusion.training.ranks import find_ranks, find_share
 
@@ -25,7 +31,6 @@ def main():
 
 def regenerate():
     """Regenerate this process's share of the pictures, or look at what that would do (--dry_run)."""
-    start = StartUp()
     config, given = parse_config(SampleConfig, __doc__)
     ranks = find_ranks()
     tell = log if ranks.rank == 0 else lambda line: None
@@ -41,15 +46,14 @@ def regenerate():
     if config.s > 1 and trained.get("drop_rate") == 0:
         tell(f"warning: --s {config.s:g} guides a model trained without --drop_rate: it has never seen empty semantics")
     if not trained and os.path.exists(weights):
-        tell(f"warning: no config.json beside {weights}: prediction, schedule and noise bank are taken from the flags")
+        found = f"no config.json beside {weights}: prediction, schedule and noise bank are taken from the flags"
+        tell(f"warning: {found}; weights from elsewhere saw all image edges: give --edge_levels 256")
     if config.role != "receive":
         draw_toy_scenes(config, given, log)
     if not config.results_path and not config.dry_run:
         raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
     check_folder(config.results_path, "results_path")
     check_places(config)
-    with start.timing("torch"):
-        import_torch()  # slow: what can be refused without it has been
     if config.dry_run:
         if ranks.rank == 0:
             from guided_diffusion.dry_run import dry_run
@@ -68,7 +72,7 @@ def regenerate():
     from guided_diffusion.evaluation.run import run_points
 
     parts = build_link.sampling_parts(config, weights, tell, ranks)
-    run_points(config, weights, parts, log, share, quiet, None if quiet else start)
+    run_points(config, weights, parts, log, share, quiet, None if quiet else STARTED)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 
 from .build import data_set, diffusion_from, noise_bank, picture_size, precision_of, semantic_coding, untrained_model
-from .config import parts_of, points
+from .config import parts_of, sweep
 from .console import InputError
 from .data.picture_folder import PictureFolder
 from .diffusion.sampling import EarlyStop
@@ -13,7 +13,6 @@ from .diffusion.unet import check_size
 from .evaluation import codecs as baselines
 from .evaluation import segmenters
 from .evaluation.measures import Measures
-from .evaluation.memory import describe_label_memory
 from .evaluation.metrics import Metrics, distance
 from .files import digest_once
 from .link.channel import snr_to_sigma
@@ -51,7 +50,7 @@ def sampling_parts(config, weights, log, ranks=None):
             "JPEG XL is not installed (pip install pillow-jxl-plugin): edges with many levels take more bytes without it"
         )
     if config.role == "link":
-        for point in points(config):
+        for point in sweep(config):
             crossing(point)
     measures = _measures(config, device)
     distances = _distances(config, device)
@@ -137,6 +136,17 @@ def _model_of(config, model, log, precision):
     shared = precision == "fp32" and not config.compile
     ready = model if shared else rounded(copy.deepcopy(model), precision)  # another message may ask for another one
     return compiled(ready, log) if config.compile else ready
+
+
+def describe_label_memory(model, height, width, batch, precision, limit):
+    """Return a line that says whether cached SPADE modulation fits `limit`, which is --label_memory, in GiB."""
+    need = model.modulation_bytes(batch, height, width, 4 if precision == "fp32" else 2) / 2**30
+    line = f"label maps of {batch} picture{'s' if batch > 1 else ''}: {need:.2g} GiB of scales and shifts, "
+    if need <= limit:
+        return f"{line}computed once for each chain"
+    return (
+        f"{line}more than --label_memory {limit:g}, so computed at every step: slower; raise it or lower --batch_size"
+    )
 
 
 class ChainMaker:

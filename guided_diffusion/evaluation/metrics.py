@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..console import InputError
 from ..files import atomic_write
-from ..flags import METRICS
+from ..config import METRICS
 
 # MS-SSIM (Wang et al. 2003): weights from the finest scale to the coarsest.
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..config import points
+from ..config import sweep
 from ..console import InputError, StandardError, bar_options
 from ..data.semantics import received_semantics
 from ..diffusion.sampling import run_chain
@@ -98,12 +98,12 @@ ALONE = Share()
 class Regeneration:
     """Sends the pictures of a split over the channel and regenerates them, or only writes their messages.
 
-    :param config: a `SampleConfig` of one point (see `config.points`).
+    :param config: a `SampleConfig` of one point (see `config.sweep`).
     :param weights: path of the weights file.
     :param parts: what `build_link.sampling_parts` returns.
     :param share: the `Share` of the pictures that this process makes.
     :param quiet: show no progress bar.
-    :param start: a `StartUp`, whose line is shown after the first reverse step; or None.
+    :param start: a time.monotonic() of its begin, for a line after the first reverse step; or None.
     """
 
     def __init__(self, config, weights, parts, share=ALONE, quiet=False, start=None):
@@ -177,8 +177,7 @@ class Regeneration:
 
     def _started(self, bar):
         if self.start is not None:
-            spent = {} if self.bank is None else {"noise_bank": self.bank.seconds}
-            bar.write(self.start.line(**spent), file=StandardError())
+            bar.write(f"first reverse step after {time.monotonic() - self.start:.1f} s", file=StandardError())
 
     # -- one batch ----------------------------------------------------------------------------------------------------
 
@@ -461,16 +460,16 @@ class _StepCounter:
 
 
 def run_points(config, weights, parts, log, share=ALONE, quiet=False, start=None):
-    """Run every point of a sampling config (see `config.points`), sum each up, and draw curves where there are several.
+    """Run every point of a sampling config (see `config.sweep`), sum each up, and draw curves where there are several.
 
     Of several shares, one that finds all pictures of all points there sums up; the others end before.
 
     :param say: function that prints one line.
     :param share: the `Share` of each point's pictures that this process makes.
     :param quiet: show no progress bar.
-    :param start: a `StartUp`, whose line is shown after the first reverse step; or None.
+    :param start: a time.monotonic() of its begin, for a line after the first reverse step; or None.
     """
-    found, runs, summaries = points(config), [], []
+    found, runs, summaries = sweep(config), [], []
     for number, point in enumerate(found, 1):
         run = Regeneration(point, weights, parts, share, quiet, start if number == 1 else None)
         verb = "writing the messages of" if run.transmitting else "regenerating"

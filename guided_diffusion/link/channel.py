@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from ..console import InputError
-from ..flags import POOLS
+from ..config import POOLS
 
 # GESCO's table, dB -> standard deviation. It is a convention, not a signal-to-noise ratio: 10 dB would be 0.316.
 SNR_TABLE = {1: 0.9, 5: 0.6, 10: 0.36, 15: 0.22, 20: 0.13, 25: 0.08, 30: 0.05, 100: 0.0}
