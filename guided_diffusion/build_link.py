@@ -5,14 +5,14 @@ import dataclasses
 import functools
 
 from .build import data_set, diffusion_from, picture_size, precision_of, semantic_coding, untrained_model
-from .config import parts_of, points
+from .config import parts_of, sweep
 from .console import InputError
 from .diffusion.sampling import EarlyStop
 from .diffusion.solvers import SamplerSettings
 from .diffusion.unet import check_size
 from .evaluation.metrics import Metrics, distance
 from .evaluation.report import Measures
-from .files import digest_once
+from .files import file_digest
 from .link.channel import snr_to_sigma
 from .link.message import Header
 from .link.noise_bank import FreshNoise, NoiseBank
@@ -39,7 +39,7 @@ def sampling_parts(config, weights, log, ranks=None):
         check_compiler(device)
     if not jxl_available():
         log("JPEG XL is not installed (pip install pillow-jxl-plugin): many edge levels take more bytes without it")
-    for point in points(config) if config.role == "link" else ():
+    for point in sweep(config) if config.role == "link" else ():
         channel(point)
     measures, distances = _measures(config, device), _distances(config, device)
     model, dataset = untrained_model(config), scenes(config, log, device)
@@ -133,7 +133,7 @@ class ChainMaker:
 
     def __init__(self, config, height, width, device, weights, model_of):
         self.config, self.device, self.model_of, self._chains = config, device, model_of, {}
-        self.fingerprint, bank = digest_once(weights)[:8], (config.noise_bank_size, config.noise_bank_seed)
+        self.fingerprint, bank = file_digest(weights)[:8], (config.noise_bank_size, config.noise_bank_seed)
         shape, fresh = (3, height, width), config.noise_bank_size == 0
         self.bank = FreshNoise(shape, config.seed) if fresh else NoiseBank(shape, *bank, config.noise_bank_cache)
 

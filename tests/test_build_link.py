@@ -9,11 +9,11 @@ import torch
 from conftest import TINY, as_arguments
 
 from guided_diffusion import build_link, prepare
-from guided_diffusion.config import SampleConfig, parse_config, points
+from guided_diffusion.config import SampleConfig, parse_config, sweep
 from guided_diffusion.console import InputError
 from guided_diffusion.diffusion.solvers import SamplerSettings
 from guided_diffusion.evaluation.run import Run
-from guided_diffusion.files import digest
+from guided_diffusion.files import file_digest
 
 FLAGS = {**TINY, "timestep_respacing": "4"}
 
@@ -40,7 +40,7 @@ def parts(configure):
 
     def make(**flags):
         config, weights = configure(**flags)
-        return points(config)[0], build_link.sampling_parts(config, weights, quiet)
+        return sweep(config)[0], build_link.sampling_parts(config, weights, quiet)
 
     return make
 
@@ -68,7 +68,7 @@ def header_of(parts, point, number=0):
 def test_chain_maker_keeps_one_chain_for_a_kind_of_header(configure):
     config, weights = configure(label_scale=2)
     sampling = build_link.sampling_parts(config, weights, quiet)
-    header = header_of(sampling, points(config)[0])
+    header = header_of(sampling, sweep(config)[0])
     make_chain = build_link.receiving_parts(config, weights, quiet)["make_chain"]
     chain = make_chain(header)
     assert chain.diffusion.num_timesteps == 4 and len(chain.bank) == 16
@@ -114,7 +114,7 @@ def test_header_has_what_the_flags_ask_for(parts, trained):
     assert (header.label_scale, header.edge_levels, header.edge_scale, header.boundaries) == (4, 2, 2, True)
     assert (header.height, header.width, header.bank_size, header.bank_seed) == (16, 32, 16, 150)
     assert header.start_sent and header.selected_steps == 0
-    assert header.fingerprint == digest(prepare.find_weights(str(trained)))[:8]
+    assert header.fingerprint == file_digest(prepare.find_weights(str(trained)))[:8]
     assert sampling["transmitter"](point).chain.sampler == header.sampler
 
 

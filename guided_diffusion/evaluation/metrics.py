@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..console import InputError
-from ..flags import METRICS
+from ..config import METRICS
 from ..link.selection import mse
 
 # MS-SSIM (Wang et al. 2003): weights from the finest scale to the coarsest.

@@ -4,7 +4,6 @@ Each finished picture leaves a row file. Run again, a run goes on with what is m
 pictures out without speaking to each other, and whoever finds all rows there joins them to results.csv.
 """
 
-import dataclasses
 import os
 import sys
 import time
@@ -14,10 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..config import points
+from ..config import results_settings, sweep
 from ..console import STARTED, InputError, StandardError, bar_options
 from ..data.pictures import save_picture, to_uint8
-from ..files import atomic_write, digest_once
+from ..files import atomic_write, file_digest
 from ..link.message import Message, receive_parts
 from ..link.source_coding import pack_choices
 from ..random_streams import generator, text_number
@@ -33,23 +32,11 @@ COLUMNS = (*_POINT, *_COST, *CHANNEL, "problems", *MEASURED, "mismatch_db", "pic
 MESSAGE = ".dgo"  # ending of a message's file
 ALONE = Share()
 
-# Flags that may change between two runs into the same folder.
-FREE = """
-    results_path num_samples batch_size num_workers device dry_run preset panel_items use_fp16 noise_bank_cache dropout
-    use_checkpoint use_kl rescale_learned_sigmas add_noise noise_to messages share_array label_memory cache_dir metrics
-    fid_weights features baseline segmenter model_path
-"""
-
-
-def results_settings(config):
-    """Return the flags that identify a results folder."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE.split()}
-
 
 class SceneRun:
     """Sends the scenes of a split over the channel and regenerates them; --role transmit: only writes their messages.
 
-    :param config: a `SampleConfig` of one point (see `config.points`).
+    :param config: a `SampleConfig` of one point (see `config.sweep`).
     :param weights: path of the weights file.
     :param parts: what `build_link.sampling_parts` returns.
     :param results: the `ResultsFolder`.
@@ -73,14 +60,14 @@ class SceneRun:
         self.channel = None if self.transmitting else parts["channel"](config)
 
     def settings(self):
-        """Return what identifies the results: flags, the data's place, digests of the files that decide the pictures."""
+        """Return what identifies the results: flags, the data's place, digests of files that decide the pictures."""
         config, files = self.config, {"weights": self.weights}
         if config.extractor != "gt":
             files["extractor"] = config.extractor
         if config.segmenter and config.distance == "segmenter":
             files["segmenter"] = config.segmenter
         place = config.data_dir if "://" in config.data_dir else os.path.abspath(config.data_dir)
-        digests = {f"{name}_sha256": digest_once(path).hex() for name, path in files.items()}
+        digests = {f"{name}_sha256": file_digest(path).hex() for name, path in files.items()}
         return results_settings(config) | {"data_dir": place} | digests
 
     def is_current(self, k, row):
@@ -256,11 +243,11 @@ class MessageRun:
 
     def settings(self):
         """Return what identifies the results: flags, and the weights' digest."""
-        return results_settings(self.config) | {"weights_sha256": digest_once(self.weights).hex()}
+        return results_settings(self.config) | {"weights_sha256": file_digest(self.weights).hex()}
 
     def is_current(self, k, row):
         """Whether a row is of message k, and the message still the same."""
-        return row["path"] == self.paths[k] and row["message_sha256"] == digest_once(self.files[k]).hex()
+        return row["path"] == self.paths[k] and row["message_sha256"] == file_digest(self.files[k]).hex()
 
     def make(self, numbers, on_step):
         """Make the picture of one message, write its files, and return its row in a list."""
@@ -280,7 +267,7 @@ class MessageRun:
         row |= {f"bits_{part}": bits[part] for part in PARTS}
         row["bpp"] = f"{bits['total'] / (header.height * header.width):.4f}"
         row["picture_sha256"] = picture_digest(image[0])
-        return [row | {"message_sha256": digest_once(self.files[k]).hex()}]
+        return [row | {"message_sha256": file_digest(self.files[k]).hex()}]
 
     def sum_up(self, rows):
         """Write panel.png; return (None, lines to log)."""
@@ -364,7 +351,7 @@ class _StepCounter:
 
 
 def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
-    """Run every point of a sampling config (see `config.points`), sum each up, and draw curves where there are several.
+    """Run every point of a sampling config (see `config.sweep`), sum each up, and draw curves where there are several.
 
     Of several shares, one that finds all pictures of all points there sums up; the others end before.
 
@@ -373,7 +360,7 @@ def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
     :param share: the `Share` of each point's pictures that this process makes.
     :param quiet: show no progress bar.
     """
-    found, runs, summaries, made = points(config) if config.role != "receive" else [config], [], [], 0
+    found, runs, summaries, made = sweep(config) if config.role != "receive" else [config], [], [], 0
     for number, point in enumerate(found, 1):
         run = Run(point, weights, parts, share, quiet)
         place = f" ({number} of {len(found)})" if len(found) > 1 else ""
