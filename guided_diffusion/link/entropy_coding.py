@@ -1,7 +1,7 @@
 """Adaptive binary arithmetic coding of small maps, with the coded neighbours of a pixel as its context.
 
 Library formats spend much of a small label map on headers and on statistics that they learn too slowly. This coder
-asks, pixel by pixel in raster order, whether the symbol is that of the left, upper, upper right or upper left pixel, and
+asks, pixel by pixel in raster order, if the symbol is that of the left, upper, upper right or upper left pixel, and
 spells it out where every answer is no. Each answer is one binary decision whose probability is counted per context; a
 new context starts from a coarser one's probability. JBIG2 and JPEG-LS work in this way; the arithmetic is that of
 carry-less range coders (as in lpaq): integers alone, so that both ends agree on any machine.
@@ -26,21 +26,15 @@ def encode(symbols, count):
     :param count: 2...64.
     :return: bytes, or None where the map is too irregular for this coder.
     """
-    width = symbols.shape[1]
     code, finish = _coder()
-    rows = [[0] * (width + 4), [0] * (width + 4), *([0, 0, *row, 0, 0] for row in symbols.tolist())]
+    rows = np.pad(symbols, ((2, 0), (2, 2))).tolist()
     return finish() if _walk(rows, count, code) else None
 
 
 def decode(data, height, width, count):
-    """Undo `encode`: return (height, width) uint8.
-
-    :raises InputError: the bytes are not exactly what `encode` makes of some map.
-    """
+    """Undo `encode`: return (height, width) uint8. Raises InputError for all but what `encode` makes of some map."""
     if height * width > MAX_PIXELS or not 2 <= count <= MAX_SYMBOLS:
-        raise InputError(
-            f"context-coded map of {width}x{height} pixels and {count} symbols: beyond this coder's limits"
-        )
+        raise InputError(f"context-coded map of {width}x{height} pixels and {count} symbols: beyond the coder's limits")
     code, finish = _coder(data)
     rows = [[0] * (width + 4) for _ in range(height + 2)]
     if not _walk(rows, count, code) or finish() != data:
@@ -93,7 +87,7 @@ def _walk(rows, count, code):
     """Code the map, or fill it in with a decoder's `code`.
 
     Return False where new contexts and spelt-out symbols, which take most of the time, exceed one per eight pixels and
-    4,096 more; or a decoder meets a symbol spelt out that an encoder would not spell. `rows` are lists of symbols with a
+    4,096 more; or a decoder meets a symbol spelt out that an encoder would not spell. `rows` are lists of symbols in a
     frame of zeros: two rows above, two columns at either side.
     """
     contexts, coarse, trees = {}, {}, {}

@@ -22,7 +22,6 @@ PARTS = ("header", "labels", "edges", "indices")
 CRC_BYTES = 4
 _MAGIC = b"DG\x01"  # the last byte is the format's version
 
-
 # Fields of a 16-bit word: which bits each value has
 _CHOICES = {
     "one_hot": {False: 0, True: 1 << 0},
@@ -75,8 +74,7 @@ class Header:
     :param stop_step: 0, or the answer is the predicted x_0 after so many steps.
     :param start_sent: the index of x_T is in the message; otherwise it is entry 0.
     :param selected_steps: so many steps' noise is in the message: step_atoms of step_candidates entries each.
-    :param precision: of the network's arithmetic: "fp32", "bf16" or "fp16".
-    :param fingerprint: first 8 bytes of the SHA-256 of the weights.
+    :param precision, fingerprint: of the network: "fp32", "bf16" or "fp16"; first 8 bytes of its weights' SHA-256.
     """
 
     height: int
@@ -160,9 +158,9 @@ def read_header(data):
     word = values.pop("choices")
     for name, bits in _CHOICES.items():
         own = word & functools.reduce(int.__or__, bits.values())
-        if own not in bits.values():
+        values[name] = next((value for value in bits if bits[value] == own), None)
+        if values[name] is None:
             raise InputError(f"message header: the bits of {name} have no meaning; send it again")
-        values[name] = next(value for value in bits if bits[value] == own)
     levels, spacing, count = (values.pop(name) for name in ("levels", "spacing", "step_count"))
     values |= {"steps": spacing.format(count), "edge_levels": levels and levels + 1, "fingerprint": fingerprint}
     if _split_steps(values["steps"]) != (spacing, count):
@@ -170,8 +168,8 @@ def read_header(data):
     sampler = SamplerSettings(**{name: values.pop(name) for name in vars(SamplerSettings())})
     header = Header(sampler=sampler, **values)
     header.check()
-    lengths = (int.from_bytes(length, "little") for length in (labels, edges, indices))
-    return header, dict(zip(PARTS[1:], lengths, strict=True))
+    lengths = {"labels": labels, "edges": edges, "indices": indices}
+    return header, {part: int.from_bytes(length, "little") for part, length in lengths.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,12 +229,11 @@ class Message:
 
 
 def receive_parts(parts, indices_prefix=b""):
-    """Make what can be made of parts that the channel may have damaged or lost.
+    """Make a `Message`, with its `problems`, of parts that the channel may have damaged or lost.
 
     :param parts: {part: bytes, or None where it is lost}.
     :param indices_prefix: a beginning of the indices that is known to be right, for when the whole is not.
-    :return: `Message` with its `problems`.
-    :raises InputError: only where a part is good and this machine lacks the plugin that reads it.
+    :raises InputError: only where a part is good and needs a plugin that this machine lacks.
     """
     head = (parts.get("header") or b"")[:HEADER_BYTES]
     try:

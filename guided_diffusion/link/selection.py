@@ -69,7 +69,7 @@ class Chain:
         return list(reversed(noisy[: self.selected_steps or None]))
 
     def evaluations(self, result, network_steps=None):
-        """Network evaluations that a `SampleResult` of this chain took."""
+        """NFE: network function evaluations that a `SampleResult` of this chain took; a guided step counts twice."""
         steps = int(result.steps.sum()) if network_steps is None else network_steps * len(result.steps)
         return steps * (2 if self.sampler.s > 1 else 1)
 
@@ -123,7 +123,7 @@ class Choice:
     :param index: bank index of x_T.
     :param codewords: one per selected step, in the chain's order: (indices, ascending; signs, each 1 or -1), M each.
     :param score: distance of the picture from the original; None where none was asked for.
-    :param evaluations: network evaluations spent, the picture's own among them; a guided step counts twice.
+    :param evaluations: NFE spent, those of the picture itself among them.
     :param picture: (3, H, W) in [-1, 1], the local picture, made alone as the receiver makes it.
     :param steps: how many steps its chain took.
     """
@@ -261,14 +261,12 @@ class StepCodebook:
 def select_per_step(chain, y, image, start, codebook, distance=None, on_step=None):
     """Choose the noise of the chain's selected steps: at each, the codeword points from x_0's prediction to x_0.
 
-    x_{t-1} = mu(x_t, x0_t) + sqrt(posterior variance) z, where z is made of the M entries z_k = a_t * NB[k], k < K, with
-    the largest |<z_k, x_0 - x0_t>| (after DDCM and Turbo-DDCM). x0_t is the guided, clipped prediction of the step.
+    x_{t-1} = mu(x_t, x0_t) + sqrt(posterior variance) z, z made of the M entries z_k = a_t * NB[k], k < K, with the
+    largest |<z_k, x_0 - x0_t>| (after DDCM and Turbo-DDCM). x0_t is the guided, clipped prediction of the step.
 
     :param chain: a `Chain` with `selected_steps`.
-    :param y: (1, C, H, W) conditioning, as the receiver will have it.
-    :param image: (1, 3, H, W) in [-1, 1], the original picture x_0.
+    :param y, image, distance: as in `select_initial`; distance None: no score.
     :param start, codebook: bank index of x_T, and the `StepCodebook`.
-    :param distance: for the score, as in `select_initial`, or None.
     :return: `Choice`.
     """
     bank, kept, selected = chain.bank.sized(3, *y.shape[2:]), chain.diffusion.kept, set(chain.selected)

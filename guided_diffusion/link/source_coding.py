@@ -91,8 +91,7 @@ def _coded(symbols, values, num_values):
         body = entropy_coding.encode(symbols, len(values))
         if body is not None:
             yield contained(CONTEXT, 0, body)
-    for packed in (0, 1):
-        yield contained(LZMA, packed, _lzma(symbols, len(values), packed))
+    yield from (contained(LZMA, packed, _lzma(symbols, len(values), packed)) for packed in (0, 1))
     # No effort is best for all maps, and the highest takes 4 µs per pixel.
     efforts = (7, 10) if symbols.size <= 2**17 else (7, 9) if symbols.size <= 2**20 else (7,)
     for effort in efforts if jxl_available() else ():
@@ -250,9 +249,8 @@ def pack_choices(start_index, bank_size, codewords, candidates, atoms):
 def unpack_choices(data, bank_size, steps, candidates, atoms, prefix=False):
     """Undo `pack_choices`: return (start_index or None, codewords), a tuple of (indices, signs) tuples.
 
-    :param bank_size: 0 where the start is not sent.
     :param prefix: `data` may be a beginning: return what it holds whole and valid, (None, ()) without the start.
-    :raises InputError: any other number of bytes than choices have, or what `pack_choices` never writes.
+    :raises InputError: what `pack_choices` never writes.
     """
     length = choice_bits(bank_size, steps, candidates, atoms)
     if not prefix and len(data) != -(-length // 8):
