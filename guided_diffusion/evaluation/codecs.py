@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, features
 
-from ..console import InputError
 from ..config import CODECS
+from ..console import InputError
 
 SCALES = (1, 2, 4, 8)  # the picture is coded at 1/scale of its size and enlarged by the receiver
 NEAR = 12  # qualities around the best so far among which slow settings look

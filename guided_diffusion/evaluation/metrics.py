@@ -13,8 +13,8 @@ import socket
 import numpy as np
 import torch
 
-from ..console import InputError
 from ..config import METRICS
+from ..console import InputError
 from ..link.selection import mse
 
 # MS-SSIM (Wang et al. 2003): weights from the finest scale to the coarsest.
