@@ -178,16 +178,6 @@ def test_transmitter_has_a_search_for_each_flag(parts, flags, codewords, evaluat
     assert choice.score > 0 and choice.index < point.candidates
 
 
-def test_transmitter_finds_the_best_start(parts):
-    point, sampling = parts(noise_index="best", candidates=4)
-    scene = sampling["dataset"].batch([0])
-    transmitter = sampling["transmitter"](point)
-    sent = transmitter.send(scene, 0)
-    scores = [float((transmitter.chain.run(sent.y, [i]).images - scene["image"]).square().mean()) for i in range(4)]
-    assert sent.choice.index == sent.message.start_index == scores.index(min(scores))
-    assert sent.choice.score == pytest.approx(min(scores), rel=1e-4)
-
-
 def test_transmitter_takes_a_segmenters_distance(parts, segmenter):
     point, sampling = parts(noise_index="best", candidates=3, distance="segmenter", segmenter=segmenter)
     scene = sampling["dataset"].batch([0])

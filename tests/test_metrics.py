@@ -10,9 +10,7 @@ import torch
 import torchvision
 
 from guided_diffusion.console import InputError
-from guided_diffusion.evaluation import metrics
 from guided_diffusion.evaluation.metrics import (
-    METRICS,
     Metrics,
     accuracy_and_iou,
     bootstrap_interval,
@@ -56,17 +54,13 @@ def scene(n, height, width, seed=0):
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
 
 
-def naive_ssim(a, b, contrast_only=False):
-    """SSIM by its definition, on one pair (3, H, W) in [0, 1]: mean over all pixels, mirrored at the borders.
-
-    The contrast term alone is averaged over the windows that lie inside.
-    """
+def naive_ssim(a, b):
+    """SSIM by its definition, on one pair (3, H, W) in [0, 1]: mean over all pixels, mirrored at the borders."""
     x = torch.arange(11, dtype=torch.float64) - 5
     line = torch.exp(-x.square() / (2 * 1.5**2))
     window = line[:, None] * line[None] / line.sum() ** 2
     values = []
-    if not contrast_only:
-        a, b = (torch.nn.functional.pad(p[None], (5, 5, 5, 5), mode="reflect")[0] for p in (a, b))
+    a, b = (torch.nn.functional.pad(p[None], (5, 5, 5, 5), mode="reflect")[0] for p in (a, b))
     for p, q in zip(a.double(), b.double(), strict=True):
         for i in range(p.shape[0] - 10):
             for j in range(p.shape[1] - 10):
@@ -75,9 +69,7 @@ def naive_ssim(a, b, contrast_only=False):
                 su, sv = (window * u * u).sum() - mu**2, (window * v * v).sum() - mv**2
                 cross = (window * u * v).sum() - mu * mv
                 contrast = (2 * cross + 0.03**2) / (su + sv + 0.03**2)
-                values.append(
-                    contrast if contrast_only else contrast * (2 * mu * mv + 0.01**2) / (mu**2 + mv**2 + 0.01**2)
-                )
+                values.append(contrast * (2 * mu * mv + 0.01**2) / (mu**2 + mv**2 + 0.01**2))
     return float(torch.stack(values).mean())
 
 
@@ -86,14 +78,6 @@ def test_ssim_equals_its_definition():
     expected = [naive_ssim((x + 1) / 2, (y + 1) / 2) for x, y in zip(a, b, strict=True)]
     assert ssim(a, b).tolist() == pytest.approx(expected, abs=1e-4)
     assert ssim(a, a).tolist() == pytest.approx([1, 1], abs=1e-6)
-
-
-def test_ms_ssim_renormalises_its_weights_on_a_small_picture():
-    a, b = scene(1, 24, 32), (scene(1, 24, 32) + 0.2 * scene(1, 24, 32, seed=1)).clamp(-1, 1)
-    low = [torch.nn.functional.avg_pool2d((x + 1) / 2, 2)[0] for x in (a, b)]
-    fine = naive_ssim((a[0] + 1) / 2, (b[0] + 1) / 2, contrast_only=True)
-    w = np.array([0.0448, 0.2856]) / (0.0448 + 0.2856)
-    assert float(ms_ssim(a, b)[0]) == pytest.approx(fine ** w[0] * naive_ssim(*low) ** w[1], abs=1e-4)
 
 
 @pytest.mark.parametrize(("short", "scales"), [(10, 0), (11, 1), (21, 1), (22, 2), (44, 3), (98, 3), (99, 4), (176, 5)])
@@ -121,27 +105,6 @@ def backbones(tmp_path_factory):
         }
         torch.save(weights, folder / f"{name}.pth")
     return folder
-
-
-def test_lpips_equals_its_definition(backbones):
-    a, b = scene(2, 64, 64), scene(2, 64, 64, seed=1)
-    weights = torch.load(backbones / "alex.pth", weights_only=True)
-    network = torchvision.models.AlexNet().features
-    network.load_state_dict({key.removeprefix("features."): value for key, value in weights.items()})
-    folder = metrics.os.path.dirname(sys.modules["torchmetrics.functional.image.lpips"].__file__)
-    lines = torch.load(f"{folder}/lpips_models/alex.pth", map_location="cpu", weights_only=True)
-    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-    x, y = ((p - shift[:, None, None]) / scale[:, None, None] for p in (a, b))
-    expected, level = 0, 0
-    with torch.no_grad():
-        for layer in list(network)[:12]:
-            x, y = layer(x.clone()), layer(y.clone())
-            if isinstance(layer, torch.nn.ReLU):
-                u, v = (z / z.norm(dim=1, keepdim=True) for z in (x, y))
-                expected = expected + ((u - v).square() * lines[f"lin{level}.model.1.weight"]).sum(1).mean((1, 2))
-                level += 1
-    assert level == 5
-    torch.testing.assert_close(lpips(lpips_network(backbones / "alex.pth"), a, b), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_lpips_network_leaves_the_global_stream_alone(backbones):
@@ -277,16 +240,6 @@ def test_metrics_over_the_set_take_own_features():
     assert measures.compute() == values
 
 
-def test_metrics_note_too_few_pictures():
-    measures = Metrics(["fid", "kid"], features=lambda x: x.flatten(1))
-    measures.update(scene(1, 8, 8), scene(1, 8, 8), None)
-    assert measures.compute() == {}
-    assert any("left out: they need 2 pictures" in note for note in measures.notes)
-    measures.update(scene(3, 8, 8), scene(3, 8, 8), None)
-    measures.compute()
-    assert any("fid_features is unreliable: 4 pictures for 192 features" in note for note in measures.notes)
-
-
 # -- labels -----------------------------------------------------------------------------------------------------------
 
 
@@ -327,12 +280,6 @@ def test_metrics_per_picture_do_not_depend_on_the_batch(backbones):
     assert measures.notes == ["ms_ssim at 64x80 has room for 3 of 5 scales; compare with equal sizes only"]
 
 
-@pytest.mark.parametrize("names", [["psnr", "nosuch"], []])
-def test_metrics_refuse_unknown_names(names):
-    with pytest.raises(InputError, match=f"unknown; choose from {', '.join(METRICS)}"):
-        Metrics(names)
-
-
 @pytest.mark.parametrize("name", ["mse", "ssim", "lpips"])
 def test_distance_ranks_candidates(name, backbones):
     original = scene(1, 64, 64)
@@ -353,6 +300,6 @@ def test_bootstrap_interval_equals_the_normal_approximation():
 
 
 def test_metrics_import_without_torchmetrics():
-    code = "import sys, guided_diffusion.evaluation.metrics; print('torchmetrics' in sys.modules, 'torchvision' in sys.modules)"
+    code = "import sys, guided_diffusion.evaluation.metrics; print('torchmetrics' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "False False\n"
+    assert done.stdout == "False\n"

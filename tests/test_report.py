@@ -68,24 +68,6 @@ def test_means_and_intervals_equal_numpys():
     assert min(values) < low < np.mean(values) < high < max(values)
 
 
-def test_means_stay_json_where_not_finite():
-    rows = [{"mismatch_db": "inf", "psnr_db": "1"}, {"mismatch_db": "3", "psnr_db": "nan"}]
-    found = means(rows)
-    assert found == {"mismatch_db": 3, "psnr_db": "nan"} and "psnr_db" not in intervals(
-        rows
-    )  # equal pictures are counted
-    json.loads(json.dumps(found, allow_nan=False))
-
-
-def test_per_picture_gives_columns_of_the_file(results):
-    folder, _ = results
-    original, made = (from_uint8(np.asarray(Image.open(folder.file(kind, "n0")))) for kind in ("images", "samples"))
-    columns = measures("psnr").per_picture(made, original)
-    error = (original - made).square().mean().item()
-    assert columns["psnr_db"] == f"{10 * math.log10(4 / error):.4f}" and set(columns) == {"psnr_db", "colour_error"}
-    assert measures("psnr").per_picture(original, original)["psnr_db"] == "inf"
-
-
 # -- over the set -----------------------------------------------------------------------------------------------------
 
 

@@ -92,16 +92,14 @@ def distance(name, lpips_weights="", device="cpu"):
 
     Smaller is better: "mse" on the [-1, 1] range, "ssim" (1 - SSIM), "lpips".
 
-    :raises InputError: an unknown name, or no weights for LPIPS.
+    :raises InputError: no weights for LPIPS.
     """
     if name == "mse":
         return mse
     if name == "ssim":
         return lambda candidates, original: 1 - ssim(candidates, original.expand_as(candidates))
-    if name == "lpips":
-        network = lpips_network(lpips_weights, device)
-        return lambda candidates, original: lpips(network, candidates, original.expand_as(candidates))
-    raise InputError(f"--distance {name}: unknown; choose mse, ssim or lpips")
+    network = lpips_network(lpips_weights, device)
+    return lambda candidates, original: lpips(network, candidates, original.expand_as(candidates))
 
 
 def bootstrap_interval(values, seed=0, draws=1000, level=0.95):
@@ -174,15 +172,12 @@ class Metrics:
     :param features: function from pictures to (N, D) for fid and kid, in place of Inception (unless fid_weights is
         given too); what it measures is called fid_features and kid_features.
     :param segmenter: function from pictures to ids (N, 1, H, W), for miou.
-    :raises InputError: an unknown name, or a network that is missing, naming the flag.
+    :raises InputError: a network is missing.
     """
 
     def __init__(
         self, names, num_classes=35, lpips_weights="", fid_weights="", features=None, segmenter=None, device="cpu"
     ):
-        for name in names or [""]:
-            if name not in METRICS:
-                raise InputError(f"--metrics {name}: unknown; choose from {', '.join(METRICS)}")
         self.names = [name for name in METRICS if name in names]
         self.num_classes, self.segmenter, self.device, self.notes = num_classes, segmenter, device, []
         self._lpips = lpips_network(lpips_weights, device) if "lpips" in names else None
@@ -274,7 +269,7 @@ class Metrics:
 def lpips_network(path="", device="cpu"):
     """Return torchmetrics' LPIPS network: its own linear weights over a backbone from a file.
 
-    :param path: state dict of torchvision's AlexNet, VGG16 or SqueezeNet1.1; "": AlexNet's, from TORCH_HOME or downloaded.
+    :param path: torchvision's AlexNet, VGG16 or SqueezeNet1.1; "": AlexNet from TORCH_HOME, or downloaded.
     :raises InputError: a file that is missing, damaged or of another network.
     """
     from torchmetrics.functional.image.lpips import _NoTrainLpips
