@@ -7,10 +7,9 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from guided_diffusion.config import TrainConfig, adopt_resumed, parse_config, print_config, save_config
-from guided_diffusion.console import Interrupts, import_torch, log, run_script
+from guided_diffusion.config import TrainConfig, adopt_resumed, parse_config, print_config, save_config, unused_flags
+from guided_diffusion.console import Interrupts, log, run_script
 from guided_diffusion.files import check_folder
-from guided_diffusion.idle_flags import unused_flags
 from guided_diffusion.prepare import check_places, check_values, draw_toy_scenes
 from guided_diffusion.training.ranks import find_ranks
 
@@ -28,7 +27,6 @@ def main():
             settle(config, given)
         elif not config.resume_checkpoint:  # else some values are the earlier run's
             check_values(config)
-        import_torch()
         from guided_diffusion import build
 
         group, device = build.join_group(config, ranks)

@@ -15,7 +15,7 @@ from .diffusion.resample import create_schedule_sampler
 from .diffusion.unet import DEFAULT_CHANNEL_MULT, SPADE_PLACES, UNetModel, check_size
 from .link.channel import snr_to_sigma
 from .link.noise_bank import NoiseBank
-from .prepare import ema_rates, multipliers, numbers
+from .config import ema_rates, multipliers, numbers
 from .random_streams import stream_seed
 from .training.checkpoint_choice import resume_point
 from .training.distributed import pins_memory, select_device, usable_precision
@@ -240,7 +240,6 @@ def training_loop(config, given, log, group=None, device=None):
     """
     group, device = group or Group(), device or select_device(config.device)
     precision = precision_of(config, device, log)
-    _check_sharding(config, group, precision, log)
     if config.compile:
         check_compiler(device)
     torch.manual_seed(stream_seed(config.seed, "initial weights"))
@@ -292,15 +291,6 @@ def training_loop(config, given, log, group=None, device=None):
     return loop
 
 
-def _check_sharding(config, group, precision, log):
-    if config.compile and config.fsdp and group.world_size > 1:
-        log("warning: --compile True has no effect: sharded networks are not compiled")
-    if config.fsdp and group.world_size == 1:
-        log("warning: --fsdp True has no effect: there is one process")
-    elif config.fsdp and precision == "fp16":
-        raise InputError("--fsdp True: fp16 needs a loss scale that all shards agree on; use --precision bf16 or fp32")
-
-
 def _resume_point(config, group, log):
     """Let rank 0 find where to resume, for all."""
     start = (
@@ -344,9 +334,9 @@ def pass_size(config, device):
 
 
 def _loop_settings(config, rates, precision, device, group):
-    names = {f.name for f in dataclasses.fields(LoopSettings)} - {"ema_rates", "precision", "config"}
+    names = {f.name for f in dataclasses.fields(LoopSettings)} - {"ema_rates", "precision", "config", "fsdp"}
     flags = {name: getattr(config, name) for name in names}
-    flags["fsdp"] = config.fsdp and group.world_size > 1
+    flags["fsdp"] = False
     flags["microbatch"] = pass_size(config, device)
     return LoopSettings(ema_rates=rates, precision=precision, config=dataclasses.asdict(config), **flags)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..console import InputError, Interrupted, Interrupts
-from ..evaluation.panels import save_picture
+from ..data.pictures import save_picture
 from ..random_streams import stream_seed
 from . import run_state
 from .checkpoint import sweep_temporary_files

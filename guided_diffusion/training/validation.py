@@ -6,7 +6,8 @@ import torch
 
 from ..diffusion.sampling import sample
 from ..evaluation.metrics import colour_error
-from ..evaluation.panels import picture_grid, show_semantics, to_uint8
+from ..data.pictures import to_uint8
+from ..evaluation.panels import picture_grid, show_semantics
 from .distributed import autocast
 from .group import Group
 from .sharding import is_sharded
