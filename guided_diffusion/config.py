@@ -23,8 +23,8 @@ SCALES = (1, 2, 4, 8)
 INT64 = {"low": -(2**63), "high": 2**63 - 1}
 
 PRESETS = {  # starting values for whole runs: of both scripts, of training, of sampling
-    # Toy street scenes on a laptop: minutes for the whole round. SPADE in the encoder costs half of what it costs in the
-    # decoder, and predicting x_0 gives clean pictures after few steps.
+    # Toy street scenes on a laptop: minutes for the whole round. SPADE in the encoder costs half of what it costs in
+    # the decoder, and predicting x_0 gives clean pictures after few steps.
     "toy": (
         "--data_dir ./datasets/toy_scenes --image_size 32 --unet_model enconly --num_channels 32 --channel_mult 1,1,2,2"
         " --num_head_channels 32 --num_res_blocks 1 --attention_resolutions 4 --resblock_updown True"
@@ -57,8 +57,8 @@ def flag(default, help, low=-math.inf, high=math.inf, choices=None, among=None, 
     :param fixed_by: who else decides it, in words: "training" (the checkpoint: another value is refused), "source" (the
         checkpoint unless given, which a warning tells), "resumed" (the run to be resumed), "message" (--role receive).
     :param free: "training", "sampling" or both: it may change between two runs into one folder.
-    :param needs: what it needs to have an effect: names of `CONDITIONS`, flags that are to be set ("stop_tol") or to have
-        one of some values ("sampler=ddim", "metrics=fid|kid"; a flag that the script lacks is no hindrance).
+    :param needs: what it needs to have an effect: names of `CONDITIONS`, flags to be set ("stop_tol") or to have one of
+        some values ("sampler=ddim", "metrics=fid|kid"; a flag that the script lacks is no hindrance).
     """
     metadata = {"help": help, "low": low, "high": high, "choices": choices, "among": among}
     metadata |= {"fixed_by": fixed_by.split(), "free": free.split(), "needs": needs.split()}
@@ -79,7 +79,10 @@ CONDITIONS = {  # name: what holds where it does not, and the condition on a con
     "selecting": ("nothing is selected", lambda c: c.noise_index == "best" or c.selection != "initial"),
     "no_selecting": ("the local picture is made anyway", lambda c: not _holds("selecting", c)[0]),
     "many_candidates": ("so few candidates all run whole chains", lambda c: c.candidates > 4),
-    "bits": ("planes of --link analog have no bits to compare with", lambda c: {*parts_of(c.link)} - {"analog"}),
+    "bits": (
+        "planes of --link analog have no bits to compare with",
+        lambda c: c.role != "link" or {*parts_of(c.link)} - {"analog"},
+    ),
     "step_noise": (
         "this sampler has no noise in any step",
         lambda c: c.sampler == "ddpm" or (c.sampler == "ddim" and c.eta > 0),
@@ -203,8 +206,8 @@ class ChannelFlags:
     )
     snr: float = flag(
         100.0,
-        "dB in GESCO's table 100:0 30:0.05 25:0.08 20:0.13 15:0.22 10:0.36 5:0.6 1:0.9 (standard deviation of the noise on"
-        " the semantic planes; log-linear between; a convention, not a signal-to-noise ratio: 10 dB would be 0.316)",
+        "dB in GESCO's table 100:0 30:0.05 25:0.08 20:0.13 15:0.22 10:0.36 5:0.6 1:0.9 (standard deviation of the noise"
+        " on the semantic planes; log-linear between; a convention, not a signal-to-noise ratio: 10 dB would be 0.316)",
         needs="add_noise",
     )
     add_noise: bool = flag(
