@@ -40,9 +40,7 @@ def dry_run(config, log, weights=None):
     log("label histogram:")
     for line in describe_labels(label_histogram(dataset, progress=True)):
         log(line)
-    with torch.device("meta"):
-        network = build.untrained_model(config)
-    for line in describe_network(network, config, height, width, precision):
+    for line in describe_network(model, config, height, width, precision):
         log(line)
     if not training:
         _check_weights(model, weights, log)
