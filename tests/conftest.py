@@ -48,6 +48,13 @@ def tiny_network(**flags):
     return model.eval(), diffusion
 
 
+def normals(*shape, seed=0):
+    """Standard normal values that follow from the seed."""
+    import torch
+
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def sampled(model, diffusion, y, noise, method="ddpm", **options):
     """`run_chain` with the options that belong to `SamplerSettings` among its own."""
     from dataclasses import fields
