@@ -106,3 +106,8 @@ def digest_of(f):
     while chunk := f.read(CHUNK):
         found.update(chunk)
     return found.digest()
+
+
+def file_digest(path):
+    """SHA-256 of a file, as bytes; remembered while the file is unchanged."""
+    return digest_once(path)
