@@ -7,7 +7,7 @@ import functools
 from .build import data_set, diffusion_from, noise_bank, picture_size, precision_of, semantic_coding, untrained_model
 from .config import parts_of, points
 from .console import InputError
-from .data.picture_folder import PictureFolder
+from .data.datasets import PictureFolder
 from .diffusion.sampling import EarlyStop
 from .diffusion.unet import check_size
 from .evaluation import codecs as baselines

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..data.pictures import eight_bit, from_uint8, save_picture
 from ..files import atomic_write
 from ..link.crossing import digital_facts
 from ..random_streams import generator
 from . import codecs as baselines
 from .metrics import bootstrap_interval, colour_error
-from .panels import save_picture
 from .results import read_picture_file
 
 BATCH = 16
@@ -69,16 +69,6 @@ SUMMED_UP = (
     "lpips",
     "mismatch_db",
 )
-
-
-def eight_bit(images):
-    """Round pictures (N, 3, H, W) in [-1, 1] as their files do."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
-
-
-def from_uint8(picture):
-    """Turn an (H, W, 3) uint8 array into (1, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 class Measures:

@@ -1,12 +1,9 @@
 """Figures from tensors: label colours, picture rows with captions."""
 
-from pathlib import Path
-
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import atomic_write
+from ..data.pictures import save_picture, to_uint8  # noqa: F401
 
 # Colours of the Cityscapes ids (as the data set's own tools show them); further ids get spread-out hues.
 _CITYSCAPES = {
@@ -57,12 +54,6 @@ def palette(num_classes):
     return ((k * np.array([[37, 91, 151]]) + np.array([[60, 120, 30]])) % 256).astype(np.uint8)
 
 
-def to_uint8(images):
-    """Turn pictures (N, 3, H, W) in [-1, 1] into (N, H, W, 3) uint8 arrays."""
-    scaled = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-
-
 def colour_labels(label, num_classes):
     """Turn label maps (N, 1, H, W) into (N, H, W, 3) uint8 arrays; ids outside the palette are clipped."""
     ids = label[:, 0].detach().cpu().clamp(0, num_classes - 1).numpy()
@@ -105,14 +96,3 @@ def picture_grid(rows, captions, gap=4):
                 tile = Image.fromarray(picture).resize((width, height), Image.NEAREST)
                 canvas.paste(tile, (gap + column * (width + gap), head + gap // 2 + i * (height + gap)))
     return np.asarray(canvas)
-
-
-def save_picture(picture, path, palette=None):
-    """Write a uint8 array (H, W, 3), or ids (H, W) with a palette (K, 3), as PNG, by a temporary name."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(picture)
-    if palette is not None:
-        image.putpalette(np.asarray(palette, dtype=np.uint8).flatten().tolist())
-    with atomic_write(path, "wb") as f:
-        image.save(f, format="PNG")
