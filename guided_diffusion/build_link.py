@@ -9,6 +9,7 @@ from .config import parts_of, points
 from .console import InputError
 from .data.datasets import PictureFolder
 from .diffusion.sampling import EarlyStop
+from .diffusion.solvers import SamplerSettings
 from .diffusion.unet import check_size
 from .evaluation import codecs as baselines
 from .evaluation import segmenters
@@ -18,12 +19,11 @@ from .evaluation.metrics import Metrics, distance
 from .files import digest_once
 from .link.channel import snr_to_sigma
 from .link.channel_coding import DigitalLink
-from .link.crossing import AnalogCrossing, DigitalCrossing, IdealCrossing
 from .link.message import Header
 from .link.noise_bank import NoiseBank
 from .link.selection import Chain, StepCodebook, select_both, select_initial, select_per_step
 from .link.source_coding import jxl_available
-from .link.transceiver import Receiver, Transmitter
+from .link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
 from .training.checkpoint import load_weights
 from .training.distributed import autocast, select_device, usable_precision
 from .training.placement import check_compiler, compiled, for_sampling, placed, rounded
@@ -126,10 +126,10 @@ def scenes(config, log, device="cpu"):
 def crossing(point):
     """Return the channel of one point."""
     if point.link == "analog":
-        return AnalogCrossing(snr_to_sigma(point.snr), point.pool)
+        return AnalogChannel(snr_to_sigma(point.snr), point.pool)
     if point.link == "digital":
-        return DigitalCrossing(DigitalLink(point.snr, point.modulation, point.code_rate, point.fading))
-    return IdealCrossing()
+        return DigitalChannel(DigitalLink(point.snr, point.modulation, point.code_rate, point.fading))
+    return IdealChannel()
 
 
 def _model_of(config, model, log, precision):
@@ -201,7 +201,7 @@ class ChainMaker:
         return self._models[precision]
 
     def _build(self, header, rule):
-        diffusion = diffusion_from(self.config, timestep_respacing=header.steps).to(self.device)
+        diffusion = diffusion_from(self.config, timestep_respacing=header.sampler.steps).to(self.device)
         if header.stop_step:
             # The answer is x_0's prediction at that step: every step counts as settled, and none before counts.
             rule = EarlyStop(float("inf"), 1, header.stop_step)
@@ -214,12 +214,8 @@ class ChainMaker:
             self._model(header.precision),
             diffusion,
             self._banks[bank],
-            method=header.method,
-            s=header.s,
-            eta=header.eta,
-            clip_denoised=header.clip_denoised,
+            header.sampler,
             early_stop=rule,
-            tail_steps=header.tail_steps,
             selected_steps=header.selected_steps or None,
             device=self.device,
             precision=functools.partial(autocast, self.device, header.precision),
@@ -229,30 +225,30 @@ class ChainMaker:
 
 def _header(config, precision, height, width, fingerprint):
     selecting = config.selection != "initial"
+    sampler = SamplerSettings(
+        method=config.sampler,
+        steps=config.timestep_respacing,
+        s=config.s,
+        eta=config.eta if config.sampler == "ddim" else 0.0,
+        clip_denoised=config.clip_denoised,
+        variance="posterior" if selecting and config.sampler == "ddpm" else "model",
+        tail_steps=config.tail_steps,
+    )
     return Header(
         height=height,
         width=width,
         num_classes=config.num_classes,
         one_hot=config.one_hot_label,
         edge_plane=not config.no_instance,
-        boundaries=False,
         label_scale=config.label_scale,
         edge_levels=0 if config.no_instance else config.edge_levels,
         edge_scale=config.edge_scale,
         bank_seed=config.noise_bank_seed,
         bank_size=config.noise_bank_size,
-        method=config.sampler,
-        steps=config.timestep_respacing,
-        eta=config.eta if config.sampler == "ddim" else 0.0,
-        s=config.s,
-        clip_denoised=config.clip_denoised,
-        stop_step=0,
+        sampler=sampler,
         start_sent=config.selection != "per_step",
-        selected_steps=0,
         step_candidates=config.step_candidates if selecting else 0,
         step_atoms=config.step_atoms if selecting else 0,
-        tail_steps=config.tail_steps,
-        step_variance="posterior" if selecting and config.sampler == "ddpm" else "model",
         precision=precision,
         fingerprint=fingerprint,
     )

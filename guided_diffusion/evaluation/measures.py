@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..data.pictures import eight_bit, from_uint8, save_picture
 from ..files import atomic_write
-from ..link.crossing import digital_facts
+from ..link.transceiver import digital_facts
 from ..random_streams import generator
 from . import codecs as baselines
 from .metrics import bootstrap_interval, colour_error

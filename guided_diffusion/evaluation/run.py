@@ -21,10 +21,9 @@ from ..diffusion.sampling import run_chain
 from ..diffusion.solvers import SamplerSettings
 from ..files import atomic_write, digest_once
 from ..link.channel import snr_to_sigma, transmit
-from ..link.crossing import analog_facts
-from ..link.recollection import Recollection
+from ..link.message import Message
 from ..link.source_coding import pack_choices
-from ..link.transceiver import Arrival, Message, Sent, condition
+from ..link.transceiver import Arrival, analog_facts
 from ..random_streams import generator, integer, stream_seed, text_number
 from ..training.distributed import autocast
 from ..training.ranks import Share
@@ -122,7 +121,6 @@ class Regeneration:
         if self.bank is not None:
             self.transmitter, self.receiver = parts["transmitter"](config), parts["receiver"](config)
             self.crossing = None if self.transmitting else parts["crossing"](config)
-            self.arriving = Recollection(self.receiver, self._message, self._cross_again)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -135,9 +133,6 @@ class Regeneration:
         total, left = sum(map(len, self.batches)), sum(map(len, todo))
         if left < total:
             print(f"{total - left} of {total} pictures are done already", file=sys.stderr)
-        if self.bank is not None:
-            known = {k: row["problems"].split() for k, row in rows.items() if row.get("problems") is not None}
-            self.arriving.lost.update(known)
         self._work_off(todo, left, own)
         return self.rows() if self.share.count > 1 else [rows[k] for k in sorted(rows)]
 
@@ -177,8 +172,7 @@ class Regeneration:
 
     def _started(self, bar):
         if self.start is not None:
-            spent = {} if self.bank is None else {"noise_bank": self.bank.seconds}
-            bar.write(self.start.line(**spent), file=StandardError())
+            bar.write(self.start.line(), file=StandardError())
 
     # -- one batch ----------------------------------------------------------------------------------------------------
 
@@ -196,7 +190,7 @@ class Regeneration:
             sent = self.transmitter.send(scene, self._index(k), self.on_step)
             row = self._sent_row(k, sent, time.monotonic() - started)
             if not self.transmitting:
-                arrival, facts = self.crossing.cross(sent, self.arriving.awaiting(k), self._channel_stream(k))
+                arrival, facts = self.crossing.send(sent, self.receiver, self._channel_stream(k))
                 row |= facts | {"problems": " ".join(arrival.problems) if arrival else "header"}
                 arrivals.append(arrival)
             rows.append(row)
@@ -214,17 +208,6 @@ class Regeneration:
 
     def _channel_stream(self, k):
         return generator(self.config.seed, "channel", self.numbers[k])
-
-    def _message(self, k):
-        """Return a picture's message: from its file, or sent once more, as its own share or an earlier run had it."""
-        path = self.results.file("messages", self.names[k], ".dgo")
-        if not path.exists():
-            self._write_message(k, self.transmitter.send(self.dataset.batch([k]), self._index(k), self.on_step).message)
-        return read_message(path)
-
-    def _cross_again(self, k, message, receiver):
-        y = condition(message.header, message.label, message.boundary, message.edges)
-        self.crossing.cross(Sent(message, y, None), receiver, self._channel_stream(k))
 
     def _pictures(self, rows, arrivals, sents):
         """Let the receiver make the pictures (N, 3, H, W) of a batch; grey where it has no header, or one of another size."""
