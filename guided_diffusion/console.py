@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 
+STARTED = time.monotonic()
 REQUEUE = 75  # exit code (EX_TEMPFAIL) of a run that was told to end and can go on where it stopped
 
 
