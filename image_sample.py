@@ -9,8 +9,10 @@ from guided_diffusion.config import SampleConfig, adopt_training_config, check_b
 from guided_diffusion.console import InputError, Interrupted, Interrupts, log, run_script
 from guided_diffusion.files import check_folder
 from guided_diffusion.idle_flags import unused_flags
-from guided_diffusion.prepare import check_places, check_values, draw_toy_scenes, find_weights, trained_config
-from guided_diffusion.training.ranks import find_ranks, find_share
+from guided_diffusion.build import draw_toy_scenes
+from guided_diffusion.prepare import check_values
+from guided_diffusion.training.checkpoint import find_weights, trained_config
+from guided_diffusion.training.distributed import find_ranks, find_share
 
 
 def main():
@@ -47,7 +49,7 @@ def regenerate(config, given):
     if not config.results_path and not config.dry_run:
         raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
     check_folder(config.results_path, "results_path")
-    check_places(config)
+
     if config.dry_run:
         from guided_diffusion.dry_run import dry_run
 

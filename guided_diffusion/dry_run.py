@@ -7,8 +7,8 @@ from .data.datasets import label_histogram
 from .evaluation.memory import describe_labels, describe_network
 from .prepare import ema_rates
 from .training.checkpoint import load_weights
-from .training.checkpoint_choice import resume_point
-from .training.distributed import select_device
+from .training.checkpoint import resume_point
+from .training.devices import select_device
 
 
 def dry_run(config, log, weights=None):
@@ -19,7 +19,7 @@ def dry_run(config, log, weights=None):
     device = select_device(config.device)
     precision = build.precision_of(config, device, log)
     model = build.untrained_model(config)
-    build.say_idle_attention(config, model, log)
+    build.log_unused_attention(config, model, log)
     build.diffusion_from(config)
     build.semantic_coding(config)
     training = weights is None

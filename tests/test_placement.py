@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_network
 
 from guided_diffusion import InputError, sample
-from guided_diffusion.training.placement import check_compiler, compiled, for_sampling, placed, rounded
+from guided_diffusion.training.devices import check_compiler, compiled, for_sampling, placed, rounded
 
 SIZE = (8, 16)
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def test_the_memory_layout_changes_speed_alone():
 @pytest.mark.skipif(sys.platform != "linux", reason="it is about glibc")
 def test_freed_memory_is_kept():
     code = (
-        "import resource, sys, torch\nfrom guided_diffusion.training.placement import keep_freed_memory\n"
+        "import resource, sys, torch\nfrom guided_diffusion.training.devices import keep_freed_memory\n"
         "if sys.argv[1] == 'keep': keep_freed_memory()\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "def work(): a = torch.ones(2**23); b = torch.ones(2**23); return float(a[0] + b[0])\n"

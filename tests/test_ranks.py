@@ -8,7 +8,7 @@ import pytest
 
 from guided_diffusion.console import InputError
 from guided_diffusion.training import ranks
-from guided_diffusion.training.ranks import Ranks, Share, find_ranks, find_share
+from guided_diffusion.training.distributed import Ranks, Share, find_ranks, find_share
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
 STEP = {

@@ -18,7 +18,7 @@ from guided_diffusion.evaluation.results import (
     settings_of,
     unique_names,
 )
-from guided_diffusion.training.ranks import Share
+from guided_diffusion.training.distributed import Share
 
 COLUMNS = ("path", "name", "psnr_db")
 

@@ -19,7 +19,7 @@ from guided_diffusion.evaluation.receive import receive_all
 from guided_diffusion.evaluation.results import is_last, share_out
 from guided_diffusion.evaluation.run import Regeneration, run_points
 from guided_diffusion.link.message import receive_parts
-from guided_diffusion.training.ranks import Share
+from guided_diffusion.training.distributed import Share
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNT = 5

@@ -282,7 +282,9 @@ def resume_point(directory, asked, partial=False, log=None):
     same = folder.resolve() == Path(directory).resolve()
     if latest is not None and (not same or latest > step):
         what = f"steps up to {latest}" if same else f"another run (step {latest})"
-        raise InputError(f"--checkpoint_dir {directory} already holds {what}: choose an empty folder to branch off into")
+        raise InputError(
+            f"--checkpoint_dir {directory} already holds {what}: choose an empty folder to branch off into"
+        )
     problem = _model_problem(folder, step) if partial else problem_of(folder, step)
     if problem:
         raise InputError(

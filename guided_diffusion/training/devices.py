@@ -42,7 +42,9 @@ def select_device(name="auto", ranks=None):
         if device.index is not None:
             raise InputError(f"--device {name}: {ranks.world_size} processes cannot share one GPU; use cuda or auto")
         if ranks.local_rank >= found > 1:
-            raise InputError(f"process {ranks.local_rank + 1} of this node has no GPU left: {found} are shown; start fewer")
+            raise InputError(
+                f"process {ranks.local_rank + 1} of this node has no GPU left: {found} are shown; start fewer"
+            )
         device = torch.device("cuda", ranks.local_rank if found > 1 else 0)
     torch.cuda.set_device(device)  # collectives, and the question for bf16, take the current one
     return device
@@ -134,7 +136,9 @@ def check_compiler(device):
     variable, usual = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")  # a GPU's kernels are started from C
     compiler = (shlex.split(os.environ.get(variable, "")) or [usual])[0]
     if not shutil.which(compiler):
-        raise InputError(f"--compile True: {compiler} was not found; install it, name another in {variable}, or drop it")
+        raise InputError(
+            f"--compile True: {compiler} was not found; install it, name another in {variable}, or drop it"
+        )
 
 
 def compiled(model, log):

@@ -277,7 +277,9 @@ class Group:
                 raise
             text = " ".join(str(error).split()) or type(error).__name__
             if _is_connection_error(error):
-                raise LostPeer(f"rank {self.rank} ends because it lost another one: was it killed? ({text[:300]})") from None
+                raise LostPeer(
+                    f"rank {self.rank} ends because it lost another one: was it killed? ({text[:300]})"
+                ) from None
             for kind in (InputError, OSError):
                 if isinstance(error, kind):
                     raise kind(f"rank {self.rank}: {text}") from None

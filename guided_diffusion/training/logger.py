@@ -13,7 +13,9 @@ from tqdm import tqdm
 from ..console import StandardError, bar_options
 from ..files import atomic_write
 
-COLUMNS = "step,images,loss,mse,vb,grad_norm,lr,images_per_second,seconds,skipped_steps,val_score,colour_error".split(",")
+COLUMNS = "step,images,loss,mse,vb,grad_norm,lr,images_per_second,seconds,skipped_steps,val_score,colour_error".split(
+    ","
+)
 
 
 class RunLogger:
@@ -85,7 +87,9 @@ class RunLogger:
             yield self._board
         except Exception as error:  # where tensorflow is installed, a full disk is not an OSError
             board, self._board = self._board, None
-            self.log(f"TensorBoard cannot be written ({error}): left out from here on; progress.csv has the same figures")
+            self.log(
+                f"TensorBoard cannot be written ({error}): left out from here on; progress.csv has the same figures"
+            )
             with suppress(Exception):
                 board.close()
 

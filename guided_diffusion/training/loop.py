@@ -95,7 +95,11 @@ class TrainLoop:
         self.bad_files = {}  # path -> why it was left out
         self.means = RunningMeans(self.group)
         self.saved, self.failed_saves = 0, 0  # the last whole checkpoint; saves that failed since
-        self.parts = {"model": _Weights(model, own, settings.export_legacy), "opt": _Moments(self.optimizer), "state": self}
+        self.parts = {
+            "model": _Weights(model, own, settings.export_legacy),
+            "opt": _Moments(self.optimizer),
+            "state": self,
+        }
         for rate, ema in self.emas.items():
             self.parts[f"ema_{rate}_"] = _Weights(model, ema, settings.export_legacy)
 
@@ -340,7 +344,9 @@ class TrainLoop:
         """Take over a state. Raises InputError where --seed or --batch_size would change the data order."""
         for name, own in (("seed", self.settings.seed), ("batch_size", self.batch_size)):
             if state[name] != own:
-                raise InputError(f"--{name} {own} (of all processes) contradicts the checkpoint, made with {state[name]}")
+                raise InputError(
+                    f"--{name} {own} (of all processes) contradicts the checkpoint, made with {state[name]}"
+                )
         self.position = state["position"]
         self.sampler.load_state_dict(state["sampler"])
         if self.scaler.is_enabled() and state["scaler"]:
