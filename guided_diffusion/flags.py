@@ -175,9 +175,7 @@ class TrainFlags:
         "an unreadable file among the pictures ends the run, or is skipped and listed at the end",
         ("error", "skip"),
     )
-    fsdp: bool = flag(
-        False, "shard weights, averages and optimizer over the processes (FSDP2), for models beyond one GPU"
-    )
+    dist_timeout: float = flag(600.0, "seconds after which processes that wait for another one give up")
     export_legacy: bool = flag(False, "add the unused spade_norm tensors that GESCO and Diff-GO-n insist on")
     fp16_scale_growth: float = flag(1e-3, "accepted, without effect: GradScaler has its own rule")
     eval_interval: int = flag(0, "steps between validation scores; 0: none")
