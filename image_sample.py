@@ -8,13 +8,13 @@ import os
 from guided_diffusion import config as flags
 from guided_diffusion.console import InputError, Interrupted, Interrupts, log, run_script
 from guided_diffusion.files import check_folder
-from guided_diffusion.prepare import check_places, check_values, draw_toy_scenes, find_weights, trained_config
-from guided_diffusion.training.ranks import find_ranks, find_share
 
 
 def main():
     """Parse flags, take the architecture from the checkpoint, build, regenerate; a signal ends it at once."""
     config, given = flags.parse_config(flags.SampleConfig, __doc__)
+    from guided_diffusion.training.distributed import find_ranks  # with torch
+
     with Interrupts(at_once=True):  # what is done is on the disk already
         try:
             regenerate(config, given, find_ranks())
@@ -25,13 +25,16 @@ def main():
 
 def regenerate(config, given, ranks):
     """Regenerate this process's share of the pictures, or look at what that would do (--dry_run)."""
+    from guided_diffusion import build
+    from guided_diffusion.training.checkpoint import find_weights, trained_config
+    from guided_diffusion.training.distributed import find_share
+
     quiet = ranks.rank > 0  # one process of a job logs and shows a progress bar
     tell = (lambda line: None) if quiet else log
     weights = find_weights(config.model_path, config.dry_run, tell)
     trained, source = trained_config(weights)
     warnings = flags.adopt_training_config(config, given, trained, source) if trained else []
     flags.check_bank(config, given)
-    check_values(config)
     warnings += flags.unused_flags(config, given)
     if config.s > 1 and trained.get("drop_rate") == 0:
         warnings.append(f"--s {config.s:g} guides a model trained without --drop_rate, which never saw empty semantics")
@@ -41,11 +44,11 @@ def regenerate(config, given, ranks):
     for line in warnings:
         tell(f"warning: {line}")
     if config.role != "receive":
-        draw_toy_scenes(config, given, log)
+        build.draw_toy_scenes(config, given, log)
     if not config.results_path and not config.dry_run:
         raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
     check_folder(config.results_path, "results_path")
-    check_places(config)
+
     if config.dry_run:
         from guided_diffusion.dry_run import dry_run
 

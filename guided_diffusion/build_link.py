@@ -20,8 +20,16 @@ from .link.selection import Chain, StepCodebook, select_both, select_initial, se
 from .link.source_coding import jxl_available
 from .link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
 from .training.checkpoint import load_weights
-from .training.distributed import autocast, select_device, usable_precision
-from .training.placement import check_compiler, compiled, for_sampling, placed, rounded
+from .training.devices import (
+    autocast,
+    check_compiler,
+    compiled,
+    for_sampling,
+    placed,
+    rounded,
+    select_device,
+    usable_precision,
+)
 
 MAX_AREA = 16  # of pictures that a message may ask for, in squares of image_size
 SEARCH_BATCH = 8  # candidates that run together; not --batch_size, which must not decide near ties

@@ -10,9 +10,8 @@ from .build_link import describe_label_memory
 from .config import ema_rates
 from .data.datasets import label_histogram
 from .diffusion.unet import ResBlock
-from .training.checkpoint import load_weights
-from .training.checkpoint_choice import resume_point
-from .training.distributed import select_device
+from .training.checkpoint import load_weights, resume_point
+from .training.devices import select_device
 
 
 def dry_run(config, log, weights=None):
@@ -22,7 +21,7 @@ def dry_run(config, log, weights=None):
     """
     precision = build.precision_of(config, select_device(config.device), log)
     model = build.untrained_model(config)
-    build.say_idle_attention(config, model, log)
+    build.log_unused_attention(config, model, log)
     build.diffusion_from(config)
     build.semantic_coding(config)
     training = weights is None

@@ -75,20 +75,3 @@ def file_digest(path):
     if now - s.st_ctime_ns > SETTLED:
         _known[state] = found.digest()
     return found.digest()
-
-
-# -- until their callers on other branches have changed
-
-
-def digest_of(f):
-    found = hashlib.sha256()
-    while chunk := f.read(2**20):
-        found.update(chunk)
-    return found.digest()
-
-
-def digest_once(source):
-    return file_digest(getattr(source, "name", source))
-
-
-digest = file_digest

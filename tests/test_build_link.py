@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import TINY, as_arguments
 
-from guided_diffusion import build_link, prepare
+from guided_diffusion import build_link
 from guided_diffusion.config import SampleConfig, parse_config, sweep
 from guided_diffusion.console import InputError
 from guided_diffusion.diffusion.solvers import SamplerSettings
 from guided_diffusion.evaluation.run import Run
 from guided_diffusion.files import file_digest
+from guided_diffusion.training.checkpoint import find_weights
 
 FLAGS = {**TINY, "timestep_respacing": "4"}
 
@@ -29,7 +30,7 @@ def configure(scenes, trained, tmp_path):
     def make(**flags):
         flags = {"data_dir": scenes, "model_path": trained, "results_path": tmp_path / "out", **FLAGS, **flags}
         config, _ = parse_config(SampleConfig, "", as_arguments(flags))
-        return config, prepare.find_weights(config.model_path)
+        return config, find_weights(config.model_path)
 
     return make
 
@@ -114,7 +115,7 @@ def test_header_has_what_the_flags_ask_for(parts, trained):
     assert (header.label_scale, header.edge_levels, header.edge_scale, header.boundaries) == (4, 2, 2, True)
     assert (header.height, header.width, header.bank_size, header.bank_seed) == (16, 32, 16, 150)
     assert header.start_sent and header.selected_steps == 0
-    assert header.fingerprint == file_digest(prepare.find_weights(str(trained)))[:8]
+    assert header.fingerprint == file_digest(find_weights(str(trained)))[:8]
     assert sampling["transmitter"](point).chain.sampler == header.sampler
 
 

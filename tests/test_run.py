@@ -15,14 +15,15 @@ import torch
 from conftest import TINY, as_arguments
 from PIL import Image
 
-from guided_diffusion import build_link, prepare
+from guided_diffusion import build_link
 from guided_diffusion.config import SampleConfig, parse_config
 from guided_diffusion.console import InputError
 from guided_diffusion.evaluation import results
 from guided_diffusion.evaluation.results import share_out
 from guided_diffusion.evaluation.run import SceneRun, run_pictures
 from guided_diffusion.link.message import receive_parts
-from guided_diffusion.training.ranks import Share
+from guided_diffusion.training.checkpoint import find_weights
+from guided_diffusion.training.distributed import Share
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNT = 5
@@ -47,7 +48,7 @@ def sample(scenes, trained, tmp_path):
     def run(folder, share=(0, 1), **flags):
         own = {"data_dir": scenes, "model_path": trained, "results_path": tmp_path / folder, "timestep_respacing": 3}
         config, _ = parse_config(SampleConfig, "", as_arguments({**own, **TINY, **flags}))
-        weights, logged = prepare.find_weights(config.model_path), []
+        weights, logged = find_weights(config.model_path), []
         build = build_link.receiving_parts if config.role == "receive" else build_link.sampling_parts
         parts = build(config, weights, lambda line: None)
         run_pictures(config, weights, parts, logged.append, Share(*share))

@@ -20,7 +20,7 @@ from ..files import atomic_write, file_digest
 from ..link.message import Message, receive_parts
 from ..link.source_coding import pack_choices
 from ..random_streams import generator, text_number
-from ..training.ranks import Share
+from ..training.distributed import Share
 from .metrics import psnr
 from .panels import palette, show_semantics, write_panel
 from .report import BITS, CHANNEL, MEASURED, PARTS, codec_lines, cost_lines, score_lines, write_curves
