@@ -17,6 +17,7 @@ ROOT = Path(guided_diffusion.__file__).parent
 ORDER = [
     {"image_train", "image_sample"},
     {"benchmark", "dry_run"},
+    {"build_link"},
     {"build"},
     {"evaluation"},
     {"training"},
@@ -24,7 +25,8 @@ ORDER = [
     {"diffusion"},
     {"data"},
     {"config"},
-    {"console", "files", "random_streams"},
+    {"flags", "files"},
+    {"console", "random_streams"},
 ]
 PUBLIC = ["model_and_diffusion_defaults", "create_model_and_diffusion", "load_weights", "NoiseBank", "load_data"]
 PUBLIC += ["encode_semantics", "sample", "EarlyStop"]
@@ -115,7 +117,7 @@ def row(name):
 
 
 def test_import_finder_sees_imports():
-    assert {"console", "files"} <= imported("config")
+    assert {"console", "files", "flags"} <= imported("config")
     assert {"data.semantics", "link.channel", "random_streams"} <= imported("training.inputs")
     assert {"data.pictures", "data.pairing"} <= imported("data.datasets")
     assert {"build", "config", "console"} <= imported("image_train")
