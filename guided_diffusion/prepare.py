@@ -1,4 +1,4 @@
-"""What a script settles before torch is loaded: weights and their flags, toy scenes, and all that can be refused by then."""
+"""Weights and their flags, toy scenes, and the folders that a run needs."""
 
 import os
 

@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SEED_TRAIN = shlex.split(
     "--dataset_mode cityscapes --lr 1e-4 --batch_size 1 --attention_resolutions 32,16,8 --diffusion_steps 1000"
     " --image_size 256 --learn_sigma True --noise_schedule linear --num_channels 256 --num_head_channels 64"
-    " --num_res_blocks 2 --resblock_updown True --use_fp16 True --use_scale_shift_norm True --use_checkpoint True --save_interval 1000"
-    " --num_classes 35 --class_cond True --no_instance False --one_hot_label True"
+    " --num_res_blocks 2 --resblock_updown True --use_fp16 True --use_scale_shift_norm True --use_checkpoint True"
+    " --save_interval 1000 --num_classes 35 --class_cond True --no_instance False --one_hot_label True"
 )
 SEED_SAMPLE = shlex.split(
     "--dataset_mode cityscapes --attention_resolutions 32,16,8 --diffusion_steps 1000 --image_size 256"
-    " --learn_sigma True --noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --resblock_updown True"
-    " --use_fp16 True --use_scale_shift_norm True --num_classes 35 --class_cond True --no_instance False --batch_size 1"
+    " --learn_sigma True --noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2"
+    " --resblock_updown True --use_fp16 True --use_scale_shift_norm True --num_classes 35 --class_cond True --no_instance False --batch_size 1"
     " --num_samples 100 --model_path ./checkpoints/ema_0.9999_100000.pt --results_path ./results/results_100000 --s 2"
     " --one_hot_label True --snr 100 --pool None --unet_model unet"
 )
