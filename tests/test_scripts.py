@@ -27,9 +27,9 @@ SEED_TRAIN = shlex.split(
 SEED_SAMPLE = shlex.split(
     "--dataset_mode cityscapes --attention_resolutions 32,16,8 --diffusion_steps 1000 --image_size 256"
     " --learn_sigma True --noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2"
-    " --resblock_updown True --use_fp16 True --use_scale_shift_norm True --num_classes 35 --class_cond True --no_instance False --batch_size 1"
-    " --num_samples 100 --model_path ./checkpoints/ema_0.9999_100000.pt --results_path ./results/results_100000 --s 2"
-    " --one_hot_label True --snr 100 --pool None --unet_model unet"
+    " --resblock_updown True --use_fp16 True --use_scale_shift_norm True --num_classes 35 --class_cond True"
+    " --no_instance False --batch_size 1 --num_samples 100 --model_path ./checkpoints/ema_0.9999_100000.pt"
+    " --results_path ./results/results_100000 --s 2 --one_hot_label True --snr 100 --pool None --unet_model unet"
 )
 
 
