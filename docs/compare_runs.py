@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from guided_diffusion.evaluation.panels import picture_grid, save_picture
+from guided_diffusion.data.pictures import save_picture
+from guided_diffusion.evaluation.panels import picture_grid
 
 
 def read(path):

@@ -22,7 +22,7 @@ from guided_diffusion.console import run_script
 from guided_diffusion.diffusion.sampling import EarlyStop, sample
 from guided_diffusion.evaluation import segmenters
 from guided_diffusion.evaluation.metrics import kernel_distance, psnr, ssim
-from guided_diffusion.training.distributed import autocast
+from guided_diffusion.training.devices import autocast
 
 
 def run_batch(name, run, numbers, options, config, parts, bar):

@@ -166,8 +166,7 @@ def main(arguments=None):
 def _setup(config, network, given, folder):
     from .benchmarks.setup import Setup
     from .data.toy_scenes import MIN_SIZE, write_toy_scenes
-    from .training.distributed import select_device, usable_precision
-    from .training.placement import check_compiler
+    from .training.devices import check_compiler, select_device, usable_precision
 
     weights = find_weights(config.model_path, log=log) if config.model_path else ""
     if weights:
@@ -233,7 +232,7 @@ def _measure(config, setup, names, results):
     """Measure the parts one after the other; return a line for each that failed, as a part too large for the memory does."""
     from tqdm import tqdm
 
-    from .training.distributed import release_memory
+    from .training.devices import release_memory
 
     failed, weights = [], {name: PARTS[name][3 if config.quick else 2] or 1 for name in names}
     bar_format = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {desc}"

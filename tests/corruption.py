@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 from conftest import tiny_network
+from guided_diffusion.training.checkpoint_choice import newest_ema, resume_point
+from guided_diffusion.training.manifest import manifest_name, noted_config
 
 from guided_diffusion.console import InputError
 from guided_diffusion.training.checkpoint import file_name, load_parts, load_weights, save_parts
-from guided_diffusion.training.checkpoint_choice import newest_ema, resume_point
-from guided_diffusion.training.manifest import manifest_name, noted_config
 
 STEPS = (2, 4, 6)
 RATE = "0.9999"

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import TINY, TRAIN, as_arguments
 
-from guided_diffusion import build, create_model_and_diffusion, model_and_diffusion_defaults, prepare
-from guided_diffusion.config import TrainConfig, parse_config
+from guided_diffusion import build, create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.config import TrainConfig, ema_rates, parse_config
 from guided_diffusion.console import InputError
+from guided_diffusion.training.checkpoint import find_weights, trained_config
 
 SMALL = {"image_size": 32, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1}
 
@@ -101,7 +102,7 @@ def test_auto_without_a_checkpoint_starts_afresh(make_loop):
 @pytest.mark.parametrize("rates", ["", "1.0", "a", "0.9,-1"])
 def test_bad_ema_rates(rates):
     with pytest.raises(InputError, match="--ema_rate"):
-        prepare.ema_rates(rates)
+        ema_rates(rates)
 
 
 def test_initial_weights_follow_from_the_seed(make_loop):
@@ -112,25 +113,25 @@ def test_initial_weights_follow_from_the_seed(make_loop):
 
 
 def test_find_weights_takes_a_folders_newest_average(trained, tmp_path):
-    assert prepare.find_weights(str(trained)).endswith("ema_0.9_000004.pt")
+    assert find_weights(str(trained)).endswith("ema_0.9_000004.pt")
     with pytest.raises(InputError, match="no such file"):
-        prepare.find_weights(str(tmp_path / "none.pt"))
+        find_weights(str(tmp_path / "none.pt"))
     with pytest.raises(InputError, match="--model_path is empty"):
-        prepare.find_weights("")
+        find_weights("")
     with pytest.raises(InputError, match="no ema_"):
-        prepare.find_weights(str(tmp_path))
+        find_weights(str(tmp_path))
 
 
 def test_the_flags_of_training_come_from_config_json_or_else_from_the_manifest(trained, tmp_path):
     weights = str(trained / "ema_0.9_000004.pt")
-    beside, where = prepare.trained_config(weights)
+    beside, where = trained_config(weights)
     assert beside["num_channels"] == 32 and where == str(trained / "config.json")
     for name in ("ema_0.9_000004.pt", "manifest000004.json"):
         shutil.copy(trained / name, tmp_path)
-    noted, where = prepare.trained_config(str(tmp_path / "ema_0.9_000004.pt"))
+    noted, where = trained_config(str(tmp_path / "ema_0.9_000004.pt"))
     assert noted == beside and "manifest" in where
     (tmp_path / "manifest000004.json").unlink()
-    assert prepare.trained_config(str(tmp_path / "ema_0.9_000004.pt"))[0] == {}
+    assert trained_config(str(tmp_path / "ema_0.9_000004.pt"))[0] == {}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from PIL import Image
 
 from guided_diffusion import NoiseBank, sample
 from guided_diffusion.config import SampleConfig, TrainConfig
+from guided_diffusion.diffusion.solvers import SamplerSettings
 from guided_diffusion.link.message import Header, Message
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +94,8 @@ def message_digests():
     """SHA-256 of three messages: maps at three scales, image edges of several levels, and noise choices."""
     found = []
     for k, (scale, levels, method) in enumerate(((1, 0, "ddim"), (2, 2, "dpm++"), (1, 16, "ddpm"))):
-        steps = 3 if k == 2 else 0
+        steps, eta = 3 if k == 2 else 0, 0.3 if method == "ddim" else 0.0
+        variance = "posterior" if k == 2 else "model"
         header = Header(
             height=32,
             width=64,
@@ -101,14 +103,10 @@ def message_digests():
             boundaries=True,
             label_scale=scale,
             edge_levels=levels,
-            method=method,
-            steps="20",
-            eta=0.3 if method == "ddim" else 0.0,
-            s=1.7,
+            sampler=SamplerSettings(method, "20", s=1.7, eta=eta, variance=variance),
             selected_steps=steps,
             step_candidates=64 if k == 2 else 0,
             step_atoms=2 if k == 2 else 0,
-            step_variance="posterior" if k == 2 else "model",
             fingerprint=bytes(range(8)),
         )
         boundary = np.zeros((32, 64), bool)

@@ -1,16 +1,21 @@
 """Training: steps against naive ones, exact resuming, losses that are not finite, schedules, early stopping."""
 
 import csv
+import hashlib
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
 from PIL import Image
 
 from guided_diffusion.console import InputError, Interrupted, Interrupts
-from guided_diffusion.training import run_state
+from guided_diffusion.training import loop as loop_module
+from guided_diffusion.training.checkpoint import file_name, manifest_text, read_manifest
+from guided_diffusion.training.distributed import Group
+from guided_diffusion.training.logger import RunningMeans
 from guided_diffusion.training.loop import MAX_SKIPPED, MAX_SKIPPED_SCALED
 
 
@@ -29,7 +34,17 @@ def table(loop):
         return list(csv.DictReader(f))
 
 
-def test_a_run_writes_whole_checkpoints_and_a_table(make_loop, tmp_path):
+def replace_part(folder, step, kind, contents):
+    """Write one part of a checkpoint anew, and its entry in the manifest."""
+    path = folder / file_name(kind, step)
+    torch.save(contents, path)
+    manifest = read_manifest(folder, step)
+    raw = path.read_bytes()
+    manifest["files"][path.name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    (folder / file_name("manifest", step)).write_text(manifest_text(manifest))
+
+
+def test_run_writes_whole_checkpoints_and_a_table(make_loop, tmp_path):
     loop = make_loop(
         total_steps=3, save_interval=2, ema_rate="0.9,0.99", preview_items=2, preview_steps=2, eval_interval=2
     )
@@ -46,7 +61,7 @@ def test_a_run_writes_whole_checkpoints_and_a_table(make_loop, tmp_path):
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
-def test_saved_model_is_a_plain_state_dict(make_loop, tmp_path):
+def test_save_writes_plain_state_dicts(make_loop, tmp_path):
     loop = make_loop(total_steps=1)
     loop.run()
     saved = torch.load(tmp_path / "run" / "model000001.pt", weights_only=True)
@@ -54,7 +69,7 @@ def test_saved_model_is_a_plain_state_dict(make_loop, tmp_path):
     assert not any("spade_norm" in key for key in saved)
 
 
-def test_export_legacy_adds_zero_spade_norms(make_loop, tmp_path):
+def test_save_with_export_legacy_adds_zero_spade_norms(make_loop, tmp_path):
     make_loop(total_steps=1, export_legacy=True).run()
     saved = torch.load(tmp_path / "run" / "ema_0.9_000001.pt", weights_only=True)
     extras = [key for key in saved if ".spade_norm." in key]
@@ -63,13 +78,13 @@ def test_export_legacy_adds_zero_spade_norms(make_loop, tmp_path):
     assert resumed.run() == 2
 
 
-def test_one_step_is_adamw_on_the_mean_loss(make_loop):
+def test_train_step_is_adamw_on_the_mean_loss(make_loop):
     loop = make_loop(total_steps=1, weight_decay=0.1)
     batch = next(iter(loop.loader(0)))
     before = weights_of(loop)
-    x_start, y, noise, u = loop.rules(batch)
-    t, _ = loop.sampler.sample(u)
-    loss = loop.diffusion.training_losses(loop.model, x_start, t, y=y, noise=noise)["loss"].mean()
+    t, _ = loop.sampler.sample(batch["u"])
+    y, noise = loop.inputs.conditioning(batch), batch["noise"]
+    loss = loop.diffusion.training_losses(loop.model, batch["image"], t, y=y, noise=noise)["loss"].mean()
     gradients = torch.autograd.grad(loss, list(loop.model.parameters()), allow_unused=True)
     terms = loop.train_step(batch)
     torch.testing.assert_close(terms["loss"], loss.detach())
@@ -83,18 +98,18 @@ def test_one_step_is_adamw_on_the_mean_loss(make_loop):
         torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=1e-4)
 
 
-def test_microbatches_equal_the_whole_batch(make_loop):
+def test_train_step_in_microbatches_equals_the_whole_batch(make_loop):
     # Losses and gradients, not weights: Adam's first steps blow up rounding where a gradient is nearly zero.
     whole, split = make_loop("a", batch_size=4), make_loop("b", batch_size=4, microbatch=1)
     batch = next(iter(whole.loader(0)))
-    sums = [loop._backward(*loop.rules(batch)) for loop in (whole, split)]
+    sums = [loop._backward(batch) for loop in (whole, split)]
     torch.testing.assert_close(sums[0], sums[1], atol=1e-6, rtol=1e-5)
     for (name, a), b in zip(whole.model.named_parameters(), split.model.parameters(), strict=True):
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_the_average_follows_its_formula_and_starts_young(make_loop):
+def test_ema_follows_its_formula_and_starts_young(make_loop):
     loop = make_loop(ema_rate="0.9,0.5")
     expected = {rate: weights_of(loop) for rate in ("0.9", "0.5")}
     batches = iter(loop.loader(0))
@@ -123,7 +138,7 @@ def test_the_average_follows_its_formula_and_starts_young(make_loop):
         {"precision": "bf16", "noise_bank_size": 0, "microbatch": 1},
     ],
 )
-def test_resuming_is_exact(make_loop, flags):
+def test_resume_is_exact(make_loop, flags):
     straight = make_loop("straight", total_steps=5, **flags)
     straight.run()
     make_loop("broken", total_steps=2, eval_interval=1, **flags).run()
@@ -139,7 +154,7 @@ def test_resuming_is_exact(make_loop, flags):
     assert [row["loss"] for row in table(resumed)] == [row["loss"] for row in table(straight)]
 
 
-def test_resuming_needs_every_part_unless_asked(make_loop, tmp_path):
+def test_resume_needs_every_part_unless_partial(make_loop, tmp_path):
     make_loop(total_steps=2).run()
     (tmp_path / "run" / "opt000002.pt").unlink()
     with pytest.raises(InputError, match=r"opt000002\.pt is missing"):
@@ -148,15 +163,15 @@ def test_resuming_needs_every_part_unless_asked(make_loop, tmp_path):
     assert loop.step == 2 and not loop.optimizer.state
 
 
-def test_resuming_with_another_batch_size_or_seed_is_refused(make_loop):
+def test_resume_refuses_another_batch_size_or_seed(make_loop):
     make_loop(total_steps=1).run()
-    with pytest.raises(InputError, match=r"--batch_size 4 contradicts .* made with 2"):
+    with pytest.raises(InputError, match=r"state000001\.pt: --batch_size 4 .*contradicts .* made with 2"):
         make_loop(resume_checkpoint="auto", batch_size=4)
-    with pytest.raises(InputError, match=r"--seed 5 contradicts .* made with 0"):
+    with pytest.raises(InputError, match=r"--seed 5 .*contradicts .* made with 0"):
         make_loop(resume_checkpoint="auto", seed=5)
 
 
-def test_a_step_without_finite_loss_leaves_weights_and_counts(make_loop):
+def test_train_step_without_finite_loss_leaves_weights_and_counts(make_loop):
     loop = make_loop()
     batches = iter(loop.loader(0))
     loop.train_step(next(batches))
@@ -170,13 +185,42 @@ def test_a_step_without_finite_loss_leaves_weights_and_counts(make_loop):
     assert any(not torch.equal(before[key], value) for key, value in weights_of(loop).items())
 
 
+def test_row_leaves_out_steps_that_are_not_finite(make_loop):
+    loop = make_loop(total_steps=7, log_interval=3)
+    train_step = loop.train_step
+
+    def breaking(batch):
+        if loop.step in (1, 3, 4, 5):
+            batch["image"][:] = float("nan")
+        return train_step(batch)
+
+    loop.train_step = breaking
+    loop.run()
+    rows = table(loop)
+    assert [row["skipped_steps"] for row in rows] == ["1", "4", "4"]
+    assert float(rows[0]["loss"]) > 0 and float(rows[0]["grad_norm"]) > 0  # of the two finite steps
+    assert rows[1]["loss"] == rows[1]["grad_norm"] == "" and float(rows[2]["loss"]) > 0
+
+
+def test_running_means_are_of_finite_steps_since_the_last_row():
+    means, true = RunningMeans(Group()), torch.tensor(True)
+    for value, finite in ((1.0, true), (float("inf"), ~true), (3.0, true)):
+        means.add({"loss": torch.tensor(value), "mse": torch.tensor(2 * value)}, finite)
+    assert means.close(batch_size=4)[0] == {"loss": 2.0, "mse": 4.0}
+    means.add({"loss": torch.tensor(7.0)}, true)
+    with means.paused():
+        time.sleep(0.3)
+    found, rate = means.close(1)
+    assert found == {"loss": 7.0} and rate > 1 / 0.3  # the pause does not count
+
+
 def with_scaler(loop):
     """Give a loop the loss scale that fp16 has on a GPU."""
     loop.scaler, loop.max_skipped = torch.amp.GradScaler("cpu", init_scale=2.0**10), MAX_SKIPPED_SCALED
     return loop
 
 
-def test_a_loss_scale_changes_nothing_and_its_overflows_are_counted(make_loop):
+def test_scaler_changes_nothing_and_its_overflows_are_counted(make_loop):
     plain, scaled = make_loop("plain"), with_scaler(make_loop("scaled"))
     for loop in (plain, scaled):
         batches = iter(loop.loader(0))
@@ -192,21 +236,21 @@ def test_a_loss_scale_changes_nothing_and_its_overflows_are_counted(make_loop):
     assert_same(weights_of(scaled), weights_of(plain))
 
 
-def test_a_scaled_run_resumes_its_scale(make_loop):
+def test_scaler_resumes_its_scale(make_loop):
     loop = with_scaler(make_loop())
     broken = next(iter(loop.loader(0)))
     broken["image"][:] = float("nan")
     for _ in range(MAX_SKIPPED + 1):
         loop.train_step(broken)
     loop._check_finite()  # more overflows than a run without a scale may have
-    run_state.save(loop, run_state.parts_of(loop))
+    loop.save()
     resumed = with_scaler(make_loop("other"))
     resumed.resume(loop.settings.checkpoint_dir, loop.step)
     assert resumed.scaler.get_scale() == loop.scaler.get_scale() == 2.0 ** (10 - MAX_SKIPPED - 1)
     assert int(resumed.skipped) == int(resumed.skipped_now) == MAX_SKIPPED + 1
 
 
-def test_losses_that_stay_broken_stop_the_run_and_name_the_pictures(make_loop, tmp_path):
+def test_run_stops_where_losses_stay_broken_and_names_the_pictures(make_loop, tmp_path):
     loop = make_loop(total_steps=50, save_interval=2)
     loader = loop.loader
 
@@ -235,14 +279,14 @@ def test_learning_rate_warms_up_and_anneals(make_loop):
     assert loop.settings.last_step == 8
 
 
-def test_early_stopping_ends_the_run(make_loop):
+def test_run_ends_by_early_stopping(make_loop):
     loop = make_loop(total_steps=50, eval_interval=1, eval_items=1, patience=2, min_delta=100)
     assert loop.run() == 3  # the first score is the best; two more do not improve by 100
     assert loop.early_stopping.best_step == 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
-def test_an_interrupt_ends_the_run_between_steps_with_a_checkpoint(make_loop, number, code):
+def test_run_ends_between_steps_with_a_checkpoint_on_a_signal(make_loop, number, code):
     straight = make_loop("straight", total_steps=5)
     straight.run()
     loop = make_loop(total_steps=5)
@@ -267,7 +311,7 @@ def test_an_interrupt_ends_the_run_between_steps_with_a_checkpoint(make_loop, nu
     assert signal.getsignal(number) is before
 
 
-def test_an_interrupt_before_the_first_step_leaves_things_as_they_were(make_loop, tmp_path):
+def test_run_leaves_files_alone_on_a_signal_before_the_first_step(make_loop, tmp_path):
     make_loop(total_steps=2).run()
     files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*0*")}
     with Interrupts() as interrupts:
@@ -282,17 +326,17 @@ def test_an_interrupt_before_the_first_step_leaves_things_as_they_were(make_loop
 
 def failing_saves(monkeypatch, steps):
     """Let the saves of some steps fail as on a full disk."""
-    save = run_state.save_parts
+    save = loop_module.save_checkpoint
 
     def full(directory, step, *rest):
         if step in steps:
             raise OSError(28, "No space left on device")
         save(directory, step, *rest)
 
-    monkeypatch.setattr(run_state, "save_parts", full)
+    monkeypatch.setattr(loop_module, "save_checkpoint", full)
 
 
-def test_training_goes_on_when_a_save_fails(make_loop, tmp_path, monkeypatch, capsys):
+def test_run_goes_on_when_a_save_fails(make_loop, tmp_path, monkeypatch, capsys):
     straight = make_loop("straight", total_steps=6)
     straight.run()
     failing_saves(monkeypatch, {2, 3, 5})
@@ -305,7 +349,7 @@ def test_training_goes_on_when_a_save_fails(make_loop, tmp_path, monkeypatch, ca
     assert sorted(path.name for path in (tmp_path / "run").glob("model*")) == [f"model00000{k}.pt" for k in (1, 4, 6)]
 
 
-def test_too_many_failed_saves_end_the_run(make_loop, monkeypatch):
+def test_run_ends_after_too_many_failed_saves(make_loop, monkeypatch):
     failing_saves(monkeypatch, {2, 3, 4})
     loop = make_loop(total_steps=6, save_interval=1, save_failures=2)
     with pytest.raises(OSError, match="No space left"):
@@ -313,13 +357,13 @@ def test_too_many_failed_saves_end_the_run(make_loop, monkeypatch):
     assert loop.step == 3
 
 
-def test_the_last_save_must_work(make_loop, monkeypatch):
+def test_run_needs_its_last_save(make_loop, monkeypatch):
     failing_saves(monkeypatch, {2})
     with pytest.raises(OSError, match="No space left"):
         make_loop(total_steps=2).run()
 
 
-def test_old_checkpoints_are_removed_but_not_the_best(make_loop, tmp_path):
+def test_run_removes_old_checkpoints_but_not_the_best(make_loop, tmp_path):
     loop = make_loop(total_steps=6, save_interval=1, keep_checkpoints=2, eval_interval=1, eval_items=1)
     scores = iter([5.0, 1.0, 4.0, 3.0, 2.0, 6.0])
     loop.validation.score = lambda *_: next(scores)
@@ -327,7 +371,7 @@ def test_old_checkpoints_are_removed_but_not_the_best(make_loop, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").glob("model*")) == [f"model00000{k}.pt" for k in (2, 5, 6)]
 
 
-def test_unreadable_pictures_are_skipped_and_listed(make_loop, scenes, tmp_path, capsys):
+def test_run_skips_and_lists_unreadable_pictures(make_loop, scenes, tmp_path, capsys):
     shutil.copytree(scenes, tmp_path / "scenes")
     bad = sorted((tmp_path / "scenes").glob("leftImg8bit/train/*/*.png"))[2]
     bad.write_bytes(bad.read_bytes()[:100])
@@ -342,7 +386,7 @@ def test_unreadable_pictures_are_skipped_and_listed(make_loop, scenes, tmp_path,
 # -- stopping and resuming --------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_ran_out_of_patience_stays_stopped(make_loop):
+def test_resume_after_early_stopping_stays_stopped(make_loop):
     flags = {"total_steps": 50, "eval_interval": 1, "eval_items": 1, "min_delta": 100}
     make_loop(patience=2, **flags).run()
     resumed = make_loop(patience=2, resume_checkpoint="auto", **flags)
@@ -350,7 +394,7 @@ def test_a_run_that_ran_out_of_patience_stays_stopped(make_loop):
     assert make_loop(patience=4, resume_checkpoint="auto", **flags).run() == 5
 
 
-def test_a_finished_run_has_nothing_to_do(make_loop):
+def test_resume_of_a_finished_run_has_nothing_to_do(make_loop):
     make_loop(total_steps=2).run()
     loop = make_loop(total_steps=1, resume_checkpoint="auto")
     before = weights_of(loop)
@@ -358,13 +402,13 @@ def test_a_finished_run_has_nothing_to_do(make_loop):
     assert_same(weights_of(loop), before)
 
 
-def test_weight_decay_follows_the_flag_on_resuming(make_loop):
+def test_resume_takes_weight_decay_from_the_flag(make_loop):
     make_loop(total_steps=1).run()
     loop = make_loop(resume_checkpoint="auto", weight_decay=0.5)
     assert [group["weight_decay"] for group in loop.optimizer.param_groups] == [0.5]
 
 
-def test_an_optimizer_file_in_another_memory_layout_goes_on_alike(make_loop, tmp_path):
+def test_resume_takes_moments_in_another_memory_layout(make_loop, tmp_path):
     # Files of the family, and of sharded runs, have plain layouts; the network's is channels_last.
     straight = make_loop("straight", total_steps=4)
     straight.run()
@@ -373,31 +417,37 @@ def test_an_optimizer_file_in_another_memory_layout_goes_on_alike(make_loop, tmp
     saved = torch.load(path, weights_only=True)
     for values in saved["state"].values():
         values |= {name: values[name].contiguous() for name in ("exp_avg", "exp_avg_sq")}
-    torch.save(saved, path)
-    (tmp_path / "run" / "manifest000002.json").unlink()
+    replace_part(tmp_path / "run", 2, "opt", saved)
     resumed = make_loop(total_steps=4, resume_checkpoint="auto")
     resumed.run()
     assert_same(weights_of(resumed), weights_of(straight))
 
 
-def test_an_average_of_another_network_is_refused(make_loop, tmp_path):
+def test_resume_refuses_an_average_of_another_network(make_loop, tmp_path):
     make_loop(total_steps=1).run()
-    torch.save({"out.2.weight": torch.zeros(1)}, tmp_path / "run" / "ema_0.9_000001.pt")
-    (tmp_path / "run" / "manifest000001.json").unlink()  # else the change would be found by its digest
+    replace_part(tmp_path / "run", 1, "ema_0.9_", {"out.2.weight": torch.zeros(1)})
     with pytest.raises(InputError, match=r"ema_0\.9_000001\.pt: missing key"):
         make_loop(resume_checkpoint="auto")
 
 
-@pytest.mark.parametrize("contents", [[], {"step": 1}])
-def test_a_foreign_state_file_is_refused(make_loop, tmp_path, contents):
+@pytest.mark.parametrize(
+    ("kind", "contents"),
+    [
+        ("state", []),
+        ("state", {"step": 1}),
+        ("opt", {"step": 1}),
+        ("opt", {"state": {}, "param_groups": [{"params": [0, 1]}]}),  # GESCO's, with use_fp16
+    ],
+)
+def test_resume_refuses_foreign_parts_unless_partial(make_loop, tmp_path, kind, contents):
     make_loop(total_steps=1).run()
-    torch.save(contents, tmp_path / "run" / "state000001.pt")
-    (tmp_path / "run" / "manifest000001.json").unlink()
-    with pytest.raises(InputError, match="does not fit this run"):
+    replace_part(tmp_path / "run", 1, kind, contents)
+    with pytest.raises(InputError, match=rf"{kind}000001\.pt: it does not fit this run"):
         make_loop(resume_checkpoint="auto")
+    assert make_loop(resume_checkpoint="auto", resume_partial=True).step == 1
 
 
-def test_a_new_average_on_resuming_is_asked_about_not_started_over(make_loop):
+def test_resume_with_a_new_ema_rate_needs_partial(make_loop):
     make_loop(total_steps=1).run()
     with pytest.raises(InputError, match=r"lacks ema_0\.5_000001\.pt"):
         make_loop(resume_checkpoint="auto", ema_rate="0.9,0.5")
@@ -405,7 +455,7 @@ def test_a_new_average_on_resuming_is_asked_about_not_started_over(make_loop):
     assert_same(loop.emas["0.5"], weights_of(loop))
 
 
-def test_pictures_of_several_sizes_train_one_at_a_time(make_loop, scenes, tmp_path):
+def test_run_trains_pictures_of_several_sizes_one_at_a_time(make_loop, scenes, tmp_path):
     folder = tmp_path / "mixed"
     shutil.copytree(scenes, folder)
     for path in sorted(folder.rglob("toytown_000001*.png")):
@@ -415,7 +465,7 @@ def test_pictures_of_several_sizes_train_one_at_a_time(make_loop, scenes, tmp_pa
     assert make_loop(data_dir=folder, batch_size=1, total_steps=6).run() == 6
 
 
-def test_it_learns(make_loop):
+def test_run_learns(make_loop):
     loop = make_loop(total_steps=40, batch_size=4, log_interval=10, learn_sigma=True)
     loop.run()
     losses = [float(row["mse"]) for row in table(loop)]

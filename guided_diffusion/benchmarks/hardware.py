@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..training.distributed import device_name
+from ..training.devices import device_name
 
 # What decides how fast products are in reduced precision.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "i8mm")

@@ -1,5 +1,6 @@
 """How the cost grows: with pixels, batch, entries of the bank, and candidates of noise selection."""
 
+from ..diffusion.solvers import SamplerSettings
 from ..link.noise_bank import NoiseBank
 from ..link.selection import Chain
 from .sampling import fast_step, plain_step
@@ -75,7 +76,7 @@ def candidates(setup):
             fast_network(setup, plain, precision),
             diffusion,
             NoiseBank((3, *setup.size)),
-            s=setup.s,
+            SamplerSettings(s=setup.s),
             device=setup.device,
             precision=context,
             cache_bytes=setup.cache_bytes,

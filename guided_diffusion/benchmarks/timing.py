@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..training.distributed import half_dtype, products_as_convolutions, synchronize, tf32
+from ..training.devices import half_dtype, products_as_convolutions, synchronize, tf32
 
 TIMED_S = 0.05  # of products in one timing: a GPU takes less for one than its clock can tell
 

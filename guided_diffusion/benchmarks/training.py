@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import build
-from ..training.distributed import grad_scaler, release_memory, to_device
+from ..training.devices import grad_scaler, release_memory, to_device
 from .timing import Contender, MatmulRate, alternate, flops, summary
 
 BATCHES = (1, 4, 8)

@@ -1,22 +1,21 @@
-"""Reading, resizing and edges of single pictures and id maps.
+"""Single pictures and id maps: reading, resizing, edges; arrays and tensors of their pixels; writing.
 
 Sizes are (width, height) in pixels, as in Pillow. The resizing rule is that of guided diffusion (arXiv 2105.05233):
 halve by averaging while the picture is at least twice too large, then one bicubic step.
 """
 
-import errno
-import functools
 import struct
-import time
 import zlib
 from contextlib import contextmanager
+from pathlib import Path
 
 import blobfile as bf
 import numpy as np
+import torch
 from PIL import Image, ImageFilter
 
 from ..console import InputError
-from ..files import digest_of
+from ..files import atomic_write
 from .pairing import is_remote
 
 # Modes whose pixels are one integer; of "P" the index counts, not the colour
@@ -35,34 +34,12 @@ READ_ERRORS = (
 )
 
 
-# What network file systems answer for a moment, and not of a bad file
-PASSING_ERRORS = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENOLCK)
-PAUSES_S = (0.5, 5.0, 30.0)
-
-
-def _patiently(read):
-    """Let a function that reads a file try again, three times, where the file system failed."""
-
-    @functools.wraps(read)
-    def reading(*arguments):
-        for pause in PAUSES_S:
-            try:
-                return read(*arguments)
-            except InputError as error:
-                if getattr(error.__cause__, "errno", None) not in PASSING_ERRORS:
-                    raise
-            time.sleep(pause)
-        return read(*arguments)
-
-    return reading
-
-
 @contextmanager
-def _file(path):
-    """Open a local or remote file; any failure becomes an InputError that names it."""
+def _opened(path):
+    """Yield the Pillow image of a local or remote file; any failure becomes an InputError that names the file."""
     try:
-        with bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb") as file:
-            yield file
+        with bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb") as file, Image.open(file) as image:
+            yield image
     except InputError:
         raise
     except READ_ERRORS as error:
@@ -70,28 +47,12 @@ def _file(path):
         raise InputError(f"{path} cannot be read as a picture ({reason}); replace or remove it") from error
 
 
-@contextmanager
-def _opened(path):
-    """Yield the Pillow image of a local or remote file; failures as in `_file`."""
-    with _file(path) as file, Image.open(file) as image:
-        yield image
-
-
-@_patiently
-def file_digest(path):
-    """SHA-256 of a picture's file, in hexadecimal; InputError if it is unreadable."""
-    with _file(path) as file:
-        return digest_of(file).hex()
-
-
-@_patiently
 def read_picture(path):
     """Read a picture as an 8-bit RGB Pillow image; InputError if it is unreadable."""
     with _opened(path) as image:
         return image.convert("RGB")
 
 
-@_patiently
 def read_ids(path, kind="label"):
     """Read a label or instance map as a Pillow image whose pixels are ids, up to 16 bits or more.
 
@@ -108,7 +69,6 @@ def read_ids(path, kind="label"):
         return image.convert("I") if image.mode == "I;16B" else image.copy()
 
 
-@_patiently
 def picture_size(path):
     """Return (width, height) from the file's header alone; InputError if it is unreadable."""
     with _opened(path) as image:
@@ -152,11 +112,6 @@ def edge_pixels(picture):
     return np.asarray(picture.convert("L").filter(ImageFilter.FIND_EDGES))  # (H, W)
 
 
-def image_edges(picture):
-    """Edge map of an 8-bit RGB picture, float32 (H, W) in [0, 1] (see `edge_pixels`)."""
-    return unit_range(edge_pixels(picture))
-
-
 def unit_range(pixels):
     """8-bit pixels -> float32 array in [0, 1]."""
     values = pixels.astype(np.float32, order="C")
@@ -178,6 +133,28 @@ def centred(pixels):
     return values
 
 
-def picture_array(picture):
-    """8-bit RGB picture -> float32 array (3, H, W) in [-1, 1]."""
-    return centred(planes(picture))
+def eight_bit(images):
+    """Round pictures (N, 3, H, W) in [-1, 1] as their files do."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+
+
+def to_uint8(images):
+    """Turn pictures (N, 3, H, W) in [-1, 1] into (N, H, W, 3) uint8 arrays."""
+    scaled = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def from_uint8(picture):
+    """Turn an (H, W, 3) uint8 array into (1, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def save_picture(picture, path, palette=None):
+    """Write a uint8 array (H, W, 3), or ids (H, W) with a palette (K, 3), as PNG, by a temporary name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(picture)
+    if palette is not None:
+        image.putpalette(np.asarray(palette, dtype=np.uint8).flatten().tolist())
+    with atomic_write(path, "wb") as f:
+        image.save(f, format="PNG")

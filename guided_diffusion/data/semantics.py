@@ -15,7 +15,7 @@ class SemanticCoding:
     """What source coding keeps of the semantics.
 
     :param label_scale: 1, 2, 4 or 8: every so many pixels' label is sent (nearest), and repeated at the receiver.
-    :param edge_levels: values of an image-edge pixel: 0 (not sent), 2 (a threshold decides) ... 256 (as it is, GESCO's).
+    :param edge_levels: values of an image-edge pixel: 0 (not sent), 2 (a threshold decides) ... 256 (as it is).
     :param edge_threshold: with 2 levels: image edges from here on are 1.
     :param edge_scale: 1, 2, 4 or 8: one pixel of the sent edges for so many, the strongest of them.
     """
@@ -36,7 +36,7 @@ class SemanticCoding:
 
 
 def shrink_labels(label, scale):
-    """Nearest-downsample (N, 1, H, W) to (N, 1, ceil(H/scale), ceil(W/scale)): the pixel in the middle of each block."""
+    """Downsample (N, 1, H, W) to (N, 1, ceil(H/scale), ceil(W/scale)) by nearest: the middle pixel of each block."""
     rows, columns = ((torch.arange(0, side, scale) + scale // 2).clamp(max=side - 1) for side in label.shape[2:])
     return label[:, :, rows][:, :, :, columns]
 
@@ -46,19 +46,25 @@ def enlarge(small, scale, height, width):
     return small.repeat_interleave(scale, 2).repeat_interleave(scale, 3)[:, :, :height, :width]
 
 
-def inner_boundaries(label, instance):
-    """Mark pixels with a 4-neighbour of the same class but of another instance: what a label map does not tell.
+def instance_edges(instance):
+    """Mark the pixels that have a 4-neighbour with another instance id: (N, 1, H, W) integers -> float32, 0 or 1."""
+    return _borders(instance).float()
 
-    :param label, instance: (N, 1, H, W) integers.
-    :return: (N, 1, H, W) bool.
-    """
-    marked = torch.zeros(label.shape, dtype=torch.bool, device=label.device)
+
+def inner_boundaries(label, instance):
+    """Mark pixels with a 4-neighbour of the same class but of another instance: (N, 1, H, W) integers -> bool."""
+    return _borders(instance, label)
+
+
+def _borders(ids, label=None):
+    marked = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
     for axis in (2, 3):
-        last = label.shape[axis] - 1
-        same_class = label.narrow(axis, 0, last) == label.narrow(axis, 1, last)
-        between = same_class & (instance.narrow(axis, 0, last) != instance.narrow(axis, 1, last))
-        for place in (0, 1):
-            marked.narrow(axis, place, last).logical_or_(between)
+        last = ids.shape[axis] - 1
+        border = ids.narrow(axis, 0, last) != ids.narrow(axis, 1, last)
+        if label is not None:
+            border &= label.narrow(axis, 0, last) == label.narrow(axis, 1, last)
+        for side in (0, 1):
+            marked.narrow(axis, side, last).logical_or_(border)
     return marked
 
 
@@ -77,7 +83,7 @@ def describe(label, instance, image_edge, coding):
     """Reduce the semantics to what is sent.
 
     :param instance, image_edge: (N, 1, H, W), or None.
-    :return: label ids (N, 1, h, w), boundaries within classes (N, 1, H, W) bool or None, edge symbols (N, 1, h', w') or None.
+    :return: label ids (N, 1, h, w), `inner_boundaries` (N, 1, H, W) or None, `edge_symbols` (N, 1, h', w') or None.
     """
     boundary = None if instance is None else inner_boundaries(label, instance)
     symbols = None if image_edge is None else edge_symbols(image_edge.float(), coding)
@@ -94,20 +100,16 @@ def restore(label, boundary, symbols, coding, size, num_classes, one_hot=True, e
     :return: (N, C, H, W) float32, as from `encode_semantics`.
     """
     label = enlarge(label, coding.label_scale, *size)
-    edges = None
-    if edge_plane and boundary is not None:
+    edges = 0
+    if boundary is not None:
         edges = torch.maximum(instance_edges(label), boundary.float())
-    if edge_plane and symbols is not None:
-        image_edge = enlarge(symbols, coding.edge_scale, *size).float() / max(coding.edge_levels - 1, 1)
-        edges = image_edge if edges is None else edges + image_edge
+    if symbols is not None:
+        edges = edges + enlarge(symbols, coding.edge_scale, *size).float() / max(coding.edge_levels - 1, 1)
     return encode_semantics(label, None, edges, num_classes, one_hot, edge_plane)
 
 
 def received_semantics(label, instance, image_edge, num_classes, one_hot=True, edge_plane=True, coding=None):
-    """Build the conditioning tensor as it is after source coding, for both ends: decode(encode(m)).
-
-    With the label map in full and 256 edge levels this is `encode_semantics`, where instances never span classes.
-    """
+    """Build the conditioning tensor as it is after source coding, for both ends: decode(encode(m))."""
     coding = coding or SemanticCoding()
     sent = describe(label, instance, image_edge, coding)
     return restore(*sent, coding, label.shape[2:], num_classes, one_hot, edge_plane)
@@ -116,22 +118,6 @@ def received_semantics(label, instance, image_edge, num_classes, one_hot=True, e
 def conditioning_channels(num_classes, one_hot=True, no_instance=False):
     """Number of planes of y: one per class (or one with the label ids), and one for the edges unless `no_instance`."""
     return (num_classes if one_hot else 1) + (0 if no_instance else 1)
-
-
-def instance_edges(instance):
-    """Mark the pixels that have a 4-neighbour with another instance id.
-
-    :param instance: (N, 1, H, W) integers.
-    :return: (N, 1, H, W) float32, 0 or 1.
-    """
-    edge = torch.zeros(instance.shape, dtype=torch.bool, device=instance.device)
-    across = instance[..., :, 1:] != instance[..., :, :-1]
-    down = instance[..., 1:, :] != instance[..., :-1, :]
-    edge[..., :, 1:] |= across
-    edge[..., :, :-1] |= across
-    edge[..., 1:, :] |= down
-    edge[..., :-1, :] |= down
-    return edge.float()
 
 
 def encode_semantics(label, instance, image_edge, num_classes, one_hot=True, edge_plane=None):
@@ -145,23 +131,24 @@ def encode_semantics(label, instance, image_edge, num_classes, one_hot=True, edg
         wanted and has neither is zero.
     :return: (N, C, H, W) float32; class planes 0 or 1, the edge plane (instance edge + image edge) in [0, 2].
     """
-    if label.ndim != 4 or label.shape[1] != 1:
-        raise InputError(f"label map: expected shape (N, 1, H, W), found {tuple(label.shape)}")
-    low, high = int(label.min()), int(label.max())
-    if low < 0 or high >= num_classes:
-        found = low if low < 0 else high
-        raise InputError(
-            f"label map has id {found}, but num_classes is {num_classes}: ids must be 0...{num_classes - 1}"
-        )
+    label = label.long()
+    if label.device.type == "cpu":  # an accelerator would have to wait; its labels were checked where they were read
+        low, high = label.aminmax()
+        if low < 0 or high >= num_classes:
+            found = int(low if low < 0 else high)
+            raise InputError(f"label map has id {found}, but num_classes is {num_classes}")
     if one_hot:
         n, _, h, w = label.shape
-        planes = torch.zeros(n, num_classes, h, w, device=label.device).scatter_(1, label.long(), 1.0)
+        planes = torch.zeros(n, num_classes, h, w, device=label.device).scatter_(1, label, 1.0)
     else:
         planes = label.float()
-    edges = [instance_edges(instance)] if instance is not None else []
-    edges += [image_edge.float()] if image_edge is not None else []
     if edge_plane is None:
-        edge_plane = bool(edges)
+        edge_plane = instance is not None or image_edge is not None
     if not edge_plane:
         return planes
-    return torch.cat([planes, sum(edges) if edges else torch.zeros_like(planes[:, :1])], dim=1)
+    edges = torch.zeros_like(planes[:, :1])
+    if instance is not None:
+        edges += instance_edges(instance)
+    if image_edge is not None:
+        edges += image_edge
+    return torch.cat([planes, edges], dim=1)

@@ -1,66 +1,27 @@
 """Figures from tensors: label colours, picture rows with captions."""
 
-from pathlib import Path
-
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import atomic_write
+from ..data.pictures import save_picture, to_uint8
+from .metrics import colour_error
+from .results import read_picture_file
 
-# Colours of the Cityscapes ids (as the data set's own tools show them); further ids get spread-out hues.
-_CITYSCAPES = {
-    0: (0, 0, 0),
-    1: (0, 0, 0),
-    2: (0, 0, 0),
-    3: (0, 0, 0),
-    4: (0, 0, 0),
-    5: (111, 74, 0),
-    6: (81, 0, 81),
-    7: (128, 64, 128),
-    8: (244, 35, 232),
-    9: (250, 170, 160),
-    10: (230, 150, 140),
-    11: (70, 70, 70),
-    12: (102, 102, 156),
-    13: (190, 153, 153),
-    14: (180, 165, 180),
-    15: (150, 100, 100),
-    16: (150, 120, 90),
-    17: (153, 153, 153),
-    18: (153, 153, 153),
-    19: (250, 170, 30),
-    20: (220, 220, 0),
-    21: (107, 142, 35),
-    22: (152, 251, 152),
-    23: (70, 130, 180),
-    24: (220, 20, 60),
-    25: (255, 0, 0),
-    26: (0, 0, 142),
-    27: (0, 0, 70),
-    28: (0, 60, 100),
-    29: (0, 0, 90),
-    30: (0, 0, 110),
-    31: (0, 80, 100),
-    32: (0, 0, 230),
-    33: (119, 11, 32),
-    34: (0, 0, 142),
-}
+# Colours of the Cityscapes ids 0...34, as rrggbb (as the data set's own tools show them).
+_CITYSCAPES = """
+    000000 000000 000000 000000 000000 6f4a00 510051 804080 f423e8 faaaa0 e6968c 464646
+    66669c be9999 b4a5b4 966464 96785a 999999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4
+    dc143c ff0000 00008e 000046 003c64 00005a 00006e 005064 0000e6 770b20 00008e
+"""
 
 
 def palette(num_classes):
     """Return label colours, (num_classes, 3) uint8: those of Cityscapes for 35 classes, spread-out ones otherwise."""
     if num_classes == 35:
-        return np.array([_CITYSCAPES[k] for k in range(35)], dtype=np.uint8)
+        return np.frombuffer(bytes.fromhex(_CITYSCAPES), np.uint8).reshape(35, 3)
     k = np.arange(num_classes)[:, None]
     # Odd multipliers walk through all 8-bit values, so that neighbouring ids look different.
     return ((k * np.array([[37, 91, 151]]) + np.array([[60, 120, 30]])) % 256).astype(np.uint8)
-
-
-def to_uint8(images):
-    """Turn pictures (N, 3, H, W) in [-1, 1] into (N, H, W, 3) uint8 arrays."""
-    scaled = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def colour_labels(label, num_classes):
@@ -107,12 +68,27 @@ def picture_grid(rows, captions, gap=4):
     return np.asarray(canvas)
 
 
-def save_picture(picture, path, palette=None):
-    """Write a uint8 array (H, W, 3), or ids (H, W) with a palette (K, 3), as PNG, by a temporary name."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(picture)
-    if palette is not None:
-        image.putpalette(np.asarray(palette, dtype=np.uint8).flatten().tolist())
-    with atomic_write(path, "wb") as f:
-        image.save(f, format="PNG")
+def write_panel(results, rows, columns):
+    """Write panel.png of a `ResultsFolder`, a line for each of some rows of its table.
+
+    :param columns: caption -> kind of picture file, or a function from a row's name to a picture (H, W, 3) uint8.
+    """
+
+    def picture_of(kind, name):
+        return kind(name) if callable(kind) else read_picture_file(results.file(kind, name))
+
+    lines = [[picture_of(kind, row["name"]) for kind in columns.values()] for row in rows]
+    if any(picture is not None for line in lines for picture in line):
+        save_picture(picture_grid(lines, list(columns)), results.path / "panel.png")
+
+
+def preview_panel(images, y, regenerated, num_classes, one_hot=True):
+    """Show what a network in training makes of some scenes: original, label map and edges, regenerated.
+
+    :param images, regenerated: (N, 3, H, W) in [-1, 1].
+    :param y: (N, C, H, W) conditioning.
+    :return: the panel (height, width, 3) uint8, and the mean colour error (see `metrics.colour_error`).
+    """
+    columns = to_uint8(images), show_semantics(y, num_classes, one_hot), to_uint8(regenerated)
+    panel = picture_grid(list(zip(*columns, strict=True)), ["original", "label map and edges", "regenerated"])
+    return panel, float(colour_error(regenerated, images).mean())

@@ -1,10 +1,9 @@
-"""A sampling run: pictures in, messages over the channel, regenerated pictures, a table and a panel out.
+"""A sampling run: pictures or messages in, regenerated pictures, a table and a panel out.
 
-Run again, it goes on where it stopped. Several processes share the pictures out without speaking to each other: each knows
-its share, keeps its rows in a table of its own, and whoever finds all pictures there at its end puts the tables together.
+Each finished picture leaves a row file. Run again, a run goes on with what is missing. Several processes share the
+pictures out without speaking to each other, and whoever finds all rows there joins them to results.csv.
 """
 
-import dataclasses
 import os
 import sys
 import time
@@ -14,491 +13,388 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..config import points
-from ..console import InputError, StandardError, bar_options
-from ..data.semantics import received_semantics
-from ..diffusion.sampling import run_chain
-from ..diffusion.solvers import SamplerSettings
-from ..files import atomic_write, digest_once
-from ..link.channel import snr_to_sigma, transmit
-from ..link.crossing import analog_facts
-from ..link.recollection import Recollection
+from ..config import results_settings, sweep
+from ..console import STARTED, InputError, StandardError, bar_options
+from ..data.pictures import save_picture, to_uint8
+from ..files import atomic_write, file_digest
+from ..link.message import Message, receive_parts
 from ..link.source_coding import pack_choices
-from ..link.transceiver import Arrival, Message, Sent, condition
-from ..random_streams import generator, integer, stream_seed, text_number
-from ..training.distributed import autocast
-from ..training.ranks import Share
-from .measures import PARTS, codec_lines, cost_lines, score_lines, write_curves
+from ..random_streams import generator, text_number
+from ..training.distributed import Share
 from .metrics import psnr
-from .panels import palette, picture_grid, save_picture, show_semantics, to_uint8
-from .results import ResultsFolder, is_last, picture_digest, read_picture_file, settings_of, share_out, unique_names
+from .panels import palette, show_semantics, write_panel
+from .report import BITS, CHANNEL, MEASURED, PARTS, codec_lines, cost_lines, score_lines, write_curves
+from .results import ResultsFolder, picture_digest, share_out, unique_names
 
-COLUMNS = (
-    "path",
-    "name",
-    "bank_index",
-    "steps",
-    "link",
-    "snr_db",
-    "pool",
-    "seconds",
-    "transmit_seconds",
-    "evaluations",
-    "distance",
-    *(f"bits_{part}" for part in PARTS),
-    "bpp",
-    "channel_uses",
-    "bandwidth_ratio",
-    "realised_snr_db",
-    "eb_n0_db",
-    "blocks",
-    "block_errors",
-    "problems",
-    "psnr_db",
-    "colour_error",
-    "ssim",
-    "ms_ssim",
-    "lpips",
-    "mismatch_db",
-    "picture_sha256",
-)
-
-# Flags that may change between two runs into the same folder.
-FREE = {
-    "results_path",
-    "num_samples",
-    "batch_size",
-    "num_workers",
-    "device",
-    "dry_run",
-    "preset",
-    "panel_items",
-    "use_fp16",
-    "noise_bank_cache",
-    "dropout",
-    "use_checkpoint",
-    "use_kl",
-    "rescale_learned_sigmas",
-    "add_noise",
-    "noise_to",
-    "messages",
-    "share_array",
-    "label_memory",
-    "cache_dir",
-    "metrics",
-    "fid_weights",
-    "features",
-    "baseline",
-    "segmenter",
-}
-
+_POINT = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool")
+_COST = ("seconds", "transmit_seconds", "evaluations", "distance", *BITS, "bpp")
+COLUMNS = (*_POINT, *_COST, *CHANNEL, "problems", *MEASURED, "mismatch_db", "picture_sha256")
+MESSAGE = ".dgo"  # ending of a message's file
 ALONE = Share()
 
 
-class Regeneration:
-    """Sends the pictures of a split over the channel and regenerates them, or only writes their messages.
+class SceneRun:
+    """Sends the scenes of a split over the channel and regenerates them; --role transmit: only writes their messages.
 
-    :param config: a `SampleConfig` of one point (see `config.points`).
+    :param config: a `SampleConfig` of one point (see `config.sweep`).
     :param weights: path of the weights file.
     :param parts: what `build_link.sampling_parts` returns.
-    :param share: the `Share` of the pictures that this process makes.
-    :param quiet: show no progress bar.
-    :param start: a `StartUp`, whose line is shown after the first reverse step; or None.
+    :param results: the `ResultsFolder`.
     """
 
-    def __init__(self, config, weights, parts, share=ALONE, quiet=False, start=None):
-        self.start = start
-        self.config, self.weights, self.parts, self.share, self.quiet = config, weights, parts, share, quiet
-        self.results = ResultsFolder(config.results_path, COLUMNS, share)
+    columns = COLUMNS
+
+    def __init__(self, config, weights, parts, results):
+        self.config, self.weights, self.results = config, weights, results
         self.dataset, self.bank, self.measures = parts["dataset"], parts["bank"], parts["measures"]
-        self.count = min(config.num_samples, len(self.dataset))
-        self.batches = share_out(self.count, config.batch_size, share)
+        self.transmitting = config.role == "transmit"
+        self.analog = not self.transmitting and config.link == "analog"
+        self.kind = "local" if self.transmitting else "samples"  # what a finished picture leaves behind
+        self.verb = "writing the messages of" if self.transmitting else "regenerating"
+        self.items, self.batch_size = "pictures", config.batch_size
         self.paths = [str(pair.image or pair.label) for pair in self.dataset.pairs]
         self.names = unique_names(self.paths)
         # What is drawn for a picture follows from its name, so that further files in the split change nothing.
         self.numbers = [text_number(pair.stem) for pair in self.dataset.pairs]
-        self.transmitting = config.role == "transmit"
-        self.kind = "local" if self.transmitting else "samples"  # what a finished picture leaves behind
-        if self.bank is not None:
-            self.transmitter, self.receiver = parts["transmitter"](config), parts["receiver"](config)
-            self.crossing = None if self.transmitting else parts["crossing"](config)
-            self.arriving = Recollection(self.receiver, self._message, self._cross_again)
+        self.transmitter, self.receiver = parts["transmitter"](config), parts["receiver"](config)
+        self.channel = None if self.transmitting else parts["channel"](config)
 
-    # -- the run ------------------------------------------------------------------------------------------------------
-
-    def run(self):
-        """Regenerate what is not done yet of this share; return the rows of the whole table, as far as they are there."""
-        self._claim()
-        rows = self._finished_rows()
-        own = rows if self.share.count == 1 else self._finished_rows(own=True)
-        todo = [left for batch in self.batches if (left := [k for k in batch if k not in rows])]
-        total, left = sum(map(len, self.batches)), sum(map(len, todo))
-        if left < total:
-            print(f"{total - left} of {total} pictures are done already", file=sys.stderr)
-        if self.bank is not None:
-            known = {k: row["problems"].split() for k, row in rows.items() if row.get("problems") is not None}
-            self.arriving.lost.update(known)
-        self._work_off(todo, left, own)
-        return self.rows() if self.share.count > 1 else [rows[k] for k in sorted(rows)]
-
-    def rows(self):
-        """Return the rows of all tables, in the order of the pictures."""
-        rows = self._finished_rows()
-        return [rows[k] for k in sorted(rows)]
-
-    def is_complete(self, rows):
-        """Whether the rows hold all pictures of the run, of all shares."""
-        return {*self.paths[: self.count]} <= {row["path"] for row in rows}
-
-    def _finished_rows(self, own=False):
-        numbers = {path: k for k, path in enumerate(self.paths)}
-        return self.results.finished_rows(numbers, self.names, self.kind, own)
-
-    def _claim(self):
-        config, files = self.config, {"model_path": self.weights, "data_dir": self.config.data_dir}
-        deciding = {"weights": self.weights}  # files whose contents decide what the pictures are
+    def settings(self):
+        """Return what identifies the results: flags, the data's place, digests of files that decide the pictures."""
+        config, files = self.config, {"weights": self.weights}
         if config.extractor != "gt":
-            deciding["extractor"] = files["extractor"] = config.extractor
+            files["extractor"] = config.extractor
         if config.segmenter and config.distance == "segmenter":
-            deciding["segmenter"] = config.segmenter
-        settings = settings_of(dataclasses.asdict(config), FREE, files)
-        settings |= {f"{name}_sha256": digest_once(path).hex() for name, path in deciding.items()}
-        self.results.claim(settings, free={"model_path"})
+            files["segmenter"] = config.segmenter
+        place = config.data_dir if "://" in config.data_dir else os.path.abspath(config.data_dir)
+        digests = {f"{name}_sha256": file_digest(path).hex() for name, path in files.items()}
+        return results_settings(config) | {"data_dir": place} | digests
 
-    def _work_off(self, batches, count, rows):
-        """Make `count` pictures, in batches, and put theirs beside the rows of this share's table."""
-        with tqdm(total=count, unit="picture", **bar_options(), disable=self.quiet) as bar:
-            self.on_step = _StepCounter(bar, self._started)
-            for batch in batches:
-                found = self._without_bank(batch) if self.bank is None else self._cross(batch)
-                rows.update(zip(batch, found, strict=True))
-                bar.update(len(batch))
-                self.results.write_own(rows)
+    def is_current(self, k, row):
+        """Whether a row is of picture k."""
+        return row["path"] == self.paths[k]
 
-    def _started(self, bar):
-        if self.start is not None:
-            spent = {} if self.bank is None else {"noise_bank": self.bank.seconds}
-            bar.write(self.start.line(**spent), file=StandardError())
-
-    # -- one batch ----------------------------------------------------------------------------------------------------
-
-    def _cross(self, numbers):
-        """Send one batch of pictures, write their files, and return their rows."""
-        rows, arrivals, sents, scenes = [], [], [], []
+    def make(self, numbers, on_step):
+        """Make one batch of pictures, write their files, and return their rows."""
         if len({self.dataset.sample_size(k) for k in numbers}) > 1:
-            raise InputError(
-                f"pictures {numbers[0] + 1} to {numbers[-1] + 1} differ in size and cannot share a batch;"
-                " use --batch_size 1"
-            )
-        for k in numbers:
+            which = f"pictures {numbers[0] + 1} to {numbers[-1] + 1}"
+            raise InputError(f"{which} differ in size and cannot share a batch; use --batch_size 1")
+        scenes = [self.dataset.batch([k]) for k in numbers]
+        rows, sents, arrivals = [], [], []
+        for k, scene in zip(numbers, scenes, strict=True):
             started = time.monotonic()
-            scene = self.dataset.batch([k])
-            sent = self.transmitter.send(scene, self._index(k), self.on_step)
-            row = self._sent_row(k, sent, time.monotonic() - started)
+            sent = self.transmitter.send(scene, self._start(k), on_step)
+            row = self._sent_row(k, sent) | {"transmit_seconds": f"{time.monotonic() - started:.3f}"}
             if not self.transmitting:
-                arrival, facts = self.crossing.cross(sent, self.arriving.awaiting(k), self._channel_stream(k))
+                stream = generator(self.config.seed, "channel", self.numbers[k])
+                arrival, facts = self.channel.send(sent, self.receiver, stream)
                 row |= facts | {"problems": " ".join(arrival.problems) if arrival else "header"}
                 arrivals.append(arrival)
             rows.append(row)
             sents.append(sent)
-            scenes.append(scene)
         if self.transmitting:
             images = torch.stack([sent.choice.picture for sent in sents])
             for row, sent in zip(rows, sents, strict=True):
                 row["steps"] = sent.choice.steps
         else:
-            images = self._pictures(rows, arrivals, sents)
-        self._write_pictures(numbers, scenes, sents, arrivals, images)
-        self._measure(rows, scenes, images, sents)
+            images = self._receive(rows, arrivals, sents, on_step)
+        for j, k in enumerate(numbers):
+            self._write(k, scenes[j], sents[j], arrivals[j] if arrivals else None, images[j : j + 1])
+            rows[j] |= self._measure(scenes[j], sents[j], images[j : j + 1])
         return rows
 
-    def _channel_stream(self, k):
-        return generator(self.config.seed, "channel", self.numbers[k])
+    def _start(self, k):
+        """Bank index that picture k starts from, where none is chosen."""
+        if self.config.noise_index.isdigit():
+            return int(self.config.noise_index)
+        if self.config.selection == "per_step":
+            return 0
+        return self.bank.index_for(self.config.seed, "picture index", self.numbers[k])
 
-    def _message(self, k):
-        """Return a picture's message: from its file, or sent once more, as its own share or an earlier run had it."""
-        path = self.results.file("messages", self.names[k], ".dgo")
-        if not path.exists():
-            self._write_message(k, self.transmitter.send(self.dataset.batch([k]), self._index(k), self.on_step).message)
-        return read_message(path)
+    def _sent_row(self, k, sent):
+        config, choice, message = self.config, sent.choice, sent.message
+        height, width = sent.y.shape[2:]
+        if self.analog:  # the planes cross as they are; besides the indices, bits say which classes those are of
+            candidates = config.step_candidates, config.step_atoms
+            indices = pack_choices(message.start_index, self.bank.size, message.codewords, *candidates)
+            bits = {"header": 0, "labels": config.num_classes if config.one_hot_label else 0, "edges": 0}
+            bits["indices"] = 8 * len(indices)
+            bits["total"] = sum(bits.values())
+        else:
+            bits = message.bits()
+            path = self.results.file("messages", self.names[k], MESSAGE)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path, "wb") as f:
+                f.write(message.to_bytes())
+        row = {"path": self.paths[k], "name": self.names[k], "bank_index": self._shown(message.start_index)}
+        row |= {f"bits_{part}": bits[part] for part in PARTS} | {"bpp": f"{bits['total'] / (height * width):.4f}"}
+        if not self.transmitting:
+            row |= {"link": config.link, "snr_db": f"{config.snr:g}", "pool": config.pool}
+        if choice is not None:
+            row["evaluations"] = choice.evaluations
+            row["distance"] = "" if choice.score is None else f"{float(choice.score):.6g}"
+        return row
 
-    def _cross_again(self, k, message, receiver):
-        y = condition(message.header, message.label, message.boundary, message.edges)
-        self.crossing.cross(Sent(message, y, None), receiver, self._channel_stream(k))
+    def _shown(self, index):
+        return (index or 0) if self.bank.size else ""  # fresh noise has no index to share
 
-    def _pictures(self, rows, arrivals, sents):
-        """Let the receiver make the pictures (N, 3, H, W) of a batch; grey where it has no header, or one of another size."""
+    def _receive(self, rows, arrivals, sents, on_step):
+        """Let the receiver make the pictures (N, 3, H, W) of a batch; grey where the header is lost."""
         started = time.monotonic()
         images = torch.zeros(len(sents), 3, *sents[0].y.shape[2:])
-        there = [j for j, arrival in enumerate(arrivals) if arrival is not None and arrival.y.shape == sents[0].y.shape]
+        there = [j for j, arrival in enumerate(arrivals) if arrival is not None]
+        for row in rows:
+            row["bank_index"] = ""
         if there:
-            result = self.receiver.pictures([arrivals[j] for j in there], on_step=self.on_step)
+            result = self.receiver.pictures([arrivals[j] for j in there], on_step=on_step)
             images[there] = result.images.float().cpu()
             for j, steps in zip(there, result.steps.tolist(), strict=True):
-                rows[j] |= {"steps": steps, "bank_index": arrivals[j].start}
-        for j, row in enumerate(rows):
-            if j not in there:
-                row["bank_index"] = ""
+                rows[j] |= {"steps": steps, "bank_index": self._shown(arrivals[j].start)}
+        for row in rows:
             row["seconds"] = f"{(time.monotonic() - started) / len(rows):.3f}"
         return images
 
-    def _sent_row(self, k, sent, seconds):
-        config, analog = self.config, not self.transmitting and self.config.link == "analog"
-        height, width = sent.y.shape[2:]
-        if analog:  # the planes cross as they are; besides the indices, bits say which classes those are of
-            indices = pack_choices(
-                sent.message.start_index,
-                len(self.bank),
-                sent.message.codewords,
-                config.step_candidates,
-                config.step_atoms,
-            )
-            bits = {
-                "header": 0,
-                "labels": config.num_classes if config.one_hot_label else 0,
-                "edges": 0,
-                "indices": 8 * len(indices),
-            }
-            bits["total"] = sum(bits.values())
-        else:
-            bits = sent.message.bits()
-        row = {
-            "path": self.paths[k],
-            "name": self.names[k],
-            "bank_index": sent.message.start_index or 0,
-            "transmit_seconds": f"{seconds:.3f}",
-            "bpp": f"{bits['total'] / (height * width):.4f}",
-        }
-        row |= {f"bits_{part}": bits[part] for part in PARTS}
-        if not self.transmitting:
-            row |= {"link": config.link, "snr_db": f"{config.snr:g}", "pool": config.pool}
+    def _write(self, k, scene, sent, arrival, image):
+        config, pictures = self.config, {}
+        ids = scene["label"][0, 0].numpy().astype(np.uint8)  # (H, W)
+        save_picture(ids, self.results.file("labels", self.names[k]), palette(config.num_classes))
+        if "image" in scene:
+            pictures["images"] = to_uint8(scene["image"])[0]
         if sent.choice is not None:
-            row["evaluations"] = sent.choice.evaluations
-            row["distance"] = "" if sent.choice.score is None else f"{float(sent.choice.score):.6g}"
-        if not analog:
-            self._write_message(k, sent.message)
+            pictures["local"] = to_uint8(sent.choice.picture[None])[0]
+        if not self.transmitting:
+            received = torch.zeros_like(sent.y) if arrival is None else arrival.y
+            pictures["received"] = show_semantics(received, config.num_classes, config.one_hot_label)[0]
+            pictures["samples"] = to_uint8(image)[0]
+        for kind, picture in pictures.items():
+            save_picture(picture, self.results.file(kind, self.names[k]))
+
+    def _measure(self, scene, sent, image):
+        row = {"picture_sha256": picture_digest(image[0])}
+        if "image" in scene:
+            row |= self.measures.per_picture(image, scene["image"])
+        if not self.transmitting and sent.choice is not None:
+            row["mismatch_db"] = f"{float(psnr(image, sent.choice.picture[None].float().cpu())):.3f}"
         return row
 
-    def _measure(self, rows, scenes, images, sents):
-        for j, (row, scene) in enumerate(zip(rows, scenes, strict=True)):
-            row["picture_sha256"] = picture_digest(images[j])
-            if "image" in scene:
-                row |= self.measures.per_picture(images[j : j + 1], scene["image"])
-            if not self.transmitting and sents and sents[j].choice is not None:
-                row["mismatch_db"] = (
-                    f"{float(psnr(images[j : j + 1], sents[j].choice.picture[None].float().cpu())):.3f}"
-                )
-
-    def _without_bank(self, numbers):
-        """Regenerate one batch by ordinary diffusion: fresh noise per picture, over the analog channel."""
-        started, config = time.monotonic(), self.config
-        batch = self.dataset.batch(numbers)
-        y = self._coded(batch)
-        sigma, named = snr_to_sigma(config.snr), [self.numbers[k] for k in numbers]
-        received = transmit(
-            y,
-            sigma,
-            generators=[generator(config.seed, "channel", number) for number in named],
-            num_classes=config.num_classes,
-            one_hot=config.one_hot_label,
-            pool=config.pool,
-        )
-        noise = [
-            torch.randn(3, *y.shape[2:], generator=generator(config.seed, "picture noise", number)) for number in named
-        ]
-        device = self.parts["device"]
-        with autocast(device, self.parts["precision"]):
-            settings = SamplerSettings(
-                config.sampler,
-                s=config.s,
-                eta=config.eta if config.sampler == "ddim" else 0.0,
-                clip_denoised=config.clip_denoised,
-                tail_steps=config.tail_steps,
-            )
-            result = run_chain(
-                self.parts["model"],
-                self.parts["diffusion"],
-                received.to(device),
-                torch.stack(noise).to(device),
-                settings,
-                seeds=[stream_seed(config.seed, "picture chain", number) for number in named],
-                early_stop=self.parts["early_stop"],
-                on_step=self.on_step,
-                cache_bytes=int(config.label_memory * 2**30),
-            )
-        images = result.images.float().cpu()
-        seconds = (time.monotonic() - started) / len(numbers)
-        rows = [
-            {
-                "path": self.paths[k],
-                "name": self.names[k],
-                "steps": steps,
-                "link": config.link,
-                "snr_db": f"{config.snr:g}",
-                "pool": config.pool,
-                "seconds": f"{seconds:.3f}",
-                **analog_facts(y[j : j + 1], sigma, config.num_classes, config.one_hot_label),
-            }
-            for j, (k, steps) in enumerate(zip(numbers, result.steps.tolist(), strict=True))
-        ]
-        scenes = [{key: value[j : j + 1] for key, value in batch.items()} for j in range(len(numbers))]
-        arrivals = [Arrival(None, received[j : j + 1], 0, ()) for j in range(len(numbers))]
-        self._write_pictures(numbers, scenes, [None] * len(numbers), arrivals, images)
-        self._measure(rows, scenes, images, [])
-        return rows
-
-    def _index(self, k):
-        asked = self.config.noise_index
-        if asked.isdigit():
-            return int(asked)
-        if self.config.selection == "per_step":
-            return 0
-        return integer(self.config.seed, "picture index", len(self.bank), self.numbers[k])
-
     def sum_up(self, rows):
-        """Compare with classical codecs, measure the set, write summary.json and panel.png; return the summary."""
-        baseline_rows, codecs = [], self.measures.codecs
-        self.measures.complete(self.results, rows, self.kind)
-        self.results.write_table(rows)
-        if codecs and self.bank is not None and (self.transmitting or self.config.link != "analog"):
-            baseline_rows = self.measures.compare(
-                self.results, rows, self.crossing, self.config.seed, dict(zip(self.paths, self.numbers, strict=True))
-            )
-        facts = {"role": self.config.role}
+        """Compare with classical codecs, measure the set, write summary.json and panel.png.
+
+        :return: (summary, lines to log).
+        """
+        config, codecs, baseline_rows = self.config, self.measures.codecs, []
+        for row in self.measures.complete(self.results, rows, self.kind):
+            self.results.write_row(row)
+        if codecs and not self.analog:
+            link, numbers = getattr(self.channel, "link", None), dict(zip(self.paths, self.numbers, strict=True))
+            baseline_rows = self.measures.compare(self.results, rows, link, config.seed, numbers)
+        facts = {"role": config.role}
         if not self.transmitting:
-            facts |= {"link": self.config.link, "pool": self.config.pool, "snr_db": f"{self.config.snr:g}"}
-        if self.bank is not None:
-            # What both ends own before the first message; stated once, in bytes.
+            facts |= {"link": config.link, "pool": config.pool, "snr_db": f"{config.snr:g}"}
+        if self.bank.size:  # what both ends own before the first message, in bytes
             facts["shared_once_bytes"] = {"weights": os.path.getsize(self.weights), "bank_seed": 8}
         facts["picture"] = "x".join(map(str, self.dataset.sample_size(0)))
         summary = self.measures.summarise(self.results, rows, baseline_rows, facts)
-        self._write_panel([row["name"] for row in rows][: self.config.panel_items], codecs if baseline_rows else ())
-        return summary
-
-    def summary(self, rows):
-        """Return lines that say what a run's rows amount to, and where its output is."""
+        self._write_panel(rows[: config.panel_items], codecs if baseline_rows else ())
+        lines = [*cost_lines(rows), *score_lines(rows), *codec_lines(summary)]
         what = "messages/, local/ and results.csv" if self.transmitting else "results.csv, panel.png and pictures"
-        return [*cost_lines(rows), *score_lines(rows), f"{len(rows)} pictures; {what} are in {self.results.path}"]
+        return summary, [*lines, f"{len(rows)} pictures; {what} are in {self.results.path}"]
 
-    # -- files --------------------------------------------------------------------------------------------------------
-
-    def _write_message(self, k, message):
-        path = self.results.file("messages", self.names[k], ".dgo")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, "wb") as f:
-            f.write(message.to_bytes())
-
-    def _write_pictures(self, numbers, scenes, sents, arrivals, images):
+    def _write_panel(self, rows, codecs):
         config = self.config
-        for j, k in enumerate(numbers):
-            ids = scenes[j]["label"][0, 0].numpy().astype(np.uint8)
-            save_picture(ids, self.results.file("labels", self.names[k]), palette(config.num_classes))
-            kinds = {}
-            if "image" in scenes[j]:
-                kinds["images"] = to_uint8(scenes[j]["image"])[0]
-            if sents[j] is not None and sents[j].choice is not None:
-                kinds["local"] = to_uint8(sents[j].choice.picture[None])[0]
-            if not self.transmitting:
-                received = arrivals[j].y if arrivals[j] is not None else torch.zeros_like(sents[j].y)
-                kinds["received"] = show_semantics(received, config.num_classes, config.one_hot_label)[0]
-                kinds["samples"] = to_uint8(images[j : j + 1])[0]
-            for kind, picture in kinds.items():
-                save_picture(picture, self.results.file(kind, self.names[k]))
 
-    def _write_panel(self, names, codecs):
-        if not names:
-            return
-        config, rows = self.config, []
-        kinds = ["images", "local"] if self.transmitting else ["images", "received", "samples"]
-        kinds += [f"baseline_{codec}" for codec in codecs]
-        for name in names:
-            pictures = [read_picture_file(self.results.file(kind, name)) for kind in kinds]
-            y = self._sent_semantics(self.dataset.batch([self.names.index(name)]))
-            pictures.insert(1, show_semantics(y, config.num_classes, config.one_hot_label)[0])
-            rows.append(pictures)
-        captions = ["original", "sent semantics", "local picture"]
-        if not self.transmitting:
-            channel = "" if config.link == "ideal" else f" {config.snr:g} dB"
-            channel += f", {config.pool}" if config.link == "analog" and config.pool != "None" else ""
-            captions[2:] = [f"received, {config.link}{channel}", "regenerated"]
-        captions += [f"{codec}, same bits" for codec in codecs]
-        save_picture(picture_grid(rows, captions), self.results.path / "panel.png")
+        def sent_semantics(name):
+            y = self.transmitter.describe(self.dataset.batch([self.names.index(name)]))[1]
+            return show_semantics(y, config.num_classes, config.one_hot_label)[0]
 
-    def _sent_semantics(self, scene):
-        return self._coded(scene) if self.bank is None else self.transmitter.describe(scene)[1]
-
-    def _coded(self, scene):
-        return received_semantics(
-            scene["label"],
-            scene.get("instance"),
-            scene.get("image_edge"),
-            self.config.num_classes,
-            self.config.one_hot_label,
-            not self.config.no_instance,
-            self.parts["coding"],
-        )
+        columns = {"original": "images", "sent semantics": sent_semantics}
+        channel = "" if config.link == "ideal" else f" {config.snr:g} dB"
+        channel += f", {config.pool}" if config.link == "analog" and config.pool != "None" else ""
+        if self.transmitting:
+            columns["local picture"] = "local"
+        else:
+            columns |= {f"received, {config.link}{channel}": "received", "regenerated": "samples"}
+        columns |= {f"{codec}, same bits": f"baseline_{codec}" for codec in codecs}
+        write_panel(self.results, rows, columns)
 
 
-def read_message(path):
-    """Read one message file; InputError, naming it, where it is damaged."""
+class MessageRun:
+    """Regenerates the pictures of a folder of messages (--role receive). Parameters as of `SceneRun`.
+
+    :param parts: what `build_link.receiving_parts` returns.
+    """
+
+    columns = (*COLUMNS, "message_sha256")
+    items, kind, verb, batch_size = "messages", "samples", "receiving", 1  # batch 1, as the transmitter made its own
+
+    def __init__(self, config, weights, parts, results):
+        self.config, self.weights, self.results = config, weights, results
+        self.receiver = parts["receiver"]()
+        folder = Path(config.messages)
+        self.files = sorted(path for path in folder.rglob(f"*{MESSAGE}") if path.is_file())
+        if not self.files:
+            raise InputError(f"--messages {folder}: no {MESSAGE} files there; write them with --role transmit")
+        self.paths = [str(path) for path in self.files]
+        self.names = [str(path.relative_to(folder).with_suffix("")).replace("/", "__") for path in self.files]
+        if len({*self.names}) < len(self.names):
+            raise InputError(f"--messages {folder}: two files would give pictures of one name; rename one of them")
+        for path in self.files[: config.num_samples]:  # what cannot be received is refused before the long work
+            read_message(path, parts["make_chain"])
+
+    def settings(self):
+        """Return what identifies the results: flags, and the weights' digest."""
+        return results_settings(self.config) | {"weights_sha256": file_digest(self.weights).hex()}
+
+    def is_current(self, k, row):
+        """Whether a row is of message k, and the message still the same."""
+        return row["path"] == self.paths[k] and row["message_sha256"] == file_digest(self.files[k]).hex()
+
+    def make(self, numbers, on_step):
+        """Make the picture of one message, write its files, and return its row in a list."""
+        (k,), started = numbers, time.monotonic()
+        message, name = read_message(self.files[k]), self.names[k]
+        arrival = self.receiver.accept(receive_parts(message.parts()))
+        result = self.receiver.pictures([arrival], on_step=on_step)
+        image, header, bits = result.images.float().cpu(), message.header, message.bits()
+        if header.one_hot:
+            label = arrival.y[0, : header.num_classes].argmax(0).numpy().astype(np.uint8)  # (H, W)
+            save_picture(label, self.results.file("labels", name), palette(header.num_classes))
+        received = show_semantics(arrival.y, header.num_classes, header.one_hot)[0]
+        save_picture(received, self.results.file("received", name))
+        save_picture(to_uint8(image)[0], self.results.file("samples", name))
+        row = {"path": self.paths[k], "name": name, "bank_index": arrival.start, "steps": int(result.steps[0])}
+        row |= {"link": "messages", "seconds": f"{time.monotonic() - started:.3f}"}
+        row |= {f"bits_{part}": bits[part] for part in PARTS}
+        row["bpp"] = f"{bits['total'] / (header.height * header.width):.4f}"
+        row["picture_sha256"] = picture_digest(image[0])
+        return [row | {"message_sha256": file_digest(self.files[k]).hex()}]
+
+    def sum_up(self, rows):
+        """Write panel.png; return (None, lines to log)."""
+        columns = {"received semantics": "received", "regenerated": "samples"}
+        write_panel(self.results, rows[: self.config.panel_items], columns)
+        return None, [f"{len(rows)} pictures; results.csv, panel.png and pictures are in {self.results.path}"]
+
+
+def read_message(path, check=lambda header: None):
+    """Read one message file; InputError, naming it, where it is damaged or `check` refuses its header."""
     try:
-        return Message.from_bytes(path.read_bytes())
+        message = Message.from_bytes(path.read_bytes())
+        check(message.header)
+        return message
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-class _StepCounter:
-    """Shows on a bar of pictures that network steps go on, searches' included; calls on_first(bar) after the first."""
+class Run:
+    """The run loop over the pictures of one point, or of a folder of messages.
 
-    def __init__(self, bar, on_first):
-        self.bar, self.count, self.on_first = bar, 0, on_first
+    :param share: the `Share` of the pictures that this process makes.
+    :param quiet: show no progress bar.
+    """
+
+    def __init__(self, config, weights, parts, share=ALONE, quiet=False):
+        kind = MessageRun if config.role == "receive" else SceneRun
+        self.config, self.share, self.quiet = config, share, quiet
+        self.results = ResultsFolder(config.results_path, kind.columns)
+        self.work = kind(config, weights, parts, self.results)
+        self.count = min(config.num_samples, len(self.work.paths))
+
+    def run(self):
+        """Make what is missing of this share; return how many pictures that were."""
+        self.results.claim(self.work.settings())
+        batches, done = share_out(self.count, self.work.batch_size, self.share), self._finished()
+        todo = [left for batch in batches if (left := [k for k in batch if k not in done])]
+        total, left = sum(map(len, batches)), sum(map(len, todo))
+        if left < total:
+            print(f"{total - left} of {total} pictures are done already", file=sys.stderr)
+        with tqdm(total=left, unit="picture", **bar_options(), disable=self.quiet) as bar:
+            on_step = _StepCounter(bar, self.quiet)
+            for batch in todo:
+                for row in self.work.make(batch, on_step):
+                    self.results.write_row(row)
+                bar.update(len(batch))
+        return left
+
+    def _finished(self):
+        rows = {k: self.results.finished_row(name, self.work.kind) for k, name in enumerate(self.work.names)}
+        return {k: row for k, row in rows.items() if row is not None and self.work.is_current(k, row)}
+
+    def rows(self):
+        """Return the rows of all finished pictures, in their order; None while some of this run's are missing."""
+        done = self._finished()
+        return None if set(range(self.count)) - done.keys() else [*done.values()]
+
+    def sum_up(self, rows, log):
+        """Join the rows to results.csv, once all else that follows from them is there; return the summary."""
+        summary, lines = self.work.sum_up(rows)
+        self.results.write_table(rows)
+        for line in lines:
+            log(line)
+        return summary
+
+
+class _StepCounter:
+    """Shows on a bar of pictures that network steps go on, searches' included; the first of a process is logged."""
+
+    logged = False
+
+    def __init__(self, bar, quiet):
+        self.bar, self.quiet, self.count = bar, quiet, 0
 
     def __call__(self, *_):
         self.count += 1
-        if self.count == 1:
-            self.on_first(self.bar)
+        if not (_StepCounter.logged or self.quiet):
+            self.bar.write(f"first reverse step after {time.monotonic() - STARTED:.1f} s", file=StandardError())
+        _StepCounter.logged = True
         self.bar.set_postfix_str(f"{self.count} steps")
 
 
-def run_points(config, weights, parts, log, share=ALONE, quiet=False, start=None):
-    """Run every point of a sampling config (see `config.points`), sum each up, and draw curves where there are several.
+def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
+    """Run every point of a sampling config (see `config.sweep`), sum each up, and draw curves where there are several.
 
     Of several shares, one that finds all pictures of all points there sums up; the others end before.
 
-    :param say: function that prints one line.
+    :param parts: what `build_link.sampling_parts` or `receiving_parts` returns.
+    :param log: function of a line.
     :param share: the `Share` of each point's pictures that this process makes.
     :param quiet: show no progress bar.
-    :param start: a `StartUp`, whose line is shown after the first reverse step; or None.
     """
-    found, runs, summaries = points(config), [], []
+    found, runs, summaries, made = sweep(config) if config.role != "receive" else [config], [], [], 0
     for number, point in enumerate(found, 1):
-        run = Regeneration(point, weights, parts, share, quiet, start if number == 1 else None)
-        verb = "writing the messages of" if run.transmitting else "regenerating"
+        run = Run(point, weights, parts, share, quiet)
         place = f" ({number} of {len(found)})" if len(found) > 1 else ""
         part = f"share {share.index + 1} of {share.count} of " if share.count > 1 else ""
-        log(f"{verb} {part}{run.count} pictures with {weights} into {point.results_path}{place}")
-        rows = run.run()
+        what = f"{part}{run.count} {run.work.items} with {weights}"
+        log(f"{run.work.verb} {what} into {point.results_path}{place}")
         runs.append(run)
+        made += run.run()
         if share.count == 1:  # at once, so that a long sweep shows its first results
-            summaries.append(_sum_up(run, rows, log))
+            summaries.append(run.sum_up(run.rows(), log))
     if share.count > 1:
-        tables = [(run, run.rows()) for run in runs]
-        count = sum(len(batch) for run in runs for batch in run.batches)
-        folders = [(run.results, run.is_complete(rows)) for run, rows in tables]
-        if not is_last(share, count, folders, config.results_path, log):
+        tables = [run.rows() for run in runs]
+        if not _is_last(runs, tables, made, log):
             return
-        summaries = [_sum_up(run, rows, log) for run, rows in tables]
-    for note in parts["measures"].metrics.notes:
+        summaries = [run.sum_up(rows, log) for run, rows in zip(runs, tables, strict=True)]
+    for note in parts["measures"].metrics.notes if "measures" in parts else ():
         log(f"note: {note}")
     if len(found) > 1:
-        log(write_curves(Path(config.results_path), summaries))
-    for run in runs:  # at the very end: while they are there, the work of putting them together is not done
-        run.results.tidy()
+        curves = [(run.config.link, run.config.pool, run.config.snr) for run in runs]
+        log(write_curves(Path(config.results_path), [(*c, s) for c, s in zip(curves, summaries, strict=True)]))
+    for run in runs:
+        run.results.remove_leftovers()
 
 
-def _sum_up(run, rows, log):
-    """Sum one point up and say how it went; return (link, pool, snr_db, summary)."""
-    summary = run.sum_up(rows)
-    for line in [*run.summary(rows), *codec_lines(summary)]:
-        log(line)
-    return run.config.link, run.config.pool, run.config.snr, summary
+def _is_last(runs, tables, made, log):
+    """Log how one share of several ended; return whether it is to sum up."""
+    share, where = runs[0].share, runs[0].results.path
+    done = f"share {share.index + 1} of {share.count} is done ({made} pictures made)"
+    if None in tables:
+        log(f"{done}; the last share to end sums up. Should one fail, give the same command again: it does the rest")
+        return False
+    # Where nothing was left to do, one sums up again, as a process alone does.
+    if made == 0 and share.index > 0 and all((run.results.path / "results.csv").exists() for run in runs):
+        log(f"{done}; the results of all shares are in {where}")
+        return False
+    log(f"{done}, and so are the others: joining their rows")
+    return True

@@ -1,30 +1,28 @@
 """The analog channel of GESCO (arXiv 2306.04321): Gaussian noise on the semantic planes, then a pooling filter.
 
-Only the planes of classes that are present, and the edge plane, cross the channel ("fast denoising semantics"). Which
+Only the planes of classes that are present, and the edge plane, are sent ("fast denoising semantics"). Which
 classes are present is side information: one bit per class.
 """
 
-import bisect
 import math
 
 import torch
 from torch.nn import functional as F
 
 from ..console import InputError
-from ..flags import POOLS
 
 # GESCO's table, dB -> standard deviation. It is a convention, not a signal-to-noise ratio: 10 dB would be 0.316.
 SNR_TABLE = {1: 0.9, 5: 0.6, 10: 0.36, 15: 0.22, 20: 0.13, 25: 0.08, 30: 0.05, 100: 0.0}
 
-# What a training picture meets, drawn uniformly: a third of them cross clean.
+# What a training picture meets, drawn uniformly: a third of them arrive clean.
 TRAINING_SIGMAS = (0.6, 0.36, 0.22, 0.13, 0.08, 0.05, 0.0, 0.0, 0.0)
 
 
 def snr_to_sigma(snr_db):
     """Standard deviation of the noise that `--snr` stands for.
 
-    :param snr_db: nominal SNR in dB, at least 1. Between the table's rows log sigma is linear in dB; above 30 dB it falls
-        by 20 dB per decade; from 100 dB on there is no noise.
+    :param snr_db: nominal SNR in dB, at least 1. Between the table's rows log sigma is linear in dB; above 30 dB it
+        falls by 20 dB per decade; from 100 dB on there is no noise.
     """
     if not snr_db >= 1:
         raise InputError(
@@ -34,17 +32,15 @@ def snr_to_sigma(snr_db):
         return 0.0
     if snr_db > 30:
         return SNR_TABLE[30] * 10 ** (-(snr_db - 30) / 20)
-    rows = sorted(row for row in SNR_TABLE if row <= 30)
     if snr_db in SNR_TABLE:
         return SNR_TABLE[snr_db]
-    above = bisect.bisect(rows, snr_db)
-    low, high = rows[above - 1], rows[above]
+    low, high = max(row for row in SNR_TABLE if row < snr_db), min(row for row in SNR_TABLE if row > snr_db)
     share = (snr_db - low) / (high - low)
     return math.exp((1 - share) * math.log(SNR_TABLE[low]) + share * math.log(SNR_TABLE[high]))
 
 
 def sent_planes(y, num_classes, one_hot=True):
-    """Return a mask (N, C) of the planes that cross the channel: classes that occur in the picture, and the edge plane."""
+    """Return a mask (N, C) of the planes that are sent: classes that occur in the picture, and the edge plane."""
     sent = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
     if one_hot:
         sent[:, :num_classes] = y[:, :num_classes].flatten(2).amax(2) > 0
@@ -57,15 +53,11 @@ def transmit(y, sigma, *, generators, num_classes, one_hot=True, pool="None", no
     :param y: (N, C, H, W), from `encode_semantics`.
     :param sigma: (N,) or a float: standard deviation of the noise (see `snr_to_sigma`).
     :param generators: N CPU generators, one noise stream per sample.
-    :param pool: "None", "med" (3x3 median), "mean" (3x3 average) or "max" (3x3 average, then 3x3 maximum), applied to every
-        sent plane.
+    :param pool: "None", "med" (3x3 median), "mean" (3x3 average) or "max" (3x3 average, then 3x3 maximum), applied to
+        every sent plane.
     :param noise_to: "semantics" (every sent plane) or "label" (the edge plane is spared the noise).
     :return: (N, C, H, W) as received; planes that were not sent are zero.
     """
-    if len(generators) != len(y):
-        raise InputError(f"{len(generators)} noise streams for {len(y)} samples; one per sample is needed")
-    if noise_to not in ("semantics", "label"):
-        raise InputError(f"--noise_to {noise_to}: unknown; choose semantics or label")
     sigmas = [float(value) for value in torch.as_tensor(sigma, dtype=torch.float64, device="cpu").expand(len(y))]
     sent = sent_planes(y, num_classes, one_hot)
     received = y.clone()
@@ -96,4 +88,4 @@ def apply_pool(y, pool):
     if pool in ("mean", "max"):
         mean = F.avg_pool2d(y, 3, stride=1, padding=1)
         return mean if pool == "mean" else F.max_pool2d(mean, 3, stride=1, padding=1)
-    raise InputError(f"--pool {pool}: unknown; choose one of {', '.join(POOLS)}")
+    raise InputError(f"--pool {pool}: unknown; choose None, med, mean or max")

@@ -1,20 +1,17 @@
-"""The digital channel: a message's bytes as CRC-protected LDPC code words of 5G NR (3GPP TS 38.212), QAM, AWGN or Rayleigh.
+"""The digital channel: a message's bytes as LDPC code words of 5G NR with CRCs (3GPP TS 38.212), QAM, AWGN or Rayleigh.
 
-Each part of a message is one transport block: it is cut into equal code blocks with a CRC of 24 bits each, and under fading
-it meets one gain of its own. sionna (`pip install sionna-no-rt`) supplies the codes and the (de)mapper; noise and fading
-come from the caller's generator. Everything runs on the CPU, so that the same draw delivers the same blocks on any device.
-
-Taken as known to the receiver and not counted, as 5G's control channel would carry it: how long each part is, and which
-modulation and rate it uses.
+Each part of a message is one transport block: it is cut into equal code blocks with a CRC of 24 bits each, and under
+fading it meets one gain of its own. sionna (`pip install sionna-no-rt`) supplies codes and (de)mapper; noise and fading
+come from the caller's generator. Everything runs on the CPU, so that the same draw delivers the same blocks on any
+device. Taken as known to the receiver and not counted, as 5G's control channel would carry it: how long each part is,
+and which modulation and rate it uses.
 """
 
 import functools
 import math
 import random
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,7 +20,6 @@ from .. import random_streams
 from ..console import InputError
 
 MODULATIONS = {"qpsk": 2, "16qam": 4, "64qam": 6}  # bits per symbol Q
-FADINGS = ("awgn", "rayleigh")
 RATES = (0.2, 0.95)  # what the 5G code can do without repeating bits
 
 # A picture without its header is lost, and indices are worth most per bit: both go in QPSK at a low rate.
@@ -44,11 +40,7 @@ def es_n0_to_noise_power(es_n0_db):
 
 
 def es_n0_to_eb_n0(es_n0_db, rate, bits_per_symbol):
-    """Eb/N0 in dB: Es/N0 - 10 log10(R Q).
-
-    :param rate: R = message bits / coded bits, CRC and padding counted as coded bits.
-    :param bits_per_symbol: Q = coded bits / channel uses; a mean where modulations are mixed.
-    """
+    """Eb/N0 in dB: Es/N0 - 10 log10(R Q), with R = message bits / coded bits and Q = coded bits / channel uses."""
     return es_n0_db - 10 * math.log10(rate * bits_per_symbol)
 
 
@@ -57,7 +49,7 @@ def es_n0_to_eb_n0(es_n0_db, rate, bits_per_symbol):
 
 @dataclass(frozen=True)
 class Segments:
-    """How a part crosses: `count` blocks of `size` payload bytes, each k bits with its CRC and n coded bits, Q per symbol."""
+    """How a part is sent: `count` blocks of `size` payload bytes; k bits with CRC, n coded bits, Q bits per symbol."""
 
     count: int
     size: int
@@ -82,8 +74,8 @@ def segment(num_bytes, block_bytes, rate, bits_per_symbol):
     Sizes are stepped (by 4 bytes up to 127, then by a sixteenth of the power of two below), so that few different codes
     are built; the last block is filled up with zeros.
 
-    :param rate: wanted code rate k / n, at most 0.85 in blocks of up to 292 bits. n is rounded up to whole symbols, or down
-        where the rate would fall below 1/5.
+    :param rate: wanted code rate k / n, at most 0.85 in blocks of up to 292 bits. n is rounded up to whole symbols, or
+        down where the rate would fall below 1/5.
     """
     count = -(-num_bytes // block_bytes)
     share = -(-num_bytes // max(1, count))
@@ -100,67 +92,43 @@ def segment(num_bytes, block_bytes, rate, bits_per_symbol):
 # -- sionna -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _global_streams_kept():
-    """Put the global random states of torch, numpy and Python back: importing sionna reseeds torch's at random."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that it keeps the state of several devices
-        with torch.random.fork_rng():
-            try:
-                yield
-            finally:
-                random.setstate(python)
-                np.random.set_state(numpy)
-
-
 @functools.cache
 def _sionna():
-    """Import the parts of sionna that are used here (seconds, once)."""
-    with _global_streams_kept():
+    """Import sionna's modules (crc, ldpc, mapping; seconds, once), and put the global random states back."""
+    python, numpy = random.getstate(), np.random.get_state()  # importing it reseeds them, and torch's
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that it keeps the state of several devices
         try:
-            from sionna.phy.fec.crc import CRCDecoder, CRCEncoder
-            from sionna.phy.fec.ldpc import LDPC5GDecoder, LDPC5GEncoder
-            from sionna.phy.mapping import Demapper, Mapper
+            with torch.random.fork_rng():
+                from sionna.phy import mapping
+                from sionna.phy.fec import crc, ldpc
         except ModuleNotFoundError as error:
             if not (error.name or "").startswith("sionna"):
                 raise
             raise InputError("--link digital needs sionna: pip install sionna-no-rt") from error
-    return SimpleNamespace(
-        CRCEncoder=CRCEncoder,
-        CRCDecoder=CRCDecoder,
-        LDPC5GEncoder=LDPC5GEncoder,
-        LDPC5GDecoder=LDPC5GDecoder,
-        Mapper=Mapper,
-        Demapper=Demapper,
-    )
-
-
-@functools.lru_cache(maxsize=len(MODULATIONS))
-def _modem(bits_per_symbol):
-    sionna = _sionna()
-    return (
-        sionna.Mapper("qam", bits_per_symbol, device="cpu"),
-        sionna.Demapper("app", "qam", bits_per_symbol, device="cpu"),
-    )
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+    return crc, ldpc, mapping
 
 
 class _BlockCode:
     """CRC, whitening, LDPC and QAM for blocks of k bits in n coded bits; use `_block_code`, which keeps them.
 
-    Whitening is the exclusive or with a fixed sequence, CRC included. It gives symbols mean power 1 whatever the payload,
-    and the all-zero word that a dead channel decodes to no longer has a valid CRC.
+    Whitening is the exclusive or with a fixed sequence, CRC included. It gives symbols mean power 1 whatever the
+    payload, and the all-zero word that a dead channel decodes to no longer has a valid CRC.
     """
 
     def __init__(self, k, n, bits_per_symbol, iterations):
-        sionna = _sionna()
+        crc, ldpc, mapping = _sionna()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # sionna warns of rates in 0.926...0.95, which it codes all the same
-            self.ldpc = sionna.LDPC5GEncoder(k, n, num_bits_per_symbol=bits_per_symbol, device="cpu")
-        self.decoder = sionna.LDPC5GDecoder(self.ldpc, num_iter=iterations, device="cpu")
-        self.crc = sionna.CRCEncoder("CRC24A", k=k - CRC_BITS, device="cpu")
-        self.check = sionna.CRCDecoder(self.crc, device="cpu")
-        self.mapper, self.demapper = _modem(bits_per_symbol)
+            self.ldpc = ldpc.LDPC5GEncoder(k, n, num_bits_per_symbol=bits_per_symbol, device="cpu")
+        self.decoder = ldpc.LDPC5GDecoder(self.ldpc, num_iter=iterations, device="cpu")
+        self.crc = crc.CRCEncoder("CRC24A", k=k - CRC_BITS, device="cpu")
+        self.check = crc.CRCDecoder(self.crc, device="cpu")
+        self.mapper = mapping.Mapper("qam", bits_per_symbol, device="cpu")
+        self.demapper = mapping.Demapper("app", "qam", bits_per_symbol, device="cpu")
         self.whitening = torch.randint(2, (k,), generator=random_streams.generator(0, "whitening", k)).float()
 
     def encode(self, payload):
@@ -169,7 +137,7 @@ class _BlockCode:
         return self.mapper(self.ldpc((self.crc(bits) - self.whitening).abs()))
 
     def decode(self, y, noise_power):
-        """Equalised symbols (B, n / Q) and their noise variance -> [payload or None where the CRC failed], B entries."""
+        """Equalised symbols (B, n / Q) and their noise variance -> B payloads, None where the CRC failed."""
         words = self.decoder(self.demapper(y, torch.tensor(noise_power)))  # (B, k)
         bits, valid = self.check((words - self.whitening).abs())
         payload = np.packbits(bits.to(torch.uint8).numpy(), axis=1)
@@ -190,8 +158,8 @@ class Delivery:
     :param uses: part -> complex channel uses.
     :param gains: part -> |h|^2, the fading's power gain (1 on AWGN).
     :param message_bits: bits of all parts before coding; `coded_bits`: after, with CRC and padding.
-    :param realised_es_n0_db: mean |x|^2 / mean |n|^2 of the symbols and the noise of this delivery, in dB; fading is not
-        in it (see `gains`). NaN where nothing was sent.
+    :param realised_es_n0_db: mean |x|^2 / mean |n|^2 of this delivery's symbols and noise in dB, without the fading
+        (see `gains`). NaN where nothing was sent.
     """
 
     blocks: dict[str, list[bytes | None]]
@@ -222,54 +190,36 @@ class Delivery:
         return sum(blocks.count(None) for blocks in self.blocks.values())
 
     @property
-    def rate(self):
-        """R = message bits / coded bits, over all parts; NaN where nothing was sent."""
-        return self.message_bits / self.coded_bits if self.coded_bits else math.nan
-
-    @property
-    def bits_per_symbol(self):
-        """Q = coded bits / channel uses, the mean over all parts; NaN where nothing was sent."""
-        return self.coded_bits / sum(self.uses.values()) if self.coded_bits else math.nan
-
-    @property
     def realised_eb_n0_db(self):
-        """Realised Eb/N0 in dB: noise per bit of the message, over all parts."""
-        return es_n0_to_eb_n0(self.realised_es_n0_db, self.rate, self.bits_per_symbol)
+        """Realised Eb/N0 in dB: noise per bit of the message, over all parts; NaN where nothing was sent."""
+        if not self.coded_bits:
+            return math.nan
+        rate, bits_per_symbol = self.message_bits / self.coded_bits, self.coded_bits / sum(self.uses.values())
+        return es_n0_to_eb_n0(self.realised_es_n0_db, rate, bits_per_symbol)
 
 
 class DigitalLink:
     """Sends a message's parts as 5G LDPC code words over AWGN or block Rayleigh fading.
 
-    "header" and "indices" are coded in QPSK at `control_rate`, or at `code_rate` where that is lower; every other part in
-    `modulation` at `code_rate`. Measured on AWGN, 20 iterations, no block lost of 120 (maps) or 240 (control): 16-QAM at
-    rate 1/2 from Es/N0 = 7 dB (all lost at 5 dB), QPSK at 1/3 from 0 dB (all lost at -2.5 dB), QPSK at 1/5 from -3 dB.
+    "header" and "indices" are coded in QPSK at rate 1/3, or at `code_rate` where that is lower; every other part in
+    `modulation` at `code_rate`. Measured on AWGN, 20 iterations, no block lost of 120 (maps) or 240 (control): 16-QAM
+    at rate 1/2 from Es/N0 = 7 dB (all lost at 5 dB), QPSK at 1/3 from 0 dB (all lost at -2.5 dB), QPSK at 1/5 from
+    -3 dB.
 
-    :param snr_db: Es/N0 in dB, any finite number; beyond +-100 dB it acts as +-100 dB, which is all right or all lost.
+    :param snr_db: Es/N0 in dB; beyond +-100 dB it acts as +-100 dB, which is all right or all lost.
     :param modulation: "qpsk", "16qam" or "64qam".
     :param code_rate: k / n of the LDPC code, 1/5...0.95, CRC included in k.
-    :param fading: "awgn", or "rayleigh": y = h x + n with one h ~ CN(0, 1) per part, known to the receiver. A part whose
-        |h|^2 Es/N0 lies below its code's cliff is lost as a whole (outage).
+    :param fading: "awgn", or "rayleigh": y = h x + n with one h ~ CN(0, 1) per part, known to the receiver. A part
+        whose |h|^2 Es/N0 lies below its code's cliff is lost as a whole (outage).
     :param iterations: of belief propagation; the time to decode is proportional to it. 10 instead of 20 cost 0.6 dB.
     """
 
-    def __init__(
-        self, snr_db, modulation="16qam", code_rate=0.5, fading="awgn", control_rate=CONTROL_RATE, iterations=20
-    ):
+    def __init__(self, snr_db, modulation="16qam", code_rate=0.5, fading="awgn", iterations=20):
         if not math.isfinite(snr_db):
             raise InputError(f"--snr {snr_db}: Es/N0 of the digital link is a finite number of dB")
-        if modulation not in MODULATIONS:
-            raise InputError(f"--modulation {modulation}: unknown; choose one of {', '.join(MODULATIONS)}")
-        for flag, rate in (("code_rate", code_rate), ("control_rate", control_rate)):
-            if not RATES[0] <= rate <= RATES[1]:
-                raise InputError(
-                    f"--{flag} {rate}: the 5G code covers {RATES[0]} to {RATES[1]}; choose a rate in that range"
-                )
-        if fading not in FADINGS:
-            raise InputError(f"--fading {fading}: unknown; choose one of {', '.join(FADINGS)}")
-        if iterations < 1:
-            raise InputError(f"iterations {iterations}: the LDPC decoder needs at least 1")
-        self.snr_db, self.modulation, self.code_rate, self.fading = snr_db, modulation, code_rate, fading
-        self.control_rate, self.iterations = min(control_rate, code_rate), iterations
+        if not RATES[0] <= code_rate <= RATES[1]:
+            raise InputError(f"--code_rate {code_rate}: the 5G code covers rates from {RATES[0]} to {RATES[1]}")
+        self.modulation, self.code_rate, self.fading, self.iterations = modulation, code_rate, fading, iterations
         self.noise_power = es_n0_to_noise_power(min(max(snr_db, -LIMIT_DB), LIMIT_DB))
         _sionna()
 
@@ -277,15 +227,15 @@ class DigitalLink:
         """Return the `Segments` of a part of `num_bytes`: what it would cost, without sending it."""
         if name in CONTROL_PARTS:
             block_bytes = INDEX_BLOCK_BYTES if name == "indices" else BLOCK_BYTES
-            return segment(num_bytes, block_bytes, self.control_rate, MODULATIONS["qpsk"])
+            return segment(num_bytes, block_bytes, min(CONTROL_RATE, self.code_rate), MODULATIONS["qpsk"])
         return segment(num_bytes, BLOCK_BYTES, self.code_rate, MODULATIONS[self.modulation])
 
     @torch.inference_mode()
     def send(self, parts, generator):
         """Send {name: bytes} and return the `Delivery`. An empty part costs nothing and arrives.
 
-        One number is drawn from `generator`; a part's noise and fading follow from it and the part's name, whatever else
-        is sent, and are the same at every SNR.
+        One number is drawn from `generator`; a part's noise and fading follow from it and the part's name, whatever
+        else is sent, and are the same at every SNR.
 
         :param generator: CPU `torch.Generator`.
         """
@@ -312,9 +262,8 @@ class DigitalLink:
         if not data:
             return blocks, energies
         filled = np.frombuffer(data.ljust(segments.count * segments.size, b"\0"), np.uint8)
-        for payload in np.array_split(
-            filled.reshape(segments.count, segments.size), range(BATCH, segments.count, BATCH)
-        ):
+        batches = range(BATCH, segments.count, BATCH)
+        for payload in np.array_split(filled.reshape(segments.count, segments.size), batches):
             code = _block_code(segments.k, segments.n, segments.bits_per_symbol, self.iterations)
             x = code.encode(payload)  # (B, n / Q)
             noise = math.sqrt(self.noise_power) * torch.randn(x.shape, dtype=x.dtype, generator=stream)

@@ -1,10 +1,10 @@
 """Adaptive binary arithmetic coding of small maps, with the coded neighbours of a pixel as its context.
 
-Library formats spend much of a small label map on headers and on statistics that they learn too slowly. This coder asks,
-pixel by pixel in raster order, "the left neighbour's symbol? the upper one's? the upper right one's? the upper left one's?"
-and spells the symbol out where every answer is no. Each answer is one binary decision whose probability is counted per
-context; a context met for the first time starts from a coarser one's probability. JBIG2 and JPEG-LS work in this way; the
-arithmetic is that of carry-less range coders (as in lpaq): integers alone, so that both ends agree on any machine.
+Library formats spend much of a small label map on headers and on statistics that they learn too slowly. This coder
+asks, pixel by pixel in raster order, if the symbol is that of the left, upper, upper right or upper left pixel, and
+spells it out where every answer is no. Each answer is one binary decision whose probability is counted per context; a
+new context starts from a coarser one's probability. JBIG2 and JPEG-LS work in this way; the arithmetic is that of
+carry-less range coders (as in lpaq): integers alone, so that both ends agree on any machine.
 """
 
 import numpy as np
@@ -26,21 +26,15 @@ def encode(symbols, count):
     :param count: 2...64.
     :return: bytes, or None where the map is too irregular for this coder.
     """
-    width = symbols.shape[1]
     code, finish = _coder()
-    rows = [[0] * (width + 4), [0] * (width + 4), *([0, 0, *row, 0, 0] for row in symbols.tolist())]
+    rows = np.pad(symbols, ((2, 0), (2, 2))).tolist()
     return finish() if _walk(rows, count, code) else None
 
 
 def decode(data, height, width, count):
-    """Undo `encode`: return (height, width) uint8.
-
-    :raises InputError: the bytes are not exactly what `encode` makes of some map.
-    """
+    """Undo `encode`: return (height, width) uint8. Raises InputError for all but what `encode` makes of some map."""
     if height * width > MAX_PIXELS or not 2 <= count <= MAX_SYMBOLS:
-        raise InputError(
-            f"context-coded map of {width}x{height} pixels and {count} symbols: beyond what this coder makes"
-        )
+        raise InputError(f"context-coded map of {width}x{height} pixels and {count} symbols: beyond the coder's limits")
     code, finish = _coder(data)
     rows = [[0] * (width + 4) for _ in range(height + 2)]
     if not _walk(rows, count, code) or finish() != data:
@@ -51,9 +45,9 @@ def decode(data, height, width, count):
 def _coder(data=None):
     """Return (code, finish) of an encoder, or of a decoder of `data`.
 
-    `code(node, bit)` codes one decision whose node is [probability, count, coarser node or None], and counts it; the decoder
-    ignores `bit` and returns the one coded. `finish()` returns all bytes coded; to the decoder these say whether `data` is
-    the one coding of its map.
+    `code(node, bit)` codes one decision whose node is [probability, count, coarser node or None], and counts it; the
+    decoder ignores `bit` and returns the one coded. `finish()` returns all bytes coded, which tell a decoder whether
+    `data` is the one coding of its map.
     """
     low, high, out = 0, _TOP, bytearray()
     value = int.from_bytes((data or b"")[:4].ljust(4, b"\0"), "big")
@@ -79,25 +73,22 @@ def _coder(data=None):
             node = node[2]
         return bit
 
-    return code, lambda: bytes(out) + _ending(low, high)
+    def finish():
+        for length in range(5):  # the shortest bytes that lie in low...high when zeros follow
+            unit = 1 << (32 - 8 * length)
+            ending = -(-low // unit) * unit
+            if ending <= high:
+                return bytes(out) + ending.to_bytes(5, "big")[1 : 1 + length]
 
-
-def _ending(low, high):
-    """Return the shortest bytes that lie in low...high when zeros follow."""
-    for length in range(5):
-        unit = 1 << (32 - 8 * length)
-        value = -(-low // unit) * unit
-        if value <= high:
-            return value.to_bytes(5, "big")[1 : 1 + length]
+    return code, finish
 
 
 def _walk(rows, count, code):
     """Code the map, or fill it in with a decoder's `code`.
 
-    Return False where new contexts and spelt-out symbols, which take most of the time, exceed one per eight
-    pixels and 4,096 more; or a decoder meets a symbol spelt out that an encoder would not spell.
-
-    :param rows: lists of symbols with a frame of zeros: two rows above, two columns at either side.
+    Return False where new contexts and spelt-out symbols, which take most of the time, exceed one per eight pixels and
+    4,096 more; or a decoder meets a symbol spelt out that an encoder would not spell. `rows` are lists of symbols in a
+    frame of zeros: two rows above, two columns at either side.
     """
     contexts, coarse, trees = {}, {}, {}
     bits = (count - 1).bit_length()
@@ -108,9 +99,8 @@ def _walk(rows, count, code):
             west = row[x - 1]
             key = west | (up[x] | (up[x + 1] | up[x - 1] << bits) << bits) << bits
             if count == 2:  # few contexts: six more neighbours
-                key |= (
-                    row[x - 2] << 4 | up[x - 2] << 5 | up[x + 2] << 6 | up2[x - 1] << 7 | up2[x] << 8 | up2[x + 1] << 9
-                )
+                key |= row[x - 2] << 4 | up[x - 2] << 5 | up[x + 2] << 6
+                key |= up2[x - 1] << 7 | up2[x] << 8 | up2[x + 1] << 9
             context = contexts.get(key)
             if context is None:
                 budget -= 1
@@ -129,7 +119,7 @@ def _walk(rows, count, code):
 
 
 def _context(key, count, bits, coarse):
-    """Return [(guess, node)] for a context: its distinct neighbours, the last one without a node where no other is left.
+    """Return [(guess, node)] for a context's distinct neighbours; the last node is None where no other symbol is left.
 
     The coarser context is the four nearest neighbours of a two-valued map, and which of them are equal of any other.
     """

@@ -1,13 +1,11 @@
-"""The noise bank NB(eta) that transmitter and receiver share by sharing one seed (Diff-GOn, arXiv 2412.06980, section III)."""
+"""The noise bank NB(eta) that transmitter and receiver share by sharing one seed (Diff-GOn, arXiv 2412.06980, III)."""
 
 import math
-import time
-from collections import OrderedDict
 
 import torch
 
 from ..console import InputError
-from ..random_streams import stream_seed
+from ..random_streams import generator, integer, stream_seed
 
 MAX_STATES = 1900  # of 5,056 bytes each: below 10 MB for any bank size
 
@@ -15,29 +13,27 @@ MAX_STATES = 1900  # of 5,056 bytes each: below 10 MB for any bank size
 class NoiseBank:
     """`size` standard-normal tensors that follow from one seed; entry i is made when it is asked for.
 
-    Equal, bit for bit, to `torch.manual_seed(seed); torch.randn(size, *shape)` on the CPU where 3HW is a multiple of 16;
-    otherwise to drawing entry after entry. CPUs without AVX2 may differ in the last bits (up to 2e-6).
+    Equal, bit for bit, to `torch.manual_seed(seed); torch.randn(size, *shape)` on the CPU where 3HW is a multiple of
+    16; otherwise to drawing entry after entry. CPUs without AVX2 may differ in the last bits (up to 2e-6).
 
-    The generator's stream is run over once, as far as entries are asked for, and its state kept at every entry (every few
-    entries in banks of more than 1,900), so the bank itself is never in memory.
+    The bank itself is never in memory: the generator's states are, at every entry (every few in banks of more than
+    1,900), as far as entries were asked for.
 
     :param shape: shape of one entry, such as (3, 256, 512).
     :param size: number of entries eta, at least 1.
     :param seed: the shared seed.
     :param cache_entries: keep so many entries in memory, most recently used first, for searches over many.
-
-    `seconds` is the time that this pass has taken so far, up to the highest entry asked for.
     """
 
     def __init__(self, shape=(3, 256, 512), size=1000, seed=150, cache_entries=0):
         if size < 1:
             raise InputError(f"--noise_bank_size {size}: a noise bank needs at least 1 entry")
-        self.shape, self.size, self.seed = tuple(int(side) for side in shape), int(size), int(seed)
-        self.stride = math.ceil(self.size / MAX_STATES)
-        self._walker = torch.Generator().manual_seed(self.seed)
-        self._states, self._walked, self._buffer = None, 0, None
-        self._siblings, self._seconds = {}, 0.0
-        self._cache, self._cache_entries = OrderedDict(), cache_entries
+        self.shape, self.size, self.seed, self.cache_entries = tuple(shape), size, seed, cache_entries
+        self.stride = math.ceil(size / MAX_STATES)
+        self._walker, self._states = torch.Generator().manual_seed(seed), []
+        count = math.prod(self.shape)
+        self._buffer = torch.empty(count) if count % 16 else torch.empty(count // 2, dtype=torch.int64)
+        self._siblings, self._cache = {}, {}
 
     def __len__(self):
         return self.size
@@ -45,39 +41,50 @@ class NoiseBank:
     @property
     def index_bits(self):
         """Bits that one index costs: ceil(log2(size))."""
-        return (self.size - 1).bit_length()
-
-    @property
-    def seconds(self):
-        """Seconds spent so far on running over the stream, for entries of all shapes."""
-        return self._seconds + sum(bank.seconds for bank in self._siblings.values())
+        return max(0, self.size - 1).bit_length()
 
     def __getitem__(self, index):
         """Return entry `index` as a float32 CPU tensor of `shape`. Raises IndexError outside 0...size-1."""
-        index = int(index)
         if not 0 <= index < self.size:
             raise IndexError(f"noise bank index {index}: the bank has {self.size} entries, 0...{self.size - 1}")
-        if index in self._cache:
-            self._cache.move_to_end(index)
-            return self._cache[index].clone()
+        entry = self._cache.pop(index) if index in self._cache else self._make(index)
+        if not self.cache_entries:
+            return entry
+        self._cache[index] = entry  # the most recently used are the last
+        if len(self._cache) > self.cache_entries:
+            del self._cache[next(iter(self._cache))]
+        return entry.clone()
+
+    def _make(self, index):
+        while len(self._states) <= index // self.stride:
+            self._states.append(self._walker.get_state())
+            for _ in range(self.stride):
+                self._skip(self._walker)
         stream = torch.Generator()
-        stream.set_state(self._state(index // self.stride))
+        stream.set_state(self._states[index // self.stride])
         for _ in range(index % self.stride):
             self._skip(stream)
-        entry = torch.randn(self.shape, generator=stream)
-        if self._cache_entries:
-            self._cache[index] = entry.clone()
-            if len(self._cache) > self._cache_entries:
-                self._cache.popitem(last=False)
-        return entry
+        return torch.randn(self.shape, generator=stream)
+
+    def _skip(self, stream):
+        # Where normals are drawn in whole blocks of 16, any numbers advance the stream as far, and integers are the
+        # cheapest; one of 64 bits takes the place of two float32. The buffer stays: freeing it fragments the heap.
+        if self._buffer.is_floating_point():
+            self._buffer.normal_(generator=stream)
+        else:
+            self._buffer.random_(-(2**63), None, generator=stream)
 
     def sized(self, *shape):
         """Return the bank of the same size and seed for entries of another shape (one is kept per shape)."""
-        if tuple(shape) == self.shape:
+        if shape == self.shape:
             return self
         if shape not in self._siblings:
-            self._siblings[shape] = NoiseBank(shape, self.size, self.seed, self._cache_entries)
+            self._siblings[shape] = NoiseBank(shape, self.size, self.seed, self.cache_entries)
         return self._siblings[shape]
+
+    def index_for(self, seed, purpose, position):
+        """Return the index that follows from (seed, purpose, position) alone, uniform over the bank."""
+        return integer(seed, purpose, self.size, position)
 
     def draw(self, n, generator):
         """Draw n indices uniformly with a CPU `torch.Generator`; return (indices (n,) int64, noise (n, *shape))."""
@@ -92,27 +99,29 @@ class NoiseBank:
         """Return the seed of all later noise in a reverse chain that starts from entry `index`."""
         return stream_seed(self.seed, "bank chain", index)
 
-    def _state(self, k):
-        if self._states is None:
-            self._states = torch.empty(
-                math.ceil(self.size / self.stride), len(self._walker.get_state()), dtype=torch.uint8
-            )
-        started = time.monotonic()
-        while self._walked <= k:
-            self._states[self._walked] = self._walker.get_state()
-            self._walked += 1
-            for _ in range(self.stride):
-                self._skip(self._walker)
-        self._seconds += time.monotonic() - started
-        return self._states[k].clone()  # set_state does not accept a view into a larger tensor
 
-    def _skip(self, stream):
-        # Where normals are drawn in whole blocks of 16, any numbers advance the stream as far, and integers are the
-        # cheapest; one of 64 bits takes the place of two float32. The buffer stays: freeing it fragments the heap.
-        if self._buffer is None:
-            count = math.prod(self.shape)
-            self._buffer = torch.empty(count) if count % 16 else torch.empty(count // 2, dtype=torch.int64)
-        if self._buffer.dtype == torch.int64:
-            self._buffer.random_(-(2**63), None, generator=stream)
-        else:
-            self._buffer.normal_(generator=stream)
+class FreshNoise(NoiseBank):
+    """Ordinary diffusion (--noise_bank_size 0) with a bank's interface: a noise per position, and no index to send.
+
+    :param shape: shape of one noise.
+    :param purpose, chain_purpose: random streams of a position's noise and of the chain behind it (`random_streams`).
+    """
+
+    def __init__(self, shape, seed, purpose="picture noise", chain_purpose="picture chain"):
+        self.shape, self.size, self.seed = tuple(shape), 0, seed
+        self.purpose, self.chain_purpose = purpose, chain_purpose
+
+    def __getitem__(self, position):
+        return torch.randn(self.shape, generator=generator(self.seed, self.purpose, position))
+
+    def sized(self, *shape):
+        """Return the fresh noise of another shape."""
+        return FreshNoise(shape, self.seed, self.purpose, self.chain_purpose)
+
+    def index_for(self, seed, purpose, position):
+        """Return the position itself."""
+        return position
+
+    def chain_seed(self, position):
+        """Return the seed of all later noise in the reverse chain of a position."""
+        return stream_seed(self.seed, self.chain_purpose, position)

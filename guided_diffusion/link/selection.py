@@ -1,8 +1,8 @@
-"""Noise selection by local generative feedback (Diff-GOn, arXiv 2412.06980): where a chain starts, and its steps' noise.
+"""Noise selection by local generative feedback (Diff-GOn, arXiv 2412.06980): a chain's start, and its steps' noise.
 
 Initial selection runs candidates from several bank entries and keeps the one whose picture is nearest to the original.
-Per-step selection builds each step's noise from a few bank entries that point at what is still wrong (codebook diffusion,
-DDCM, arXiv 2502.01189, and Turbo-DDCM, with the one shared bank in place of a codebook per step).
+Per-step selection builds each step's noise from a few bank entries that point at what is still wrong (codebook
+diffusion, DDCM, arXiv 2502.01189, and Turbo-DDCM, with the one shared bank in place of a codebook per step).
 """
 
 import math
@@ -17,10 +17,10 @@ from ..console import InputError
 from ..diffusion.conditioning import CACHE_BYTES, Conditioning
 from ..diffusion.sampling import EarlyStop, fresh_noise, run_chain
 from ..diffusion.solvers import SamplerSettings
-from ..evaluation.metrics import mse
 from ..random_streams import generator
 
-CODEBOOK_BYTES = 2**30  # memory that a codebook may take; larger ones are made again, block by block, at every step
+CODEBOOK_BYTES = 2**30  # memory that a codebook may take
+FINALISTS = 4  # candidates whose whole chains decide
 BLOCK = 32  # entries whose inner products are computed at once
 
 
@@ -28,10 +28,11 @@ BLOCK = 32  # entries whose inner products are computed at once
 class Chain:
     """Everything of a reverse chain but its conditioning and where it starts: both ends hold the same.
 
-    :param model, diffusion, method, s, eta, clip_denoised, early_stop, tail_steps: as `sample` takes them.
-    :param bank: the shared `NoiseBank`; chains run at any picture size, with the bank of that size.
-    :param selected_steps: None for chains whose steps are not selected. Otherwise the last so many steps that take a noise
-        (0: all of them) are, and all steps have the posterior's variance: that needs ancestral steps or DDIM with eta = 1.
+    :param model, diffusion, early_stop, cache_bytes: as `run_chain` takes them.
+    :param bank: the shared `NoiseBank`, or `FreshNoise`; chains run at any picture size, with the bank of that size.
+    :param sampler: the `SamplerSettings`.
+    :param selected_steps: None for chains whose steps are not selected. Otherwise the last so many steps that take a
+        noise (0: all of them) are: that needs ancestral steps with the posterior's variance, or DDIM with eta = 1.
     :param device: where the model is.
     :param precision: function that gives the context in which the model runs, such as autocast.
     """
@@ -39,12 +40,8 @@ class Chain:
     model: Callable
     diffusion: Any
     bank: Any
-    method: str = "ddpm"
-    s: float = 1.0
-    eta: float = 0.0
-    clip_denoised: bool = True
+    sampler: SamplerSettings
     early_stop: EarlyStop | None = None
-    tail_steps: int = 0
     selected_steps: int | None = None
     device: Any = "cpu"
     precision: Callable = nullcontext
@@ -53,89 +50,59 @@ class Chain:
     def __post_init__(self):
         if self.selected_steps is None:
             return
-        if self.method == "dpm++" or (self.method == "ddim" and self.eta != 1):
-            raise InputError(
-                f"per-step selection with {self.method}, eta {self.eta:g}: it needs ancestral sampling, or DDIM"
-                " with eta 1"
-            )
+        if (self.sampler.method, self.sampler.variance) != ("ddpm", "posterior") and self.sampler.eta != 1:
+            found = f"{self.sampler.method}, {self.sampler.variance} variance, eta {self.sampler.eta:g}"
+            raise InputError(f"per-step selection with {found}: it needs ddpm, posterior variance, or ddim, eta 1")
         if self.early_stop is not None:
-            raise InputError(
-                "per-step selection steers the predicted x_0 at every step: drop early stopping (--stop_tol)"
-            )
-        available = self.diffusion.num_timesteps - max(1, self.tail_steps)
+            raise InputError("per-step selection steers x_0 at every step: drop --stop_tol")
+        available = self.diffusion.num_timesteps - max(1, self.sampler.tail_steps)
         if not max(1, self.selected_steps) <= available or self.selected_steps < 0:
-            raise InputError(
-                f"--selected_steps {self.selected_steps}: expected 0 (all) to {max(0, available)}, the steps that"
-                f" take a noise with --tail_steps {self.tail_steps}"
-            )
+            wanted = f"expected 0 (all) to {max(0, available)}, the steps that take a noise"
+            raise InputError(f"--selected_steps {self.selected_steps}: {wanted}; see --tail_steps")
 
     @property
     def selected(self):
         """Step numbers t whose noise is selected, in the chain's order."""
         if self.selected_steps is None:
             return []
-        noisy = range(max(1, self.tail_steps), self.diffusion.num_timesteps)
+        noisy = range(max(1, self.sampler.tail_steps), self.diffusion.num_timesteps)
         return list(reversed(noisy[: self.selected_steps or None]))
 
     def evaluations(self, result, network_steps=None):
-        """Network evaluations that a `SampleResult` of this chain took."""
+        """NFE: network function evaluations that a `SampleResult` of this chain took; a guided step counts twice."""
         steps = int(result.steps.sum()) if network_steps is None else network_steps * len(result.steps)
-        return steps * (2 if self.s > 1 else 1)
+        return steps * (2 if self.sampler.s > 1 else 1)
 
     def prepare(self, y):
         """Do the label-map work of y (1, C, H, W) once, for several runs."""
         with self.precision():
-            return Conditioning(self.model, y.to(self.device), self.s, self.cache_bytes)
+            return Conditioning(self.model, y.to(self.device), self.sampler.s, self.cache_bytes)
 
     def run(self, y, indices, codewords=None, on_step=None, network_steps=None, step_noise=None):
-        """Run chains from x_T = bank[i]; their later noise follows from i, too, or from picks.
+        """Run chains from x_T = bank[i]; their later noise follows from i, too, or from codewords.
 
         :param y: (N or 1, C, H, W) conditioning, or what `prepare` makes of it.
         :param indices: bank index of each sample.
-        :param picks: per sample, the picks of its selected steps in the chain's order; where there are fewer, the rest of
-            its steps use seeded noise. None: all do.
-        :param on_step, network_steps: as `sample` takes them; fewer network steps exclude early stopping, which is left out.
-        :param step_noise: function (t, x, out) -> z or None, in place of picks.
+        :param codewords: per sample, those of its selected steps in the chain's order; where there are fewer, the rest
+            of its steps use seeded noise. None: all do.
+        :param on_step, network_steps: as `run_chain` takes them; early stopping is left out with network_steps.
+        :param step_noise: function (t, x, out) -> z or None, in place of codewords.
         :return: `SampleResult`, on the chain's device.
         """
         conditioning = y if isinstance(y, Conditioning) else self.prepare(y)
         bank = self.bank.sized(3, *y.shape[2:])
-        x = bank.entries(indices)
-        seeds = [bank.chain_seed(i) for i in indices]
+        x, seeds = bank.entries(indices).to(self.device), [bank.chain_seed(i) for i in indices]
         if codewords is not None and any(codewords):
             step_noise = self._replay(bank, seeds, codewords)
-        posterior = self.selected_steps is not None and self.method == "ddpm"
+        early_stop = self.early_stop if network_steps is None else None
+        options = {"seeds": seeds, "step_noise": step_noise, "early_stop": early_stop}
+        options |= {"on_step": on_step, "network_steps": network_steps}
         with self.precision():
-            settings = SamplerSettings(
-                self.method,
-                s=self.s,
-                eta=self.eta,
-                clip_denoised=self.clip_denoised,
-                variance="posterior" if posterior else "model",
-                tail_steps=self.tail_steps,
-            )
-            return run_chain(
-                self.model,
-                self.diffusion,
-                conditioning,
-                x.to(self.device),
-                settings,
-                seeds=seeds,
-                step_noise=step_noise,
-                early_stop=self.early_stop if network_steps is None else None,
-                on_step=on_step,
-                network_steps=network_steps,
-            )
+            return run_chain(self.model, self.diffusion, conditioning, x, self.sampler, **options)
 
     def _replay(self, bank, seeds, codewords):
-        """Return a `step_noise` function that makes each sample's noise from its picks, and seeded noise after them."""
-        selected = self.selected
-        if len(codewords) != len(seeds) or max(map(len, codewords)) > len(selected):
-            raise InputError(
-                f"picks for {len(codewords)} samples of up to {max(map(len, codewords))} steps: the chains are"
-                f" {len(seeds)}, with {len(selected)} selected steps"
-            )
-        place = {t: k for k, t in enumerate(selected)}
+        """Return a `step_noise` function: each sample's noise from its codewords, and seeded noise behind them."""
+        place = {t: k for k, t in enumerate(self.selected)}
 
         def replay(t, x, out):
             k, timestep, z = place.get(t, math.inf), self.diffusion.kept[t], []
@@ -154,9 +121,9 @@ class Choice:
     """What the transmitter chose.
 
     :param index: bank index of x_T.
-    :param picks: one pick per selected step, in the chain's order: (entries, ascending; signs, each 1 or -1), tuples of M.
+    :param codewords: one per selected step, in the chain's order: (indices, ascending; signs, each 1 or -1), M each.
     :param score: distance of the picture from the original; None where none was asked for.
-    :param evaluations: network evaluations spent, the picture's own among them; a guided step counts twice.
+    :param evaluations: NFE spent, those of the picture itself among them.
     :param picture: (3, H, W) in [-1, 1], the local picture, made alone as the receiver makes it.
     :param steps: how many steps its chain took.
     """
@@ -172,9 +139,12 @@ class Choice:
 # -- where the chain starts -------------------------------------------------------------------------------------------
 
 
-def select_initial(
-    chain, y, image, candidates, distance=mse, batch_size=8, feedback_steps=0, finalists=4, on_step=None
-):
+def mse(pictures, image):
+    """Mean squared error (N,) over all pixels and channels of pictures in [-1, 1]; one original serves all."""
+    return (pictures.float() - image.float()).square().flatten(1).mean(1)
+
+
+def select_initial(chain, y, image, candidates, distance=mse, batch_size=8, feedback_steps=0, on_step=None):
     """Search i* = argmin over candidates of D(I, G(m, NB[i])) (Diff-GOn, noise selection).
 
     :param y: (1, C, H, W) conditioning, as the receiver will have it.
@@ -182,58 +152,45 @@ def select_initial(
     :param candidates: bank indices.
     :param distance: function (pictures (N, 3, H, W), image) -> (N,), smaller is better.
     :param batch_size: how many candidates run together.
-    :param feedback_steps: 0 runs every candidate's whole chain. Otherwise chains whose network runs at so many steps only
-        tell which quarter is worth twice as many, and so on, down to so many `finalists` (see `halving_rungs`).
+    :param feedback_steps: 0 runs every candidate's whole chain. Otherwise chains whose network runs at so many steps
+        only tell which quarter is worth twice as many, and so on (see `halving_rungs`).
     :return: `Choice`; equal scores go to the smaller index.
     """
     alive = sorted(set(candidates))
     if not alive or alive[0] < 0 or alive[-1] >= len(chain.bank):
         raise InputError(f"--candidates {len(alive)}: expected 1 to {len(chain.bank)} entries of the noise bank")
     image, prepared, evaluations = image.to(chain.device), chain.prepare(y), 0
-    for network_steps, keep in halving_rungs(len(alive), chain.diffusion.num_timesteps, feedback_steps, finalists):
+    for network_steps, keep in halving_rungs(len(alive), chain.diffusion.num_timesteps, feedback_steps):
         scores = {}
         for k in range(0, len(alive), batch_size):
             ids = alive[k : k + batch_size]
             result = chain.run(prepared, ids, on_step=on_step, network_steps=network_steps)
             evaluations += chain.evaluations(result, network_steps)
-            scores |= zip(ids, _scores(distance, result.images, image), strict=True)
+            scores |= zip(ids, distance(result.images, image).tolist(), strict=True)
         alive = sorted(sorted(alive, key=lambda i: (scores[i], i))[:keep])
     result = chain.run(prepared, alive, on_step=on_step)  # alone, as the receiver makes it
     evaluations += chain.evaluations(result)
-    score = _scores(distance, result.images, image)[0]
+    score = float(distance(result.images, image))
     return Choice(alive[0], (), score, evaluations, result.images[0].cpu(), int(result.steps))
 
 
-def _scores(distance, pictures, image):
-    scores = distance(pictures, image)
-    if scores.shape != pictures.shape[:1]:
-        raise InputError(
-            f"distance: expected one number for each of {len(pictures)} pictures, found {tuple(scores.shape)}"
-        )
-    return scores.tolist()
-
-
-def halving_rungs(candidates, steps, feedback_steps, finalists):
+def halving_rungs(candidates, steps, feedback_steps):
     """Plan a successive halving: all candidates are looked at cheaply, the better ones more closely.
 
-    A look is the whole chain, with its own noises, whose network runs at a few steps only. Every rung keeps a quarter and
-    doubles the network steps; whole chains decide among the finalists, or where doubling would pass half the chain. The
-    looks say more than x_0's prediction after as many steps: on ancestral chains of 50 steps 5 evaluations ranked
+    A look is the whole chain, with its own noises, whose network runs at a few steps only. Every rung keeps a quarter
+    and doubles the network steps; whole chains decide among the last four, or where doubling would pass half the chain.
+    The looks say more than x_0's prediction after as many steps: on ancestral chains of 50 steps 5 evaluations ranked
     64 candidates of two CamVid pictures with a Spearman correlation of 0.69 and 0.81 instead of 0.41 and 0.29.
 
-    :return: list of (network steps, candidates kept then); the last is (None, 1), whole chains. Empty for one candidate.
+    :return: list of (network steps, candidates kept then), whole chains (None, 1) at its end; empty for one candidate.
     """
     if not 0 <= feedback_steps < steps:
-        raise InputError(
-            f"--feedback_steps {feedback_steps}: expected 0 (whole chains) to {steps - 1}, less than the chain"
-        )
-    if finalists < 1:
-        raise InputError(f"--finalists {finalists}: at least 1 candidate has to be left")
+        raise InputError(f"--feedback_steps {feedback_steps}: expected 0 (whole chains) to {steps - 1}")
     if candidates == 1:
         return []
     rungs, left, network_steps = [], candidates, feedback_steps
-    while left > finalists and network_steps > 0 and (not rungs or network_steps <= steps / 2):
-        left = max(finalists, math.ceil(left / 4))
+    while left > FINALISTS and network_steps > 0 and (not rungs or network_steps <= steps / 2):
+        left = max(FINALISTS, math.ceil(left / 4))
         rungs.append((network_steps, left))
         network_steps *= 2
     return [*rungs, (None, 1)]
@@ -248,41 +205,38 @@ def step_mask(bank, timestep):
     return torch.randint(2, bank.shape, generator=stream).float() * 2 - 1
 
 
-def codeword_noise(bank, pick, timestep):
-    """Make the noise z (3, H, W) of a pick: the signed sum of its masked entries, scaled to the norm sqrt(d), d = 3HW.
+def codeword_noise(bank, codeword, timestep):
+    """Make a codeword's noise z (3, H, W): the signed sum of its masked entries, scaled to the norm sqrt(3HW).
 
-    :param bank: the `NoiseBank` of the picture's size; only the picked entries are made.
-    :param pick: (entries, signs).
+    :param bank: the `NoiseBank` of the picture's size; only the codeword's entries are made.
+    :param codeword: (indices, signs).
     :param timestep: original timestep.
     """
     z = torch.zeros(bank.shape)
-    for k, sign in sorted(zip(*pick, strict=True)):
+    for k, sign in sorted(zip(*codeword, strict=True)):
         z += sign * bank[k]
     z *= step_mask(bank, timestep)
     return z * (math.sqrt(z.numel()) / float(z.double().norm()))
 
 
 class StepCodebook:
-    """Picks a step's noise from the first K bank entries, masked for the step (transmitter alone).
+    """Picks a step's codeword from the first K bank entries, masked for the step (transmitter alone).
 
     :param candidates: K, at most the bank's size.
     :param atoms: M, how many entries make one noise.
-    :param memory: bytes that the entries may take. They are kept from step to step and picture to picture if they fit;
-        otherwise every step makes them again, in blocks.
+    :param memory: bytes that the entries may take to be kept; otherwise every step makes them again, in blocks.
     """
 
     def __init__(self, candidates, atoms, memory=CODEBOOK_BYTES):
-        if candidates < 1:
-            raise InputError(f"--step_candidates {candidates}: at least 1 entry is needed")
         if not 1 <= atoms <= candidates:
             raise InputError(f"--step_atoms {atoms}: expected 1 to {candidates}, the --step_candidates")
         self.candidates, self.atoms, self.memory = candidates, atoms, memory
         self._kept, self._key = [], None
 
     def pick(self, bank, residual, timestep):
-        """Return the M entries whose inner products with the residual (3, H, W) are largest in magnitude, and their signs.
+        """Return the codeword of the M largest inner products with a residual (3, H, W), by magnitude.
 
-        :return: (entries, ascending; signs, each 1 or -1), tuples of M; ties go to the smaller entry.
+        :return: (indices, ascending; signs, each 1 or -1), tuples of M; ties go to the smaller entry.
         """
         vector = (step_mask(bank, timestep).to(residual) * residual).float().flatten()  # <a.NB[k], r> = <NB[k], a.r>
         with torch.autocast(vector.device.type, enabled=False):
@@ -291,40 +245,30 @@ class StepCodebook:
         return tuple(best.tolist()), tuple(1 if product >= 0 else -1 for product in products[best].tolist())
 
     def _blocks(self, bank, device):
-        """Yield the entries, (n, 3HW) each time, n <= BLOCK."""
+        """Return an iterable of the entries, (n, 3HW) each, n <= BLOCK."""
         if self.candidates > len(bank):
             raise InputError(f"--step_candidates {self.candidates}: the noise bank has {len(bank)} entries")
-        key = (bank.seed, bank.shape, device)
-        if self._key == key:
-            yield from self._kept
-            return
-        fits = self.candidates * math.prod(bank.shape) * 4 <= self.memory
-        self._kept, self._key, blocks = [], None, []
-        for k in range(0, self.candidates, BLOCK):
-            block = bank.entries(range(k, min(k + BLOCK, self.candidates))).flatten(1).to(device)
-            if fits:
-                blocks.append(block)
-            yield block
-        if fits:
-            self._kept, self._key = blocks, key
+        key = bank.seed, bank.shape, device
+        if self._key != key:
+            ranges = (range(k, min(k + BLOCK, self.candidates)) for k in range(0, self.candidates, BLOCK))
+            blocks = (bank.entries(indices).flatten(1).to(device) for indices in ranges)
+            if self.candidates * math.prod(bank.shape) * 4 > self.memory:
+                return blocks
+            self._kept, self._key = list(blocks), key
+        return self._kept
 
 
 def select_per_step(chain, y, image, start, codebook, distance=None, on_step=None):
-    """Choose the noise of the chain's selected steps: at each, the picked entries point from x_0's prediction to x_0.
+    """Choose the noise of the chain's selected steps: at each, the codeword points from x_0's prediction to x_0.
 
-    x_{t-1} = mu(x_t, x0_t) + sqrt(posterior variance) z, where z is made of the M entries z_k = a_t * NB[k], k < K, with the
-    largest |<z_k, x_0 - x0_t>| (after DDCM and Turbo-DDCM). x0_t is the guided, clipped prediction that the step uses.
+    x_{t-1} = mu(x_t, x0_t) + sqrt(posterior variance) z, z made of the M entries z_k = a_t * NB[k], k < K, with the
+    largest |<z_k, x_0 - x0_t>| (after DDCM and Turbo-DDCM). x0_t is the guided, clipped prediction of the step.
 
     :param chain: a `Chain` with `selected_steps`.
-    :param y: (1, C, H, W) conditioning, as the receiver will have it.
-    :param image: (1, 3, H, W) in [-1, 1], the original picture x_0.
-    :param start: bank index of x_T.
-    :param codebook: a `StepCodebook`.
-    :param distance: for the score, as in `select_initial`, or None.
+    :param y, image, distance: as in `select_initial`; distance None: no score.
+    :param start, codebook: bank index of x_T, and the `StepCodebook`.
     :return: `Choice`.
     """
-    if chain.selected_steps is None:
-        raise InputError("per-step selection needs a chain that says which steps are selected (--selected_steps)")
     bank, kept, selected = chain.bank.sized(3, *y.shape[2:]), chain.diffusion.kept, set(chain.selected)
     image, codewords = image.to(chain.device), []
 
@@ -335,15 +279,12 @@ def select_per_step(chain, y, image, start, codebook, distance=None, on_step=Non
         return codeword_noise(bank, codewords[-1], kept[t])[None].to(x)
 
     result = chain.run(y, [start], on_step=on_step, step_noise=choose)
-    score = None if distance is None else _scores(distance, result.images, image)[0]
+    score = None if distance is None else float(distance(result.images, image))
     return Choice(start, tuple(codewords), score, chain.evaluations(result), result.images[0].cpu(), int(result.steps))
 
 
 def select_both(chain, y, image, candidates, codebook, distance=mse, on_step=None, **search):
-    """Choose the start as `select_initial` does, with seeded steps, then the steps from there.
-
-    :return: `Choice` with the evaluations of both.
-    """
+    """Choose the start as `select_initial` does, with seeded steps, then the steps from there: a `Choice` of both."""
     first = select_initial(chain, y, image, candidates, distance, on_step=on_step, **search)
     second = select_per_step(chain, y, image, first.index, codebook, distance, on_step)
     return replace(second, evaluations=first.evaluations + second.evaluations)

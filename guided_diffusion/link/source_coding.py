@@ -1,20 +1,19 @@
-"""Source coding of what crosses the air: small id maps without loss, and noise choices as one string of bits.
+"""Source coding of a message's contents: small id maps without loss, and noise choices as one string of bits.
 
-A coded map is one container byte, the values that occur (`palette`), and the map in terms of them. The encoder tries every
-container and keeps the smallest; the decoder knows height, width and number of values from the message's header, and checks
-what the bytes claim before it takes memory.
+A coded map is one container byte, the values that occur (`palette`), and the map in terms of them. The encoder tries
+every container and keeps the smallest; the decoder knows height, width and number of values from the message's header,
+and checks what the bytes claim before it takes memory.
 """
 
 import io
 import lzma
-from itertools import pairwise
 from math import comb
 
 import numpy as np
 from PIL import Image
 
 from ..console import InputError
-from . import entropy_coding as entropy_coding
+from . import entropy_coding
 
 CONSTANT, CONTEXT, JXL, LZMA = range(4)  # containers
 MAX_CANDIDATES, MAX_ATOMS = 2**13, 2**8  # of per-step selection: bound the work of unranking
@@ -33,14 +32,11 @@ def encode_map(ids, num_values):
 
     :param ids: (h, w) uint8 (or bool), every id below num_values.
     :param num_values: how many ids there are, 1...256; the receiver knows it.
-    :return: bytes.
     """
     ids = np.ascontiguousarray(ids, np.uint8)
     values = np.unique(ids)
-    if ids.ndim != 2 or not ids.size or values[-1] >= num_values:
-        raise InputError(
-            f"id map of shape {ids.shape} with ids up to {max(values, default=0)}: needs ids below {num_values}"
-        )
+    if values[-1] >= num_values:
+        raise InputError(f"id map with ids up to {values[-1]}: needs ids below {num_values}")
     if len(values) == 1:
         return bytes([CONSTANT, values[0]])
     table = np.zeros(256, np.uint8)
@@ -53,12 +49,8 @@ def decode_map(data, height, width, num_values):
 
     :raises InputError: damaged bytes, bytes left over, or JPEG XL without the plugin that reads it.
     """
-    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and height * width <= MAX_PIXELS):
-        raise InputError(
-            f"id map of {width}x{height} pixels: sides must be 1...{MAX_SIDE}, and pixels at most {MAX_PIXELS}"
-        )
     if len(data) < 2 or data[0] >= 32:
-        raise InputError(f"coded map of {len(data)} bytes: no container begins like this; send it again")
+        raise InputError("coded map: damaged container byte; send it again")
     container, form, option = data[0] & 3, data[0] >> 2 & 1, data[0] >> 3
     if container == CONSTANT:
         if data[0] or len(data) != 2 or data[1] >= num_values:
@@ -69,8 +61,6 @@ def decode_map(data, height, width, num_values):
         symbols = _from_jxl(body, height, width, option)
     elif container == LZMA:
         symbols = _from_lzma(body, height, width, len(values), option)
-    elif option:
-        raise InputError("coded map: damaged container byte; send it again")
     else:
         symbols = entropy_coding.decode(body, height, width, len(values))
     if symbols.max() >= len(values):
@@ -101,15 +91,15 @@ def _coded(symbols, values, num_values):
         body = entropy_coding.encode(symbols, len(values))
         if body is not None:
             yield contained(CONTEXT, 0, body)
-    for packed in (0, 1):
-        yield contained(LZMA, packed, _lzma(symbols, len(values), packed))
-    if jxl_available():
-        for effort in _efforts(symbols.size):
-            yield from (contained(JXL, option, body) for option, body in _to_jxl(symbols, effort))
+    yield from (contained(LZMA, packed, _lzma(symbols, len(values), packed)) for packed in (0, 1))
+    # No effort is best for all maps, and the highest takes 4 µs per pixel.
+    efforts = (7, 10) if symbols.size <= 2**17 else (7, 9) if symbols.size <= 2**20 else (7,)
+    for effort in efforts if jxl_available() else ():
+        yield from (contained(JXL, option, body) for option, body in _to_jxl(symbols, effort))
 
 
 def _palette(values, num_values):
-    """Say which values occur: a bitmap of num_values bits (form 0), or a count and a list (form 1), if that is shorter."""
+    """Return (form, bytes): a bitmap of the values that occur (form 0), or a count and a list (1) if it is shorter."""
     bitmap = np.zeros(num_values, bool)
     bitmap[values] = True
     listed = bytes([len(values) - 1, *values.tolist()])
@@ -160,17 +150,15 @@ def _from_lzma(data, height, width, count, packed):
         raise InputError(f"coded map: LZMA data that is no map of {width}x{height} pixels; send it again")
     flat = np.frombuffer(raw, np.uint8)
     if depth < 8:
-        bits = np.unpackbits(flat)
-        if bits[height * width * depth :].any():
-            raise InputError("coded map: bits left over behind the LZMA data; send it again")
-        flat = np.packbits(bits[: height * width * depth].reshape(-1, depth), axis=1)[:, 0] >> (8 - depth)
+        bits = np.unpackbits(flat)[: height * width * depth].reshape(-1, depth)
+        flat = np.packbits(bits, axis=1)[:, 0] >> (8 - depth)
     return flat.reshape(height, width)
 
 
 # -- JPEG XL -----------------------------------------------------------------------------------------------------------
 #
-# The head of a codestream (ISO/IEC 18181-1: picture size, 8-bit grey, one modular frame over the whole picture) follows from
-# the map's size. It is not sent, and so cannot claim anything. Its fields are texts of bits here, the lowest bit first.
+# The head of a codestream (ISO/IEC 18181-1: picture size, 8-bit grey, one modular frame over the whole picture) follows
+# from the map's size and is not sent. Its fields are texts of bits here, the lowest bit first.
 
 _METADATA = "000001000001010001110110001"  # as the plugin writes it for mode "L", lossless
 _RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # width : height
@@ -197,111 +185,74 @@ def _jxl_head(height, width, shift):
     return b"\xff\x0a" + _bytes(size + _METADATA) + _bytes(frame)
 
 
-def _contents_end(data, height, width, shift):
-    """Return where the codestream must end by its table of contents, counted from the table's first byte."""
-    group = 128 << shift
-    groups, coarse = (-(-height // side) * -(-width // side) for side in (group, 8 * group))
-    entries = 1 if groups == 1 else 2 + coarse + groups
-    bits, at, total = int.from_bytes(data[: 4 * entries], "little"), 0, 0
-    for _ in range(entries):
-        size, base = ((10, 0), (14, 1024), (22, 17408), (30, 4211712))[bits >> at & 3]
-        total += base + (bits >> at + 2 & (1 << size) - 1)
-        at += 2 + size
-    return -(-at // 8) + total
-
-
 def _to_jxl(symbols, effort):
-    """Return [(shift, codestream without its head)], or [] where this plugin writes another head."""
-    height, width = symbols.shape
+    """Yield (shift, codestream without its head), or nothing where this plugin writes another head."""
     file = io.BytesIO()
     # One thread: the bytes are the same, and starting many takes longer than a small map.
     Image.fromarray(symbols).save(file, "JXL", lossless=True, effort=effort, num_threads=0)
     for shift in range(4):
-        head = _jxl_head(height, width, shift)
+        head = _jxl_head(*symbols.shape, shift)
         if file.getvalue().startswith(head):
-            return [(shift, file.getvalue()[len(head) :])]
-    return []
+            yield shift, file.getvalue()[len(head) :]
+            return
 
 
 def _from_jxl(data, height, width, shift):
     if not jxl_available():
         raise MissingPlugin("the message has a JPEG XL map, which needs a plugin: pip install pillow-jxl-plugin")
-    if _contents_end(data, height, width, shift) != len(data):
-        raise InputError(f"coded map: {len(data)} bytes of JPEG XL data do not fit its contents; send it again")
     try:
         with Image.open(io.BytesIO(_jxl_head(height, width, shift) + data), formats=["JXL"]) as image:
-            if (image.mode, image.size) == ("L", (width, height)):
-                return np.array(image)
-            reason = f"{image.size[0]}x{image.size[1]} pixels of mode {image.mode}"
+            return np.array(image)  # (height, width)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the plugin's panics are not even Exceptions
         reason = " ".join(str(error).split())[:80] or type(error).__name__
-    raise InputError(f"coded map: damaged JPEG XL data ({reason}); send it again")
-
-
-def _efforts(pixels):
-    """Efforts worth trying: none is best for all maps, and the highest takes 4 µs per pixel."""
-    return (7, 10) if pixels <= 2**17 else (7, 9) if pixels <= 2**20 else (7,)
+        raise InputError(f"coded map: damaged JPEG XL data ({reason}); send it again") from None
 
 
 # -- noise choices -----------------------------------------------------------------------------------------------------
 
 
 def choice_bits(bank_size, steps, candidates, atoms):
-    """Bits of `pack_choices`: ceil(log2 bank_size) + steps (ceil(log2 C(candidates, atoms)) + atoms).
-
-    :param bank_size: 0 where x_T is not chosen.
-    """
+    """Bits of `pack_choices`: ceil(log2 bank_size) + steps (ceil(log2 C(candidates, atoms)) + atoms)."""
     start = (bank_size - 1).bit_length() if bank_size else 0
-    return start + (steps * _pick_bits(candidates, atoms) if steps else 0)
+    return start + (steps * _codeword_bits(candidates, atoms) if steps else 0)
 
 
-def _pick_bits(candidates, atoms):
-    if not 1 <= atoms <= candidates:
-        raise InputError(
-            f"{atoms} atoms of {candidates} candidates per step: needs 1 or more, and no more than candidates"
-        )
+def _codeword_bits(candidates, atoms):
     return (comb(candidates, atoms) - 1).bit_length() + atoms
 
 
 def pack_choices(start_index, bank_size, codewords, candidates, atoms):
     """Write noise choices as bits, the highest first, without gaps, zeros at the end up to a whole byte.
 
-    :param start_index: bank entry of x_T (ceil(log2 bank_size) bits), or None where entry 0 is agreed on.
-    :param picks: per selected step (indices, signs): `atoms` ascending entries below `candidates`, and as many +1 or -1. The
-        index set is sent as its rank in the combinatorial number system, then a bit per sign (1 is -1).
-    :return: bytes.
+    :param start_index: bank entry of x_T, or None where entry 0 is agreed on.
+    :param bank_size: entries of the bank; 0 (fresh noise): the start is not sent.
+    :param codewords: per selected step (indices, signs): `atoms` ascending indices below `candidates`, and signs.
+        The indices are sent as their set's rank in the combinatorial number system, then a bit per sign (1 is -1).
     """
     bits = value = 0
-    if start_index is not None:
+    if start_index is not None and bank_size:
         if not 0 <= start_index < bank_size:
             raise InputError(f"noise index {start_index}: the bank has {bank_size} entries")
-        bits, value = choice_bits(bank_size, 0, candidates, atoms), int(start_index)
-    pick_bits = _pick_bits(candidates, atoms) if codewords else 0
+        bits, value = choice_bits(bank_size, 0, candidates, atoms), start_index
     for indices, signs in codewords:
-        indices, signs = [int(index) for index in indices], [int(sign) for sign in signs]
-        ascending = all(a < b for a, b in pairwise(indices))
-        if len(indices) != atoms or not ascending or indices[0] < 0 or indices[-1] >= candidates:
-            raise InputError(f"a step picks entries {indices}: needs {atoms} ascending ones below {candidates}")
-        if len(signs) != atoms or not {-1, 1} >= set(signs):
-            raise InputError(f"a step has signs {signs}: needs {atoms} of +1 or -1")
         rank = sum(comb(index, k) for k, index in enumerate(indices, 1))
         for sign in signs:
             rank = rank << 1 | (sign < 0)
-        value, bits = value << pick_bits | rank, bits + pick_bits
+        width = _codeword_bits(candidates, atoms)
+        value, bits = value << width | rank, bits + width
     size = -(-bits // 8)
     return (value << 8 * size - bits).to_bytes(size, "big")
 
 
-def unpack_choices(data, has_start, bank_size, steps, candidates, atoms, prefix=False):
-    """Undo `pack_choices`: return (start_index or None, picks), picks a tuple of (indices, signs) tuples.
+def unpack_choices(data, bank_size, steps, candidates, atoms, prefix=False):
+    """Undo `pack_choices`: return (start_index or None, codewords), a tuple of (indices, signs) tuples.
 
-    :param prefix: `data` may be a beginning: return what it holds whole and valid, start_index None and no picks where that
-        is not even the start.
-    :raises InputError: any other number of bytes than choices have, or what `pack_choices` never writes.
+    :param prefix: `data` may be a beginning: return what it holds whole and valid, (None, ()) without the start.
+    :raises InputError: what `pack_choices` never writes.
     """
-    length = choice_bits(bank_size if has_start else 0, steps, candidates, atoms)
+    length = choice_bits(bank_size, steps, candidates, atoms)
     if not prefix and len(data) != -(-length // 8):
         raise InputError(f"noise choices of {len(data)} bytes, but the header's take {length} bits")
     value, left = int.from_bytes(data, "big"), 8 * len(data)
@@ -312,25 +263,22 @@ def unpack_choices(data, has_start, bank_size, steps, candidates, atoms, prefix=
         return value >> left & (1 << bits) - 1
 
     start, codewords = None, []
-    start_bits = choice_bits(bank_size, 0, 0, 0)
-    if has_start:
-        start = take(start_bits) if left >= start_bits else bank_size
+    if bank_size:
+        width = choice_bits(bank_size, 0, candidates, atoms)
+        start = take(width) if left >= width else bank_size
         if start >= bank_size:
             if prefix:
                 return None, ()
             raise InputError(f"noise index {start}: the bank has {bank_size} entries")
-    pick_bits, sets = (_pick_bits(candidates, atoms), comb(candidates, atoms)) if steps else (0, 0)
-    while len(codewords) < steps and left >= pick_bits:
-        rank, signs = take(pick_bits - atoms), take(atoms)
+    width, sets = (_codeword_bits(candidates, atoms), comb(candidates, atoms)) if steps else (0, 0)
+    while len(codewords) < steps and left >= width:
+        rank, signs = take(width - atoms), take(atoms)
         if rank >= sets:
             if prefix:
                 break
-            raise InputError(
-                f"step {len(codewords) + 1} of the noise choices is no set of {atoms} of {candidates} entries"
-            )
-        codewords.append(
-            (_unrank(rank, candidates, atoms), tuple(1 - 2 * (signs >> k & 1) for k in reversed(range(atoms))))
-        )
+            raise InputError(f"step {len(codewords) + 1} of the noise choices is no set of {atoms} of {candidates}")
+        signs = tuple(1 - 2 * (signs >> k & 1) for k in reversed(range(atoms)))
+        codewords.append((_unrank(rank, candidates, atoms), signs))
     if not prefix and take(left):
         raise InputError("noise choices: bits are left over")
     return start, tuple(codewords)

@@ -1,22 +1,20 @@
-"""Both ends of the link: from a scene to a message, and from what arrived to a picture (Diff-GOn, arXiv 2412.06980, fig. 1).
+"""Both ends of the link and the channel between them (Diff-GOn, arXiv 2412.06980, fig. 1): scene, message, picture.
 
-Both ends condition on the semantics *after* source coding, and draw everything random from (bank seed, index, timestep).
-So after a channel without errors the receiver's picture is the transmitter's local one: bit for bit on one machine, library
-version and thread count when both are made alone (batch 1).
+Both ends condition on the semantics *after* source coding, and draw all that is random from (bank seed, index,
+timestep). So after a channel without errors the receiver's picture is the transmitter's local one: bit for bit on one
+machine, library version and thread count when both are made alone (batch 1).
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..console import InputError
 from ..data.semantics import SemanticCoding, conditioning_channels, describe, restore
 from ..diffusion.sampling import SampleResult
-from .message import Header, Message, Reception, receive_parts
+from .channel import sent_planes, transmit
+from .message import Header, Message, receive_parts
 from .selection import Choice
-
-__all__ = ["Arrival", "Header", "Message", "Receiver", "Reception", "Sent", "Transmitter", "condition", "receive_parts"]
 
 
 def condition(header, label, boundary=None, edges=None):
@@ -27,19 +25,18 @@ def condition(header, label, boundary=None, edges=None):
     :param edges: (h', w') uint8 symbols of the image edges, or None.
     :return: (1, C, H, W) float32.
     """
-    size = header.height, header.width
+    size, form = (header.height, header.width), (header.num_classes, header.one_hot, header.edge_plane)
     coding = SemanticCoding(header.label_scale, header.edge_levels, edge_scale=header.edge_scale)
-    label, boundary, edges = (
-        None if plane is None else torch.from_numpy(plane.copy())[None, None] for plane in (label, boundary, edges)
-    )
+    planes = (None if plane is None else torch.from_numpy(plane)[None, None] for plane in (label, boundary, edges))
+    label, boundary, edges = planes  # (1, 1, h, w) each
     if header.boundaries and boundary is None:
         boundary = torch.zeros(1, 1, *size, dtype=torch.bool)  # boundaries between classes follow from the labels
-    return restore(label.long(), boundary, edges, coding, size, header.num_classes, header.one_hot, header.edge_plane)
+    return restore(label.long(), boundary, edges, coding, size, *form)
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What the transmitter has for one scene: the message, its conditioning (1, C, H, W), and the choice, if one was made."""
+    """What the transmitter has for one scene: message, conditioning (1, C, H, W), and the choice if one was made."""
 
     message: Message
     y: torch.Tensor
@@ -70,16 +67,10 @@ class Transmitter:
         if not self.template.edge_plane:
             boundary = edges = None
         height, width = scene["label"].shape[2:]
-        header = dataclasses.replace(
-            self.template,
-            height=height,
-            width=width,
-            boundaries=boundary is not None,
-            edge_levels=0 if edges is None else self.coding.edge_levels,
-        )
-        start = 0 if header.start_sent else None
-        label = label.astype("uint8")
-        return Message(header, label, boundary, edges, start, ()), condition(header, label, boundary, edges)
+        levels = 0 if edges is None else self.coding.edge_levels
+        header = replace(self.template, height=height, width=width, boundaries=boundary is not None, edge_levels=levels)
+        label, start = label.astype("uint8"), 0 if header.start_sent else None
+        return Message(header, label, boundary, edges, start), condition(header, label, boundary, edges)
 
     def send(self, scene, start, on_step=None):
         """Describe one scene, choose its noise, and write the message.
@@ -88,39 +79,31 @@ class Transmitter:
         :param start: bank index of x_T, where none is chosen.
         :param on_step: called at every step of every local chain, as by `sample`.
         :return: `Sent`; its choice has the picture where one was chosen or `local` is set.
-        :raises InputError: a choice has to be made, and the scene has no picture.
         """
         if self.choose is not None and "image" not in scene:
             raise InputError("noise selection compares with the picture, and this split has labels alone")
-        message, y = self.describe(scene)
-        choice = None
+        (message, y), choice = self.describe(scene), None
+        header = message.header
         if self.choose is not None:
             choice = self.choose(self.chain, y, scene, start, on_step)
-            start = choice.index
         elif self.local:
-            choice = local_choice(self.chain, y, start, on_step)
-        changes = {"start_index": start if message.header.start_sent else None}
+            result = self.chain.run(y, [start], on_step=on_step)
+            spent = self.chain.evaluations(result)
+            choice = Choice(start, (), None, spent, result.images[0].cpu(), int(result.steps))
         if choice is not None:
-            changes["codewords"] = choice.codewords
+            start, message = choice.index, replace(message, codewords=choice.codewords)
             if choice.steps < self.chain.diffusion.num_timesteps:
-                changes["header"] = dataclasses.replace(message.header, stop_step=choice.steps)
-        return Sent(dataclasses.replace(message, **changes), y, choice)
-
-
-def local_choice(chain, y, start, on_step=None):
-    """Make the local picture of a start that was not chosen."""
-    result = chain.run(y, [start], on_step=on_step)
-    return Choice(start, (), None, chain.evaluations(result), result.images[0].cpu(), int(result.steps))
+                header = replace(header, stop_step=choice.steps)
+        return Sent(replace(message, header=header, start_index=start if header.start_sent else None), y, choice)
 
 
 @dataclass(frozen=True)
 class Arrival:
     """What a receiver knows of one picture before it makes it.
 
-    :param header: the message's, or the last good one.
     :param y: (1, C, H, W) conditioning.
     :param start: bank index of x_T.
-    :param picks: the noise of selected steps, or a beginning of it.
+    :param codewords: of the selected steps, or of the first of them.
     :param problems: what was lost.
     """
 
@@ -132,45 +115,30 @@ class Arrival:
 
 
 class Receiver:
-    """Turns what arrived into pictures.
+    """Turns what arrived into pictures, each by itself, and never fails on what the channel did.
 
-    What is lost is replaced: label map and header by the last good ones (an empty label map at first), edges by none,
-    indices by entry 0 and seeded noise. It never fails on what the channel did.
+    Error concealment: lost labels become the null conditioning, edges none, indices entry 0 and seeded noise.
 
     :param make_chain: function Header -> `Chain`; raises InputError where the message was not made for this receiver.
     """
 
     def __init__(self, make_chain):
         self.make_chain = make_chain
-        self.header = self.label = None  # the last good ones
 
     def accept(self, reception):
-        """Make an `Arrival` of a `Reception`; None while no header has ever arrived."""
-        header = reception.header or self.header
+        """Make an `Arrival` of what `receive_parts` returns; None where the header is lost."""
+        header = reception.header
         if header is None:
             return None
-        self.header = header
         if reception.label is not None:
-            self.label = reception.label
             y = condition(header, reception.label, reception.boundary, reception.edges)
-        elif self.label is not None and self.label.shape == header.label_shape:
-            y = condition(header, self.label)
         else:
             channels = conditioning_channels(header.num_classes, header.one_hot, not header.edge_plane)
             y = torch.zeros(1, channels, header.height, header.width)
-        return Arrival(header, y, reception.start_index or 0, tuple(reception.codewords), tuple(reception.problems))
-
-    def recall(self, message, label=True):
-        """Take a message's header, and its label map unless that was lost, as the last good ones."""
-        self.header = message.header
-        if label:
-            self.label = message.label
+        return Arrival(header, y, reception.start_index or 0, reception.codewords, reception.problems)
 
     def pictures(self, arrivals, on_step=None):
-        """Run the reverse chains of arrivals of one picture size; those whose headers ask for the same chain run together.
-
-        :return: `SampleResult`.
-        """
+        """Run the chains of arrivals of one picture size, together where they ask for one chain: a `SampleResult`."""
         groups = {}
         for k, arrival in enumerate(arrivals):
             chain = self.make_chain(arrival.header)
@@ -178,13 +146,85 @@ class Receiver:
         images, steps = [None] * len(arrivals), [None] * len(arrivals)
         for chain, numbers in groups.values():
             own = [arrivals[k] for k in numbers]
-            codewords = [arrival.codewords for arrival in own]
-            result = chain.run(
-                torch.cat([arrival.y for arrival in own]),
-                [arrival.start for arrival in own],
-                codewords if any(codewords) else None,
-                on_step=on_step,
-            )
+            y, starts = torch.cat([arrival.y for arrival in own]), [arrival.start for arrival in own]
+            result = chain.run(y, starts, [arrival.codewords for arrival in own], on_step=on_step)
             for k, image, taken in zip(numbers, result.images, result.steps, strict=True):
                 images[k], steps[k] = image, taken
         return SampleResult(torch.stack(images), torch.stack(steps))
+
+
+# -- channels ---------------------------------------------------------------------------------------------------------
+#
+# Each has `send(sent, receiver, stream)`: it sends one `Sent`, with noise from the CPU generator `stream`, and returns
+# the receiver's `Arrival` (None where the header is lost) and a dict of table columns.
+
+
+class AnalogChannel:
+    """Gaussian noise on the semantic planes, then a pool (GESCO, see `channel`); header and indices arrive.
+
+    :param sigma: standard deviation of the noise.
+    :param pool: "None", "med", "mean" or "max".
+    """
+
+    def __init__(self, sigma, pool="None"):
+        self.sigma, self.pool = sigma, pool
+
+    def send(self, sent, receiver, stream):
+        """Send one message's conditioning."""
+        message, header = sent.message, sent.message.header
+        form = {"num_classes": header.num_classes, "one_hot": header.one_hot}
+        received = transmit(sent.y, self.sigma, generators=[stream], pool=self.pool, **form)
+        arrival = Arrival(header, received, message.start_index or 0, message.codewords)
+        return arrival, analog_facts(sent.y, self.sigma, **form)
+
+
+class IdealChannel:
+    """The message's bytes arrive as they are."""
+
+    def send(self, sent, receiver, stream):
+        """Send one message."""
+        return receiver.accept(receive_parts(sent.message.parts())), {}
+
+
+class DigitalChannel:
+    """The message's bytes, channel-coded part by part (see `channel_coding`).
+
+    :param link: a `DigitalLink`.
+    """
+
+    def __init__(self, link):
+        self.link = link
+
+    def send(self, sent, receiver, stream):
+        """Send one message."""
+        parts = sent.message.parts()
+        delivery = self.link.send(parts, stream)
+        arrived = {name: delivery.part(name) for name in parts}
+        arrival = receiver.accept(receive_parts(arrived, delivery.prefix("indices")))
+        return arrival, digital_facts(delivery, *sent.y.shape[2:])
+
+
+def analog_facts(y, sigma, num_classes, one_hot):
+    """Report what one conditioning (1, C, H, W) costs on the analog channel: P real planes take PHW/2 complex uses.
+
+    `realised_snr_db` is the mean power of the sent planes over sigma^2, the true ratio beside the nominal one.
+    """
+    height, width = y.shape[2:]
+    sent = sent_planes(y, num_classes, one_hot)[0]
+    uses = int(sent.sum()) * height * width / 2
+    power = float(y[0, sent].square().mean()) if sent.any() else 0.0
+    realised = 10 * torch.tensor(power / sigma**2).log10().item() if sigma and power else float("inf")
+    return {"channel_uses": uses, "bandwidth_ratio": uses / (3 * height * width), "realised_snr_db": realised}
+
+
+def digital_facts(delivery, height, width):
+    """Report what one `Delivery` cost, and how it went."""
+    uses = sum(delivery.uses.values())
+    return {
+        "channel_uses": uses,
+        "bandwidth_ratio": uses / (3 * height * width),
+        "realised_snr_db": delivery.realised_es_n0_db,
+        "eb_n0_db": delivery.realised_eb_n0_db,
+        "blocks": delivery.blocks_sent,
+        "block_errors": delivery.block_errors,
+    }

@@ -1,9 +1,12 @@
-"""Checkpoint files: names, whole writes, safe reads, and which of them are kept.
+"""Checkpoints: named parts saved and loaded by one loop, whole or not at all; which are kept, resumed and sampled.
 
-A checkpoint of step N is model{N}.pt, ema_{rate}_{N}.pt (plain state dicts, as SDM loads them), opt{N}.pt,
-state{N}.pt (everything else that resuming needs) and manifest{N}.json, whose presence marks a checkpoint saved whole.
+A checkpoint of step N is model{N}.pt, ema_{rate}_{N}.pt (plain state dicts, as SDM loads them), opt{N}.pt, state{N}.pt (all
+else that resuming needs) and, renamed last, manifest{N}.json: {"step", "files": {name: {"bytes", "sha256"}}, "config",
+"val_score", "sha256"}, the last one being that of the text without it.
 """
 
+import hashlib
+import json
 import math
 import os
 import re
@@ -13,132 +16,356 @@ from pathlib import Path
 
 import torch
 
+from ..config import load_config
 from ..console import InputError
 from ..diffusion.unet import ResBlock, SPADEGroupNorm, SPADEResBlock
-from ..files import atomic_write
-from .manifest import (
-    EMA_FILE,
-    PARTS,
-    HashedWriter,
-    contents_problem,
-    file_name,
-    manifest_name,
-    manifest_text,
-    problem_of,
-    read_manifest,
-    saved_steps,
-    unfinished_text,
-    weights_entry,
-)
-from .safe_reading import check_contents
+from ..files import atomic_write, file_digest
 
 # GESCO and Diff-GO-n files carry an unused SPADE over 3 label channels in every encoder block.
 LEGACY_KEY = re.compile(r"input_blocks\.\d+\.\d+\.spade_norm\.")
-TEMPORARY_FILE = re.compile(
-    r"(?:(?:model|opt|state|ema_.+_)\d{6,}\.pt|manifest\d{6,}\.json|config\.json|progress\.csv)(?:\.[0-9a-f]{8})?\.tmp"
-)
+PARTS = ("model", "opt", "state")  # and ema_{rate}_, one or more
+STEP_FILE = re.compile(r"(?:model|opt|state|manifest)(\d{6,})\.(?:pt|json)")
+EMA_FILE = re.compile(r"ema_((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)_(\d{6,})\.pt")
+TEMPORARY_FILE = re.compile(r"((model|opt|state|ema_.+_)\d{6,}\.pt|manifest\d{6,}\.json|config\.json|.+\.csv)\..*tmp")
+UNFINISHED = "its save was cut short"
 
 
-def save_parts(directory, step, parts, facts=None):
+def file_name(kind, step):
+    """Return the file name of one part, such as file_name("opt", 12) -> "opt000012.pt"."""
+    return f"manifest{step:06d}.json" if kind == "manifest" else f"{kind}{step:06d}.pt"
+
+
+# -- manifests --------------------------------------------------------------------------------------------------------
+
+
+def manifest_text(contents):
+    """Return the text of a manifest: JSON, with its own SHA-256 as the last entry."""
+    plain = json.dumps(contents, indent=1)
+    return json.dumps({**contents, "sha256": hashlib.sha256(plain.encode()).hexdigest()}, indent=1) + "\n"
+
+
+def read_manifest(directory, step):
+    """Return the contents of a step's manifest, None where it has none. Raises InputError if it is not as it was written."""
+    path = Path(directory) / file_name("manifest", step)
+    try:
+        text = path.read_text()
+        contents = json.loads(text)
+        del contents["sha256"]
+        if text != manifest_text(contents) or contents["step"] != step:
+            raise ValueError("it is not as it was written")
+        return contents
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: the manifest cannot be read ({str(error)[:100]}); use another checkpoint") from None
+
+
+def file_problem(path, entry, digests=True):
+    """Say how a file differs from its manifest's entry, "" if it does not; without `digests` by its size alone."""
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"{path.name} has {size:,} bytes, the manifest says {entry['bytes']:,}"
+        differs = digests and file_digest(path).hex() != entry["sha256"]
+        return f"{path.name} differs from its SHA-256" if differs else ""
+    except OSError as error:
+        return f"{path.name} is missing or cannot be read ({error.strerror})"
+
+
+def problem_of(directory, step, digests=True):
+    """Say what keeps a checkpoint from being whole, such as "the manifest lists no opt000004.pt"; "" if it is whole."""
+    try:
+        manifest = read_manifest(directory, step)
+    except InputError as error:
+        return str(error)
+    if manifest is None:
+        return "it has no manifest"
+    if manifest.get("unfinished"):
+        return UNFINISHED
+    for name in (file_name(kind, step) for kind in PARTS):
+        if name not in manifest["files"]:
+            return f"the manifest lists no {name}"
+    problems = (file_problem(Path(directory) / name, entry, digests) for name, entry in manifest["files"].items())
+    return next(filter(None, problems), "")
+
+
+def saved_steps(directory):
+    """Return the set of steps of which a folder holds a model, optimizer, state or manifest file."""
+    found = (STEP_FILE.fullmatch(path.name) for path in Path(directory).glob("*"))
+    return {int(match[1]) for match in found if match}
+
+
+def _manifest_of(path):
+    """Return the manifest beside a weights file, {} where there is none."""
+    match = re.fullmatch(r"(?:model|ema_.+_)(\d{6,})\.pt", Path(path).name)
+    return (read_manifest(Path(path).parent, int(match[1])) if match else None) or {}
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+class _HashedWriter:
+    """A file to write to in sequence that knows size and SHA-256 of what it was given, and the first error."""
+
+    def __init__(self, f):
+        self._file, self._hash, self._bytes, self.error = f, hashlib.sha256(), 0, None
+
+    def write(self, data):
+        self._hash.update(data)
+        self._bytes += len(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:  # torch.save reports it as another one
+            self.error = self.error or error
+            raise
+
+    def flush(self):
+        self._file.flush()
+
+    def entry(self):
+        """Return the manifest's entry of the file."""
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+
+
+def save_checkpoint(directory, step, parts, facts):
     """Write the parts of a checkpoint and its manifest, whole or not at all.
 
-    Every file is written under a temporary name before the first takes its own; the manifest is renamed last. So a save that
-    fails frees what it took and leaves every earlier file, and one that is killed leaves a step that is not taken for whole
-    (also where that step was whole before, if it dies between two renames: do not save again what is saved).
+    All files are written under temporary names before the first is renamed, so a save that fails leaves every earlier file.
+    While they are renamed, an unfinished manifest stands in: a step that is cut short is never taken for whole.
 
-    :param parts: dict from kind ("model", "ema_0.9999_", "opt", "state") to what torch.save takes.
-    :param facts: what the manifest shall note besides: {"config": flags, "val_score": float or None}.
+    :param parts: dict from kind ("model", "ema_0.9999_", "opt", "state") to an object with state_dict().
+    :param facts: what the manifest notes besides: {"config": flags, "val_score": float or None}.
     :raises OSError: naming the file that could not be written.
     """
     directory, entries, writer = Path(directory), {}, None
-    path = directory / manifest_name(step)
+    path = manifest = directory / file_name("manifest", step)
     try:
-        with ExitStack() as files:  # closes, and so renames, in the opposite order
-            manifest = files.enter_context(atomic_write(path))
-            opened = {}
-            for kind in sorted(parts, key=lambda kind: kind != "state"):
+        with ExitStack() as files:  # closes, and so renames, in the opposite order: the manifest last
+            whole = files.enter_context(atomic_write(manifest))
+            for kind, part in parts.items():
                 path = directory / file_name(kind, step)
-                opened[kind] = files.enter_context(atomic_write(path, "wb"))
-            for kind, contents in parts.items():
-                path = directory / file_name(kind, step)
-                writer = HashedWriter(opened[kind])
-                torch.save(contents, writer)
-                opened[kind].flush()
-                os.fsync(opened[kind].fileno())  # a disk may say only now that it is full
+                f = files.enter_context(atomic_write(path, "wb"))
+                writer = _HashedWriter(f)
+                torch.save(part.state_dict(), writer)
+                f.flush()
+                os.fsync(f.fileno())  # a disk may say only now that it is full
                 entries[path.name] = writer.entry()
-            path = directory / manifest_name(step)
-            manifest.write(manifest_text(step, entries, facts))
-            manifest.flush()
-            os.fsync(manifest.fileno())
-            if not path.exists():  # tells what is cut short from here on from what an older version left
-                with atomic_write(path) as f:
-                    f.write(unfinished_text(step))
+            path = manifest
+            whole.write(manifest_text({"step": step, "files": entries, **facts}))
+            whole.flush()
+            os.fsync(whole.fileno())
+            with atomic_write(manifest) as f:
+                f.write(manifest_text({"step": step, "files": {}, "unfinished": True}))
     except (OSError, RuntimeError) as error:
         reason = (writer and writer.error) or error
         raise OSError(f"{path}: cannot be written ({reason}); free space or change --checkpoint_dir") from None
 
 
+def prune_checkpoints(directory, keep):
+    """Delete older checkpoints; return the steps that were removed, oldest first.
+
+    Kept are the newest `keep` whole ones (0: all), the whole one with the lowest "val_score", all newer steps, and steps without
+    a readable manifest. A manifest is deleted last, so that the next call finishes a deletion that was interrupted.
+    """
+    manifests = {}
+    for step in sorted(saved_steps(directory)) if keep else ():
+        with suppress(InputError):
+            manifests[step] = read_manifest(directory, step)
+    manifests = {step: manifest for step, manifest in manifests.items() if manifest}
+    whole = [step for step in manifests if not problem_of(directory, step, digests=False)]
+    scores = {step: manifests[step].get("val_score") for step in whole}
+    scored = [step for step in reversed(whole) if scores[step] is not None and math.isfinite(scores[step])]
+    kept = {*whole[-keep:], *sorted(scored, key=scores.get)[:1]}
+    removed = [step for step in manifests if step < max(whole, default=0) and step not in kept]
+    for step in removed:
+        names = [*(file_name(kind, step) for kind in PARTS), *manifests[step]["files"], file_name("manifest", step)]
+        for name in names:
+            (Path(directory) / name).unlink(missing_ok=True)
+    return removed
+
+
+def remove_temporary_files(directory):
+    """Remove what a killed run left half-written."""
+    for path in Path(directory).glob("*.tmp"):
+        if TEMPORARY_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
 def load_file(path, entry=None):
-    """Read what torch.save wrote, without running code from the file, or taking more memory than the file's size.
+    """Read a file of torch.save without running code from it. Raises InputError naming the file.
 
     :param entry: its manifest's entry, which it must equal; None: not verified.
-    :raises InputError: naming the file.
     """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file; check --model_path or --resume_checkpoint")
+    problem = file_problem(path, entry) if entry else ""
+    if problem:
+        raise InputError(f"{path}: it is damaged ({problem}); restore it, or use another checkpoint")
     try:
-        with open(path, "rb") as f, warnings.catch_warnings():
-            problem = contents_problem(f, Path(path).name, entry) if entry else ""
-            if problem:
-                raise InputError(f"{path}: it is damaged ({problem}); restore it, or use another checkpoint")
-            check_contents(f)
-            f.seek(0)
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on odd pickles before it refuses them
-            return torch.load(f, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check --model_path or --resume_checkpoint") from None
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and refused files raise many kinds
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise InputError(f"{path}: cannot be read as a checkpoint of plain tensors ({reason})") from None
 
 
-def check_weights(model, weights, where):
-    """Return a state dict without the family's unused keys, after checking that it fits a model.
+def load_checkpoint(directory, step, parts, partial=False):
+    """Load each part of a checkpoint into its object, one at a time, verified by the manifest where there is one.
 
-    :param where: the file's name, for messages.
-    :raises InputError: naming the first missing, unexpected or differently shaped key.
+    :param parts: dict from kind to an object with load_state_dict(); "model" comes first.
+    :param partial: leave out parts other than the model that are missing, damaged, or do not fit.
+    :return: the kinds that were left out.
+    :raises InputError: naming the file, or the flag that contradicts it.
     """
+    entries, missing = {}, []
+    with suppress(InputError) if partial else ExitStack():
+        entries = (read_manifest(directory, step) or {}).get("files", {})
+    for kind, part in parts.items():
+        path, optional = Path(directory) / file_name(kind, step), partial and kind != "model"
+        if kind != "model" and (not path.exists() or (entries and path.name not in entries)):
+            missing.append(kind)
+            continue
+        try:
+            contents = load_file(path, entries.get(path.name))
+        except InputError:
+            if not optional:
+                raise
+            missing.append(kind)
+            continue
+        try:
+            part.load_state_dict(contents)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+            if not optional:
+                raise InputError(f"{path}: it does not fit this run ({error}); check the flags") from None
+            missing.append(kind)
+    if missing and not partial:
+        lost = ", ".join(file_name(kind, step) for kind in missing)
+        raise InputError(
+            f"{directory}: checkpoint {step} lacks {lost}; restore them, or start those parts afresh with"
+            " --resume_partial True"
+        )
+    return missing
+
+
+def resume_point(directory, asked, partial=False, log=None):
+    """Return (folder, step) to resume from, or None to start afresh; never a start that would overwrite another run.
+
+    :param directory: the run's --checkpoint_dir.
+    :param asked: --resume_checkpoint: "", "auto" (the newest whole checkpoint), or the path of a model file.
+    :param partial: be content with a readable model file, but not with one that differs from its manifest.
+    :param log: function of a line, for newer steps that are damaged.
+    :raises InputError: the folder holds a run and nothing was asked for, nothing is whole, or there are later steps.
+    """
+    steps, log = saved_steps(directory), log or (lambda line: None)
+    if asked == "auto":
+        return _newest_checkpoint(directory, steps, partial, log)
+    latest = max(steps, default=None)
+    if not asked and latest is None:
+        return None
+    if not asked:
+        raise InputError(
+            f"--checkpoint_dir {directory} holds a run that reached step {latest}: go on with --resume_checkpoint auto,"
+            " or choose another folder"
+        )
+    match = re.fullmatch(r"model(\d{6,})\.pt", Path(asked).name)
+    if not match or not Path(asked).exists():
+        found = "no such file" if match else "expected a file called model<step>.pt, or auto"
+        raise InputError(f"--resume_checkpoint {asked}: {found}")
+    folder, step = Path(asked).parent, int(match[1])
+    same = folder.resolve() == Path(directory).resolve()
+    if latest is not None and (not same or latest > step):
+        what = f"steps up to {latest}" if same else f"another run (step {latest})"
+        raise InputError(
+            f"--checkpoint_dir {directory} already holds {what}: choose an empty folder to branch off into"
+        )
+    problem = _model_problem(folder, step) if partial else problem_of(folder, step)
+    if problem:
+        raise InputError(
+            f"--resume_checkpoint {asked}: the checkpoint is damaged or incomplete ({problem}); use an older one (auto"
+            " finds the newest whole one), or go on from the weights alone with --resume_partial True"
+        )
+    return str(folder), step
+
+
+def _newest_checkpoint(directory, steps, partial, log):
+    passed = []
+    for step in sorted(steps, reverse=True):
+        problem = problem_of(directory, step)
+        if problem == UNFINISHED and not partial and len(steps) == 1:
+            log(f"checkpoint {step} in {directory}: {problem}, and it was the first: starting afresh")
+            return None
+        if problem and not (partial and not _model_problem(directory, step)):
+            passed.append(f"checkpoint {step} in {directory} is damaged or incomplete ({problem})")
+            continue
+        for line in passed:
+            log(f"{line}; going back to {step}")
+        if problem:
+            log(f"checkpoint {step} in {directory} is incomplete ({problem}): going on from what is left of it")
+        return str(directory), step
+    if passed:
+        raise InputError(
+            f"{passed[0]}, and no older one is whole; restore it, or go on from the weights alone with"
+            " --resume_partial True"
+        )
+    return None
+
+
+def _model_problem(directory, step):
+    """Say why a step's model file alone is of no use, "" if it is."""
+    path, entry = Path(directory) / file_name("model", step), None
+    with suppress(InputError):  # an unreadable manifest is one more part that is lost
+        entry = _manifest_of(path).get("files", {}).get(path.name)
+    try:
+        load_file(path, entry)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def check_weights(model, weights):
+    """Return a state dict without the unused keys of GESCO's files. Raises InputError naming the first key that differs."""
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
-        raise InputError(f"{where}: expected a state dict, found {type(weights).__name__}")
+        raise InputError(f"expected a state dict, found {type(weights).__name__}")
     weights = {key: value for key, value in weights.items() if not LEGACY_KEY.match(key)}
     own = model.state_dict()
     for problem, keys in (("missing", own.keys() - weights.keys()), ("unexpected", weights.keys() - own.keys())):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise InputError(f"{where}: {problem} key {min(keys)}{more}; do the network's flags match the file?")
+            raise InputError(f"{problem} key {min(keys)}{more}; do the network's flags match the file?")
     for key, value in weights.items():
-        if not torch.is_tensor(value) or value.shape != own[key].shape:
-            found = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
-            raise InputError(f"{where}: key {key} has shape {found}, the network expects {tuple(own[key].shape)}")
+        found = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+        if found != tuple(own[key].shape):
+            raise InputError(f"key {key} has shape {found}, the network expects {tuple(own[key].shape)}")
     return weights
 
 
 def load_weights(model, weights):
-    """Load a state dict of the guided-diffusion family into a model.
+    """Load a state dict of the guided-diffusion family into a model, keeping the model's own precision.
 
-    A model on the meta device takes over the tensors of the state dict themselves: no time goes into initial values, and
-    no memory into a copy.
+    A model on the meta device takes over the tensors themselves: no time goes into initial values, no memory into a copy.
 
-    :param model: the network; its own precision is kept.
-    :param weights: a state dict, or the path of a file with one (read with weights_only; one that a manifest beside it
-        lists must be as it was written).
-    :raises InputError: naming the first missing, unexpected or differently shaped key, or the damaged file. The unused
+    :param weights: a state dict, or the path of a file with one, which must be as a manifest beside it says.
+    :raises InputError: naming the damaged file, or the first missing, unexpected or differently shaped key. The unused
         `input_blocks.*.spade_norm.*` of GESCO and Diff-GO-n files are ignored.
     """
-    where = "state dict"
+    where = "state dict" if isinstance(weights, dict) else str(weights)
     if not isinstance(weights, dict):
-        where, weights = str(weights), load_file(weights, weights_entry(weights))
-    weights, own = check_weights(model, weights, where), model.state_dict()
+        weights = load_file(weights, _manifest_of(weights).get("files", {}).get(Path(weights).name))
+    try:
+        weights = check_weights(model, weights)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    own = model.state_dict()
     weights = {key: value.to(own[key].dtype) for key, value in weights.items()}
     model.load_state_dict(weights, assign=any(value.is_meta for value in own.values()))
 
@@ -148,87 +375,54 @@ def with_legacy_keys(weights, model):
     weights = dict(weights)
     for name, block in model.input_blocks.named_modules():
         if isinstance(block, ResBlock) and not isinstance(block, SPADEResBlock):
-            channels = block.in_layers[0].num_channels
             with torch.device("meta"):  # for the shapes alone: initial values would shift torch's global stream
-                norm = SPADEGroupNorm(channels, 3, 1)
+                norm = SPADEGroupNorm(block.in_layers[0].num_channels, 3, 1)
             for key, value in norm.state_dict().items():
                 weights[f"input_blocks.{name}.spade_norm.{key}"] = torch.zeros(value.shape)
     return weights
 
 
-def prune_checkpoints(directory, keep):
-    """Delete older checkpoints; return the steps that were removed, oldest first.
+def find_weights(model_path, may_lack=False, log=None):
+    """Return the weights file that --model_path means: the file itself, or the newest whole EMA file of a folder.
 
-    Kept are the newest `keep` whole ones (by the sizes of their files), the whole one with the lowest "val_score" in its
-    manifest, every step that is newer than these, and steps without a readable manifest. A manifest is deleted last, so
-    that the next call finishes a deletion that was interrupted.
-
-    :param keep: at least 1; 0 deletes nothing.
+    :param may_lack: do not insist that it exists (dry runs).
+    :param log: function of a line, for newer averages that are damaged.
     """
-    if not keep:
-        return []
-    manifests = {}
-    for step in sorted(saved_steps(directory, ["manifest"])):
+    if os.path.isdir(model_path):
+        return _newest_average(Path(model_path), log or (lambda line: None))
+    if may_lack or os.path.exists(model_path):
+        return model_path
+    found = "no such file" if model_path else "it is empty"
+    raise InputError(f"--model_path {model_path}: {found}; name a .pt file, or a folder with checkpoints")
+
+
+def _newest_average(directory, log):
+    """Return the newest whole EMA file, of several rates the highest; foreign folders, without manifests, are trusted."""
+    names, manifests, problem = {path.name for path in directory.glob("ema_*.pt")}, {}, ""
+    for step in saved_steps(directory):
         with suppress(InputError):
-            manifests[step] = read_manifest(directory, step)
-    whole = [step for step in manifests if not problem_of(directory, step, digests=False)]
-    scores = {step: manifests[step].get("val_score") for step in whole}
-    scored = [step for step in whole if scores[step] is not None and math.isfinite(scores[step])]
-    kept = {*whole[-keep:], *([min(reversed(scored), key=scores.get)] if scored else [])}
-    removed = [step for step in manifests if step < max(whole, default=0) and step not in kept]
-    for step in removed:
-        averages = [path for path in Path(directory).glob(f"ema_*_{step:06d}.pt") if EMA_FILE.fullmatch(path.name)]
-        for path in (*(Path(directory) / file_name(kind, step) for kind in PARTS), *averages):
-            path.unlink(missing_ok=True)
-        (Path(directory) / manifest_name(step)).unlink()
-    return removed
+            manifests[step] = read_manifest(directory, step) or {"files": {}}
+            names |= manifests[step]["files"].keys()  # a listed file may be lost
+    foreign = not any(directory.glob("manifest*.json"))
+    found = [(int(match[2]), float(match[1]), match[0]) for match in map(EMA_FILE.fullmatch, names) if match]
+    for step, _, name in sorted(found, reverse=True):
+        entry = manifests.get(step, {"files": {}})["files"].get(name)
+        fault = file_problem(directory / name, entry) if entry else f"no readable manifest lists {name}"
+        if foreign or not fault:
+            if problem:
+                log(f"the newest averages in {directory} are damaged or incomplete ({problem}); going back to {name}")
+            return str(directory / name)
+        problem = problem or fault
+    found = f"no ema_*.pt file is whole (newest: {problem})" if found else "the folder has no ema_*.pt file"
+    raise InputError(f"--model_path {directory}: {found}; train first, or name a file")
 
 
-def sweep_temporary_files(directory):
-    """Remove what a killed run left half-written."""
-    for path in Path(directory).glob("*.tmp"):
-        if TEMPORARY_FILE.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+def trained_config(weights):
+    """Return the flags that a weights file was trained with, {} where nobody noted them, and where they are noted.
 
-
-def load_parts(directory, step, ema_rates, partial=False, take=None):
-    """Read all parts of one checkpoint, the model first, each verified by the manifest where there is one.
-
-    :param partial: go on without the parts other than the model that are missing or damaged.
-    :param take: function (kind, contents) that is given each part as it comes, so that only one is in memory at a time.
-    :return: dict from kind to contents, empty with `take`; and the list of the file names that were missing or damaged.
-    :raises InputError: naming the missing or damaged file.
+    They are in the config.json beside it, or, where that is lost, in the checkpoint's manifest.
     """
-    parts, missing = {}, []
-    take = take or parts.__setitem__
-    entries = _entries(directory, step, partial)
-    for kind in ["model", "opt", "state", *(f"ema_{rate}_" for rate in ema_rates)]:
-        path = Path(directory) / file_name(kind, step)
-        unlisted = entries is not None and path.name not in entries  # left over from another save
-        if kind != "model" and (unlisted or not path.exists()):
-            missing.append(path.name)
-            continue
-        try:
-            contents = load_file(path, (entries or {}).get(path.name))
-        except InputError:
-            if kind == "model" or not partial:
-                raise
-            missing.append(path.name)
-        else:
-            take(kind, contents)
-    if missing and not partial:
-        raise InputError(
-            f"{directory}: checkpoint {step} lacks {', '.join(missing)}; restore them, or start those parts afresh"
-            " with --resume_partial True"
-        )
-    return parts, missing
-
-
-def _entries(directory, step, partial):
-    try:
-        manifest = read_manifest(directory, step)
-    except InputError:
-        if not partial:
-            raise
-        manifest = None
-    return None if manifest is None else manifest["files"]
+    beside = os.path.join(os.path.dirname(weights), "config.json")
+    if os.path.exists(beside):
+        return load_config(beside), beside
+    return _manifest_of(weights).get("config") or {}, f"the manifest of {weights}"

@@ -1,144 +1,332 @@
-"""Devices, their precisions and their backends: the only module that knows what an accelerator is called."""
+"""The processes of a job: their places (torchrun, srun, mpiexec), what they agree on, and how they end together."""
 
-import contextlib
-import gc
+import datetime
+import json
+import os
 import socket
+import subprocess
+import sys
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
+from threading import Thread
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from ..console import InputError
+from .devices import backend_for, device_identity
 
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH, Intel MPI and their kin
+FIRST_SPECIAL_STEP = 2**32 - 6  # SLURM numbers the batch shell, an interactive salloc shell and the like from the top
+MEETING_S = 300.0  # for all processes to have started
 
 
-def select_device(name="auto", ranks=None):
-    """Return the torch device for --device auto | cpu | cuda[:N]. Raises InputError where there is none.
+class Ranks(NamedTuple):
+    """A process's place: `rank` of `world_size`, `local_rank` on its node; where they meet, if there are several."""
 
-    :param ranks: this process's `Ranks`; of several processes on a node each takes the GPU of its local rank (or the only
-        one that it is shown, as under srun's --gpus-per-task).
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: str = ""
+    port: int = 0
+
+
+class Share(NamedTuple):
+    """The `index`-th of `count` equal shares of a work, with index in 0..count-1."""
+
+    index: int = 0
+    count: int = 1
+
+
+# -- places -----------------------------------------------------------------------------------------------------------
+
+
+def find_ranks(environment=os.environ):
+    """Return this process's `Ranks`: by torchrun, by an srun step (the batch shell is none), by MPI; else it is alone.
+
+    :raises InputError: a variable is missing or no number, hosts cannot be named, or the launcher's MPI is not mpi4py's.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if any(name in environment for name in TORCHRUN[:3]):
+        numbers = [_number(environment, name) for name in TORCHRUN if name != "MASTER_ADDR"]
+        if not environment.get("MASTER_ADDR"):
+            raise InputError(f"environment variable MASTER_ADDR is not set: torchrun sets all of {', '.join(TORCHRUN)}")
+        return _checked(Ranks(*numbers[:3], environment["MASTER_ADDR"], numbers[3]))
+    mpi = max((_number(environment, name) for name in MPI_SIZES if name in environment), default=1)
+    step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", ""))
+    # mpiexec starts its own helpers by srun, one per node; the processes below them are more.
+    in_step = step.isdecimal() and int(step) < FIRST_SPECIAL_STEP
+    if in_step and mpi in (1, _number(environment, "SLURM_NTASKS")):
+        return _from_srun(environment)
+    return _from_mpi(mpi) if mpi > 1 else Ranks()
+
+
+def _number(environment, name):
+    text = environment.get(name, "")
+    if not text.isdecimal():
+        found = f"is {text!r}, no number" if name in environment else "is not set"
+        raise InputError(
+            f"environment variable {name} {found}: the launcher should set it; unset its other variables to run alone"
+        )
+    return int(text)
+
+
+def _checked(ranks):
+    if ranks.rank >= ranks.world_size:
+        raise InputError(f"the launcher's variables say rank {ranks.rank} of {ranks.world_size}; correct the launcher")
+    return ranks
+
+
+def _from_srun(environment):
+    place = [_number(environment, name) for name in SRUN]
+    if place[1] == 1:
+        return Ranks()
+    port = environment.get("MASTER_PORT")
+    if port is None:  # the same on all nodes, and another for each step of each job
+        job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        port = 20000 + (job * 7 + step) % 10000
+    return _checked(Ranks(*place, environment.get("MASTER_ADDR") or _first_host(environment), int(port)))
+
+
+def _first_host(environment):
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    if hosts and not any(mark in hosts for mark in "[,"):
+        return hosts
+    command = ["scontrol", "show", "hostnames", hosts]
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: unknown; choose auto, cpu or cuda[:N]")
-    found = torch.cuda.device_count() if device.type == "cuda" else 0
-    if device.type == "cuda" and not 0 <= (device.index or 0) < found:  # torch wraps 128 to -128
-        raise InputError(f"--device {name}: this machine shows {found} CUDA devices; choose another or cpu")
-    if device.type == "cuda" and ranks is not None and ranks.world_size > 1:
-        if device.index is not None:
-            raise InputError(
-                f"--device {name}: {ranks.world_size} processes cannot share one GPU; use --device cuda or auto"
-            )
-        if ranks.local_rank >= found > 1:
-            raise InputError(
-                f"process {ranks.local_rank + 1} of this node has no GPU left: {found} are shown; start fewer"
-            )
-        device = torch.device("cuda", ranks.local_rank if found > 1 else 0)
-        torch.cuda.set_device(device)  # collectives take the current one
-    return device
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise InputError(f"{' '.join(command)} failed ({error}); set MASTER_ADDR to the first host") from None
 
 
-def backend_for(device):
-    """Return torch.distributed's name of the backends for tensors on a device and in host memory."""
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
-def device_identity(device):
-    """Return a text that tells a GPU from all others of a job, or None for a CPU."""
-    if device.type != "cuda":
-        return None
-    facts = torch.cuda.get_device_properties(device)
-    return f"{socket.gethostname()} {getattr(facts, 'uuid', None) or torch.cuda.current_device()}"
-
-
-def usable_precision(device, precision):
-    """Return the precision to use on a device, and a line that says why where it is not the one asked for."""
-    if precision == "fp16" and device.type == "cpu":
-        return "bf16", "fp16 is of no use on a CPU: using bf16"
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "fp16", "this GPU has no bf16: using fp16"
-    return precision, None
-
-
-def half_dtype(precision):
-    """Return torch's type for "bf16" and "fp16", None for "fp32"."""
-    return _DTYPES[precision]
-
-
-def autocast(device, precision):
-    """Return a context in which the network runs in `precision`."""
-    dtype = _DTYPES[precision]
-    return torch.autocast(device.type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
-
-
-def grad_scaler(device, precision):
-    """Return a GradScaler, disabled unless the precision is fp16."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-
-def pins_memory(device):
-    """Whether the loader's memory should be pinned, for copies that do not block."""
-    return device.type == "cuda"
-
-
-def to_device(tensor, device):
-    """Move a tensor from host memory without making the host wait, where the device can."""
-    return tensor.pin_memory().to(device, non_blocking=True) if pins_memory(device) else tensor.to(device)
-
-
-# -- measuring --------------------------------------------------------------------------------------------------------
-
-
-def device_name(device):
-    """Return what a GPU calls itself and its memory in GiB, or None for a CPU."""
-    if device.type != "cuda":
-        return None
-    facts = torch.cuda.get_device_properties(device)
-    return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
-
-
-def synchronize(device):
-    """Wait until a device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def release_memory(device):
-    """Give back the memory that tensors of the past held on a device."""
-    gc.collect()  # compiled networks refer to themselves
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def reset_peak_memory(device):
-    """Let `peak_memory` begin anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device):
-    """Return the most bytes that tensors held on a device since `reset_peak_memory`, or None for a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def tf32(device):
-    """Return whether (convolutions, products of matrices) in fp32 round to TF32 on a device, or None for a CPU."""
-    return (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) if device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def products_as_convolutions(device):
-    """In the block, let products of fp32 matrices round to TF32 where convolutions do; the two have a switch each."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+def _from_mpi(size):
+    """Ask mpi4py, and let all agree on where to meet; MPI is not used after that."""
     try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(
+            f"started by an MPI launcher, but mpi4py finds no MPI library ({reason}); load your site's MPI module,"
+            " pip install mpich, or use torchrun"
+        ) from None
+    world = MPI.COMM_WORLD
+    if world.size != size:
+        raise InputError(
+            f"the MPI launcher started {size} processes, but mpi4py's MPI sees {world.size}: use the mpiexec that belongs"
+            " to mpi4py, or torchrun"
+        )
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address = "127.0.0.1" if node.size == world.size else socket.gethostname()
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        address, port = world.bcast((address, probe.getsockname()[1]))
+    ranks = Ranks(world.rank, world.size, node.rank, address, port)
+    MPI.Finalize()  # else a process that fails would wait for the others on its way out
+    return ranks
+
+
+def find_share(ranks, arrays=True, environment=os.environ):
+    """Return this process's `Share` of independent items: its rank, within its task of a SLURM array if it is in one.
+
+    :param arrays: False where each task of an array does all of a work of its own.
+    :raises InputError: the array's tasks are not evenly numbered, so that no task knows its place among them.
+    """
+    if not arrays or not environment.get("SLURM_ARRAY_TASK_ID"):
+        return Share(ranks.rank, ranks.world_size)
+    names = [f"SLURM_ARRAY_TASK_{what}" for what in ("ID", "MIN", "MAX", "COUNT")]
+    task, least, most, count = (_number(environment, name) for name in names)
+    step = max(1, (most - least) // max(1, count - 1))
+    if (task - least) % step or (most - least) != step * (count - 1):
+        raise InputError(
+            f"--array: its {count} tasks from {least} to {most} are not evenly numbered, so that task {task}"
+            f" cannot know its place; use --array=0-{count - 1}"
+        )
+    return Share((task - least) // step * ranks.world_size + ranks.rank, count * ranks.world_size)
+
+
+# -- the group --------------------------------------------------------------------------------------------------------
+
+
+class LostPeer(OSError):
+    """Another process of the run failed or vanished."""
+
+
+class Group:
+    """The processes of one run. A single one needs no process group: everything here then costs nothing.
+
+    :param ranks: this process's `Ranks`.
+    :param device: its torch device.
+    :param flags: dict of what must be the same in all of them; JSON must be able to hold it.
+    :param problem: why this process cannot take part, so that the others need not wait for it; "" if it can.
+    :param timeout: seconds after which a process that waits for another one gives up.
+    :raises InputError: one has a problem, flags or kinds of device differ, or two processes have the same GPU.
+    :raises LostPeer: they did not meet.
+    """
+
+    def __init__(self, ranks=None, device=None, flags=None, problem="", timeout=600.0):
+        ranks = ranks or Ranks()
+        self.rank, self.world_size, self.main = ranks.rank, ranks.world_size, ranks.rank == 0
+        self.beat = min(5.0, timeout / 4)  # seconds between the collectives that wait for rank 0's work
+        if self.world_size == 1:
+            if problem:
+                raise InputError(problem)
+            return
+        os.environ |= {"MASTER_ADDR": ranks.address, "MASTER_PORT": str(ranks.port)}
+        meeting, timeout = (datetime.timedelta(seconds=seconds) for seconds in (MEETING_S, timeout))
+        try:
+            store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size, timeout=meeting))
+            # By the store, before there is a group: a process with a problem may have another backend.
+            facts = [{**(flags or {}), "device": device.type}, device_identity(device), problem]
+            self._compare(dist.PrefixStore("facts", store), facts)
+            store = dist.PrefixStore("run", store)
+            options = {"rank": self.rank, "world_size": self.world_size, "timeout": timeout}
+            dist.init_process_group(backend_for(device), store=store, **options)
+        except (RuntimeError, OSError) as error:
+            reason = str(error).split("\n")[0][:200]
+            raise LostPeer(
+                f"rank {self.rank}: the {self.world_size} processes did not meet at {ranks.address}:{ranks.port} ({reason});"
+                " did all start? MASTER_ADDR and MASTER_PORT change the place"
+            ) from None
+
+    def _compare(self, store, facts):
+        everyone = range(self.world_size)
+        store.set(f"facts{self.rank}", json.dumps(facts))
+        problem = difference([json.loads(store.get(f"facts{rank}")) for rank in everyone])
+        store.set(f"read{self.rank}", "")
+        if problem:
+            if self.main:  # its process may hold what the others are reading
+                with suppress(RuntimeError):
+                    store.wait([f"read{rank}" for rank in everyone], datetime.timedelta(seconds=10))
+            raise InputError(problem)
+
+    def wrap(self, model, device):
+        """Return what to call for the forward pass so that gradients become the mean over the ranks."""
+        if self.world_size == 1:
+            return model
+        own = [device.index] if device.index is not None else None
+        return DistributedDataParallel(model, device_ids=own, gradient_as_bucket_view=True)
+
+    # -- agreeing -----------------------------------------------------------------------------------------------------
+
+    def gather(self, value):
+        """Return the values (any plain Python object) of all ranks, in their order."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def largest(self, number):
+        """Return the largest of the ranks' integers."""
+        if self.world_size == 1:
+            return number
+        found = torch.tensor([number], dtype=torch.int64)  # host memory: no accelerator waits
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def joined(self, tensor):
+        """Return the ranks' tensors of one shape, concatenated in the order of the ranks."""
+        if self.world_size == 1:
+            return tensor
+        found = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(found, tensor.contiguous())
+        return torch.cat(found)
+
+    def run_on_main(self, work):
+        """Run a function in rank 0 alone; return its result there, None in the others, when it is done.
+
+        Meanwhile all ranks meet every few seconds, so that it may take longer than the timeout.
+        """
+        if self.world_size == 1:
+            return work()
+        future = Future()
+        if self.main:
+            Thread(target=_fulfil, args=(future, work), daemon=True).start()
+        else:
+            future.set_result(None)
+        try:
+            while self.largest(int(not future.done())):
+                wait([future], self.beat)
+        except RuntimeError:  # a rank is lost: what is being saved shall be whole all the same
+            wait([future])
+            raise
+        return future.result()
+
+    def main_first(self, work):
+        """Run a function in rank 0 before it runs in the others; return its result in each."""
+        found = self.run_on_main(work)
+        return found if self.main else work()
+
+    # -- ending -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def guarded(self):
+        """Leave together; an error names its rank, and a lost connection becomes `LostPeer`."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            if self.world_size > 1 and getattr(stop, "agreed", False):
+                self._close()
+                if not self.main:
+                    sys.exit(stop.code)  # without a word: rank 0 speaks
+            raise
+        except Exception as error:
+            if self.world_size == 1:
+                raise
+            text = " ".join(str(error).split()) or type(error).__name__
+            if _is_connection_error(error):
+                raise LostPeer(
+                    f"rank {self.rank} ends because it lost another one: was it killed? ({text[:300]})"
+                ) from None
+            for kind in (InputError, OSError):
+                if isinstance(error, kind):
+                    raise kind(f"rank {self.rank}: {text}") from None
+            raise
+        else:
+            self._close()
+
+    def _close(self):
+        if self.world_size > 1:
+            self.largest(0)
+            dist.destroy_process_group()
+
+
+def _fulfil(future, work):
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def difference(found):
+    """Say what keeps processes from training together, "" if nothing does.
+
+    :param found: for each rank, a dict of what must be the same, the text that tells its GPU from others or None, and the
+        problem that it has itself or "".
+    """
+    first, seen = found[0][0], {}
+    for rank, (_, _, problem) in enumerate(found):
+        if problem:
+            return f"rank {rank}: {problem}"
+    for rank, (facts, place, _) in enumerate(found):
+        for name, value in first.items():
+            if facts.get(name) != value:
+                return (
+                    f"--{name} is {facts.get(name)!r} in rank {rank} and {value!r} in rank 0: give all processes the same"
+                    " flags and the same kind of device"
+                )
+        if place is not None and seen.setdefault(place, rank) != rank:
+            return (
+                f"ranks {seen[place]} and {rank} have the same GPU ({place}): give each process of a node its own (such as"
+                " --gres=gpu:4 with --ntasks-per-node=4), or start fewer"
+            )
+    return ""
+
+
+def _is_connection_error(error):
+    words = ("gloo", "nccl", "connection closed", "connection reset")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )

@@ -15,12 +15,11 @@ class EarlyStopping:
         self.best, self.best_step, self.waited = math.inf, None, 0
 
     def update(self, score, step):
-        """Note a score (lower is better); return True when training should stop. A NaN never improves."""
+        """Note a score; lower is better, and a NaN never improves."""
         if score < self.best - self.min_delta:
             self.best, self.best_step, self.waited = score, step, 0
         else:
             self.waited += 1
-        return self.exhausted
 
     @property
     def exhausted(self):

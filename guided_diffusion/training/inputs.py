@@ -1,88 +1,84 @@
-"""From a loaded batch to what one training step needs.
+"""From a loaded batch to what one training step needs, in the loader's workers.
 
-Every random draw that belongs to a sample follows from (seed, position in the data order). All of it happens in host
-memory, so that an accelerator never waits for a decision.
+Every random draw that belongs to a sample follows from (seed, position in the data order).
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from ..data.semantics import SemanticCoding, encode_semantics, received_semantics
-from ..link.channel import TRAINING_SIGMAS, transmit
+from ..data.semantics import SemanticCoding, conditioning_channels, received_semantics
+from ..link.channel import TRAINING_SIGMAS, sent_planes, transmit
+from ..link.noise_bank import FreshNoise, NoiseBank
 from ..random_streams import generator, integer, uniform
 
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """How pictures become training samples.
+    """How pictures become training samples: picklable, and called in the loader's workers.
 
     :param num_classes, one_hot, edge_plane: see `encode_semantics`.
-    :param bank: a `NoiseBank`, or None for fresh noise.
-    :param drop_rate: share of samples whose conditioning is all zero.
+    :param bank: the `NoiseBank` (NR-FD), or `FreshNoise` of the purpose "noise".
+    :param coding: the `SemanticCoding` that the link will use, so that training sees what a receiver will have.
+    :param drop_rate: share of samples whose conditioning is null.
     :param add_noise: send the conditioning over the analog channel.
     :param sigma: its standard deviation; None draws one of GESCO's training values per sample.
     :param noise_to: "semantics" or "label".
     :param seed: the run's seed.
-    :param coding: the `SemanticCoding` that the link will use, so that training sees what a receiver will have; None: as
-        the data set has the semantics.
     """
 
     num_classes: int
     one_hot: bool
     edge_plane: bool
-    bank: object
+    bank: NoiseBank | FreshNoise
+    coding: SemanticCoding
     drop_rate: float = 0.0
     add_noise: bool = False
     sigma: float | None = None
     noise_to: str = "semantics"
     seed: int = 0
-    coding: SemanticCoding | None = None
 
     def __call__(self, batch):
-        """Return (x_start, y, noise, u) of a loaded batch, in host memory; u are the draws for the timesteps."""
-        positions = batch["position"].tolist()
-        x_start = batch["image"]  # (N, 3, H, W)
-        y = self.received(self.condition(batch), positions)
-        return x_start, y, self.noise(positions, x_start.shape[1:]), self.timestep_draws(positions)
-
-    def condition(self, batch):
-        """Return the clean conditioning (N, C, H, W) of a loaded batch."""
+        """Return a prepared batch: image, path and position as loaded; noise (N, 3, H, W); u (N,) float64 in [0, 1), from
+        which the timesteps follow; kept (N,), 0 for dropped conditioning; and the conditioning in a compact form: label
+        (N, 1, H, W) uint8 and edges (N, 0 or 1, H, W), or after a channel the sent planes (K, H, W) and their place (2, K).
+        """
+        positions, shape = batch["position"].tolist(), batch["image"].shape[1:]
         semantics = batch["label"], batch.get("instance"), batch.get("image_edge")
-        if self.coding is None:
-            return encode_semantics(*semantics, self.num_classes, self.one_hot, self.edge_plane)
-        return received_semantics(*semantics, self.num_classes, self.one_hot, self.edge_plane, self.coding)
-
-    def noise(self, positions, shape):
-        """Return the forward process's noise (N, *shape): a bank entry per sample (NR-FD), or fresh noise without a bank."""
-        if self.bank is not None:
-            indices = [integer(self.seed, "bank index", len(self.bank), p) for p in positions]
-            return self.bank.sized(*shape).entries(indices)
-        return torch.stack([torch.randn(shape, generator=generator(self.seed, "noise", p)) for p in positions])
-
-    def received(self, y, positions):
-        """Return the conditioning as training sees it: through the channel, and empty for dropped samples."""
+        indices = [self.bank.index_for(self.seed, "bank index", position) for position in positions]
+        prepared = {key: batch[key] for key in ("image", "path", "position", "skipped") if key in batch}
+        prepared["noise"] = self.bank.sized(*shape).entries(indices)
+        prepared["u"] = self._uniform("timestep", positions)
+        prepared["kept"] = (self._uniform("drop", positions) >= self.drop_rate).float()
         if self.add_noise:
-            sigmas = [self._sigma(p) for p in positions]
-            streams = [generator(self.seed, "channel", p) for p in positions]
-            y = transmit(
-                y,
-                sigmas,
-                generators=streams,
-                num_classes=self.num_classes,
-                one_hot=self.one_hot,
-                noise_to=self.noise_to,
-            )
-        if self.drop_rate:
-            kept = [float(uniform(self.seed, "drop", p) >= self.drop_rate) for p in positions]
-            y = y * torch.tensor(kept)[:, None, None, None]
-        return y
+            y = received_semantics(*semantics, self.num_classes, self.one_hot, self.edge_plane, self.coding)
+            place = sent_planes(y, self.num_classes, self.one_hot).nonzero().T  # (2, K): sample and plane
+            return prepared | {"planes": self._received(y, positions)[*place], "place": place}
+        y = received_semantics(*semantics, self.num_classes, False, self.edge_plane, self.coding)
+        return prepared | {"label": y[:, :1].to(torch.uint8), "edges": y[:, 1:].clone()}
 
-    def timestep_draws(self, positions):
-        """Return uniform draws (N,) float64 from which the timestep sampler makes steps."""
-        return torch.tensor([uniform(self.seed, "timestep", p) for p in positions], dtype=torch.float64)
+    def conditioning(self, batch):
+        """Return y (N, C, H, W) of a prepared batch, on its device."""
+        n, _, height, width = batch["noise"].shape
+        channels = conditioning_channels(self.num_classes, self.one_hot, not self.edge_plane)
+        if "planes" not in batch and not self.one_hot:
+            y = torch.cat([batch["label"].float(), batch["edges"]], dim=1)
+        else:
+            y = torch.zeros(n, channels, height, width, device=batch["noise"].device)
+            if "planes" in batch:
+                y[*batch["place"]] = batch["planes"]
+            else:
+                y.scatter_(1, batch["label"].long(), 1.0)
+                y[:, self.num_classes :] = batch["edges"]
+        return y * batch["kept"][:, None, None, None] if self.drop_rate else y
 
-    def _sigma(self, position):
+    def _uniform(self, purpose, positions):
+        return torch.tensor([uniform(self.seed, purpose, position) for position in positions], dtype=torch.float64)
+
+    def _received(self, y, positions):
+        sigmas = [TRAINING_SIGMAS[integer(self.seed, "sigma", len(TRAINING_SIGMAS), p)] for p in positions]
         if self.sigma is not None:
-            return self.sigma
-        return TRAINING_SIGMAS[integer(self.seed, "sigma", len(TRAINING_SIGMAS), position)]
+            sigmas = [self.sigma] * len(positions)
+        streams = [generator(self.seed, "channel", position) for position in positions]
+        options = {"num_classes": self.num_classes, "one_hot": self.one_hot, "noise_to": self.noise_to}
+        return transmit(y, sigmas, generators=streams, **options)

@@ -1,4 +1,4 @@
-"""The training loop: noise-restricted forward diffusion (Diff-GOn, algorithm for training), AdamW, EMA, over many processes."""
+"""The training loop: noise-restricted forward diffusion (Diff-GOn, algorithm for training), AdamW, EMA, many processes."""
 
 import time
 from collections import deque
@@ -9,16 +9,20 @@ from pathlib import Path
 import torch
 
 from ..console import InputError, Interrupted, Interrupts
-from ..evaluation.panels import save_picture
+from ..data.pictures import save_picture
 from ..random_streams import stream_seed
-from . import run_state
-from .checkpoint import sweep_temporary_files
-from .distributed import autocast, grad_scaler, to_device
+from .checkpoint import (
+    check_weights,
+    load_checkpoint,
+    prune_checkpoints,
+    remove_temporary_files,
+    save_checkpoint,
+    with_legacy_keys,
+)
+from .devices import autocast, grad_scaler, to_device
+from .distributed import Group
 from .early_stopping import EarlyStopping
-from .group import Group
-from .logger import RunLogger, SilentLogger
-from .sharding import local, syncing, wrap
-from .window import Window
+from .logger import RunLogger, RunningMeans, SilentLogger
 
 CHECK_EVERY = 50  # steps between looks at whether gradients are finite; looking makes an accelerator wait
 # Consecutive steps without a finite gradient after which a run cannot be expected to recover; a scaler, which halves its
@@ -49,7 +53,6 @@ class LoopSettings:
     patience: int
     min_delta: float
     preview_items: int
-    fsdp: bool
     precision: str
     seed: int
     config: dict  # all flags, to be noted beside each checkpoint
@@ -57,66 +60,61 @@ class LoopSettings:
     @property
     def last_step(self):
         """Where the run ends, or None."""
-        ends = [end for end in (self.total_steps, self.lr_anneal_steps) if end]
-        return min(ends) if ends else None
+        return min((end for end in (self.total_steps, self.lr_anneal_steps) if end), default=None)
 
 
 class TrainLoop:
-    """Trains a model; everything it saves, and the files' names, are in `checkpoint` and `run_state`.
+    """Trains a model. What it saves is registered by name in `parts`.
 
     :param model: the network, on its device.
-    :param diffusion: the training process.
-    :param sampler: timestep sampler (`diffusion.resample`), on the same device.
-    :param rules: `TrainingInputs`, from loaded batches to training samples.
-    :param loader: function (start position) -> endless iterator of this rank's batches.
+    :param diffusion, sampler: the training process, and its timestep sampler (`diffusion.resample`), on that device.
+    :param inputs: the `TrainingInputs` that prepare the loader's batches.
+    :param loader: function (start position) -> endless iterator of this rank's prepared batches.
     :param validation: a `Validation`, or None.
     :param settings: `LoopSettings`.
     :param group: the `Group` of processes that train together; None: this one alone.
-    :param device: where to train, if the model is not there yet (it is to be sharded); None: where it is.
     """
 
-    def __init__(self, model, diffusion, sampler, rules, loader, validation, settings, group=None, device=None):
-        self.model, self.diffusion, self.sampler, self.rules = model, diffusion, sampler, rules
+    def __init__(self, model, diffusion, sampler, inputs, loader, validation, settings, group=None):
+        self.model, self.diffusion, self.sampler, self.inputs = model, diffusion, sampler, inputs
         self.loader, self.validation, self.settings, self.group = loader, validation, settings, group or Group()
-        self.device = device or next(model.parameters()).device
-        self.network = wrap(model, self.group, self.device, settings.fsdp)
+        self.device = next(model.parameters()).device
+        self.network = self.group.wrap(model, self.device)
         self.batch_size = settings.batch_size * self.group.world_size  # of all ranks
         self.step, self.position = 0, 0  # steps taken, and samples seen by all ranks: the place in the data order
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
+        options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(model.parameters(), **options)
         self.scaler = grad_scaler(self.device, settings.precision)
-        self.emas = {
-            rate: {k: v.detach().clone() for k, v in model.state_dict().items()} for rate in settings.ema_rates
-        }
-        self.early_stopping = EarlyStopping(settings.patience, settings.min_delta)
-        self.newest_score = None
+        own = model.state_dict()
+        self.emas = {rate: {k: v.detach().clone() for k, v in own.items()} for rate in settings.ema_rates}
+        self.early_stopping, self.newest_score = EarlyStopping(settings.patience, settings.min_delta), None
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.skipped_now = torch.zeros((), dtype=torch.int64, device=self.device)  # in a row, up to the last step
+        self.skipped_now = torch.zeros_like(self.skipped)  # in a row, up to the last step
         self.max_skipped = MAX_SKIPPED_SCALED if self.scaler.is_enabled() else MAX_SKIPPED
         self.recent = deque(maxlen=self.max_skipped)  # paths of the last steps
         self.bad_files = {}  # path -> why it was left out
+        self.means = RunningMeans(self.group)
         self.saved, self.failed_saves = 0, 0  # the last whole checkpoint; saves that failed since
-
-    def resume(self, directory, step, partial=False):
-        """Take over checkpoint `step` of a folder. Returns the names of missing parts (`partial` only)."""
-        missing = run_state.resume(self, directory, step, partial)
-        self.saved = step if Path(directory).resolve() == Path(self.settings.checkpoint_dir).resolve() else 0
-        return missing
+        self.parts = {
+            "model": _Weights(model, own, settings.export_legacy),
+            "opt": _Moments(self.optimizer),
+            "state": self,
+        }
+        for rate, ema in self.emas.items():
+            self.parts[f"ema_{rate}_"] = _Weights(model, ema, settings.export_legacy)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def train_step(self, batch):
-        """One optimizer step on a loaded batch; returns the mean of each loss, and the gradient norm, on the device."""
+        """One optimizer step on a prepared batch; returns the mean of each loss, and the gradient norm, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         # Dropout alone draws from it.
         torch.manual_seed(stream_seed(self.settings.seed, "dropout", self.step, self.group.rank))
-        terms = self._backward(*self.rules(batch))
+        terms = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        terms["grad_norm"] = norm.full_tensor() if self.settings.fsdp else norm
+        terms["grad_norm"] = torch.nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(terms["grad_norm"])  # the same on all ranks, as the gradients are
         if not self.scaler.is_enabled():  # a scaler sees to it itself
             # The fused optimizer leaves the weights alone where this is not 0, without asking the host.
@@ -126,6 +124,7 @@ class TrainLoop:
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped += ~finite
         self.skipped_now = torch.where(finite, 0, self.skipped_now + 1)
+        self.means.add(terms, finite)
         self.recent.append(batch["path"])
         self.bad_files.update(batch.get("skipped", ()))
         self.step += 1
@@ -133,17 +132,17 @@ class TrainLoop:
         self._update_emas()
         return terms
 
-    def _backward(self, x_start, y, noise, u):
-        x_start, y, noise, u = (to_device(v, self.device) for v in (x_start, y, noise, u))
-        t, weights = self.sampler.sample(u)
+    def _backward(self, batch):
+        batch = {key: to_device(value, self.device) for key, value in batch.items() if torch.is_tensor(value)}
+        x_start, noise, y = batch["image"], batch["noise"], self.inputs.conditioning(batch)
+        t, weights = self.sampler.sample(batch["u"])
         size, sums, seen = self.settings.microbatch, {}, []
         for i in range(0, len(x_start), size):
-            part = slice(i, i + size)
-            with syncing(self.network, last=i + size >= len(x_start)):
+            part, last = slice(i, i + size), i + size >= len(x_start)
+            with nullcontext() if last or self.network is self.model else self.network.no_sync():
                 with autocast(self.device, self.settings.precision):
-                    losses = self.diffusion.training_losses(
-                        self.network, x_start[part], t[part], y=y[part], noise=noise[part]
-                    )
+                    arguments = x_start[part], t[part]
+                    losses = self.diffusion.training_losses(self.network, *arguments, y=y[part], noise=noise[part])
                 self.scaler.scale((losses["loss"] * weights[part]).sum() / len(x_start)).backward()
             seen.append(losses["loss"].detach())
             for name, value in losses.items():
@@ -159,11 +158,11 @@ class TrainLoop:
         return rate * (1 - self.step / s.lr_anneal_steps) if s.lr_anneal_steps else rate
 
     def _update_emas(self):
-        own = [local(value) for value in self.model.state_dict().values()]
+        own = list(self.model.state_dict().values())
         for rate, ema in self.emas.items():
             # A young average would still be mostly the initial weights.
             decay = min(float(rate), (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_([local(value) for value in ema.values()], own, 1 - decay)
+            torch._foreach_lerp_(list(ema.values()), own, 1 - decay)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -178,26 +177,24 @@ class TrainLoop:
         if interrupts:
             interrupts.at_once = False  # from now on there may be something to save
         if self.group.main:
-            sweep_temporary_files(s.checkpoint_dir)
+            remove_temporary_files(s.checkpoint_dir)
         logger = RunLogger(s.checkpoint_dir, self.step, s.last_step) if self.group.main else SilentLogger()
         try:
             with nullcontext(interrupts) if interrupts else Interrupts() as interrupts:
-                self._say_idle(logger)
-                told = self._train(logger, interrupts)
-            if told:
+                if self._done:
+                    logger.log(f"nothing to do: step {self.step} already met --patience or the last step {s.last_step}")
+                number = self._train(logger, interrupts)
+            if number:
                 what = f"stopped: step {self.saved} is saved" if self.saved else "stopped before the first step"
                 logger.log(f"{what} in {s.checkpoint_dir}; go on with --resume_checkpoint auto")
             elif self.early_stopping.exhausted:
-                logger.log(
-                    f"early stopping: best score {self.early_stopping.best:.6g} at step"
-                    f" {self.early_stopping.best_step}, none better for {s.patience} evaluations"
-                )
-            self._list_bad_files(logger)
+                best = f"{self.early_stopping.best:.6g} at step {self.early_stopping.best_step}"
+                logger.log(f"early stopping: best score {best}, none better for {s.patience} evaluations")
+            self._log_bad_files(logger)
         finally:
             logger.close()
-        if told:
-            self.group.barrier()
-            raise Interrupted(told, agreed=True)
+        if number:
+            raise Interrupted(number, agreed=True)
         return self.step
 
     @property
@@ -205,60 +202,32 @@ class TrainLoop:
         last = self.settings.last_step
         return self.early_stopping.exhausted or (last is not None and self.step >= last)
 
-    def _say_idle(self, logger):
-        if self._done:
-            why = "--patience" if self.early_stopping.exhausted else f"the last step {self.settings.last_step}"
-            logger.log(f"nothing to do: step {self.step} already met {why}")
-
     def _train(self, logger, interrupts):
         """Take the steps; return the number of the signal that ended them, or 0."""
-        s, told, batches = self.settings, 0, None
-        window, started = Window(self.group), time.monotonic()
+        s, batches, started = self.settings, None, time.monotonic()
+        self.means.reset()
         while not self._done:
-            told = self.group.largest(interrupts.seen)
-            if told:
+            number = self.group.largest(interrupts.seen)
+            if number:
                 if self.step > self.saved:
                     self._check_finite()
                     self._save(logger, must=True)
-                    if window.steps:
-                        logger.row(self._row(window, time.monotonic() - started))
-                break
+                    if self.means.steps:
+                        logger.row(self._row(started))
+                return number
             batches = batches or iter(self.loader(self.position))
-            window.add(self.train_step(next(batches)))
+            self.train_step(next(batches))
             logger.bar.update()
             if self.step == s.last_step or self.step % min(s.log_interval, CHECK_EVERY) == 0:
                 self._check_finite()
-            with window.paused():
+            with self.means.paused():
                 extra = self._score()
                 if self._done or self.step % s.save_interval == 0:
                     self._save(logger, must=self._done)
                     extra |= self._preview(logger)
             if extra or self._done or self.step % s.log_interval == 0:
-                logger.row(self._row(window, time.monotonic() - started) | extra)
-        return told
-
-    def _save(self, logger, must):
-        """Write a checkpoint of the current step; where that fails, say so and go on, unless it `must` or fails too often."""
-        s, parts, failed = self.settings, run_state.parts_of(self), 0
-        if self.group.main:
-            try:
-                with self.group.held():
-                    removed = run_state.save(self, parts)
-                logger.log(f"saved step {self.step} in {s.checkpoint_dir}{removed}")
-            except OSError as error:
-                self.failed_saves += 1
-                if must or self.failed_saves >= s.save_failures:
-                    raise OSError(
-                        f"{error}; saves that failed in a row: {self.failed_saves}; the last checkpoint is of step"
-                        f" {self.saved}, go on from it with --resume_checkpoint auto"
-                    ) from None
-                failed = 1
-                logger.log(
-                    f"warning: step {self.step} could not be saved ({error}); the last checkpoint is of step"
-                    f" {self.saved}; going on ({self.failed_saves} of {s.save_failures} failures in a row)"
-                )
-        if not self.group.largest(failed):
-            self.saved, self.failed_saves = self.step, 0
+                logger.row(self._row(started) | extra)
+        return 0
 
     def _averages(self):
         return self.emas[max(self.settings.ema_rates, key=float)]
@@ -278,31 +247,24 @@ class TrainLoop:
         s = self.settings
         if self.validation is None or not s.preview_items:
             return {}
-        if not self.group.main and not s.fsdp:
+        found = self.group.run_on_main(lambda: self.validation.preview(self.model, self._averages(), s.preview_items))
+        if found is None:
             return {"colour_error": None}  # a column all the same: writing a row takes all ranks
-        panel, error = self.validation.preview(self.model, self._averages(), s.preview_items)
         path = Path(s.checkpoint_dir) / "previews" / f"{self.step:06d}.png"
         where = f"preview in {path}"
-        if self.group.main:
-            try:
-                save_picture(panel, path)
-            except OSError as disk:
-                where = f"its preview could not be written ({disk})"
-        logger.picture("preview", panel, self.step)
-        logger.log(f"step {self.step}: mean colour error {error:.3f}; {where}")
-        return {"colour_error": error}
+        try:
+            save_picture(found[0], path)
+        except OSError as disk:
+            where = f"its preview could not be written ({disk})"
+        logger.picture("preview", found[0], self.step)
+        logger.log(f"step {self.step}: mean colour error {found[1]:.3f}; {where}")
+        return {"colour_error": found[1]}
 
-    def _row(self, window, seconds):
-        means, rate = window.close(self.batch_size)
-        return {
-            "step": self.step,
-            "images": self.step * self.batch_size,
-            **means,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": rate,
-            "seconds": seconds,
-            "skipped_steps": int(self.skipped),
-        }
+    def _row(self, started):
+        means, rate = self.means.close(self.batch_size)
+        row = {"step": self.step, "images": self.step * self.batch_size, **means}
+        row |= {"lr": self.optimizer.param_groups[0]["lr"], "images_per_second": rate}
+        return row | {"seconds": time.monotonic() - started, "skipped_steps": int(self.skipped)}
 
     def _check_finite(self):
         """Stop where the last steps had no finite gradient; those steps have left the weights as they were."""
@@ -315,9 +277,117 @@ class TrainLoop:
             " the weights are unharmed in the last checkpoint; lower --lr or check the pictures"
         )
 
-    def _list_bad_files(self, logger):
+    def _log_bad_files(self, logger):
         found = {path: why for files in self.group.gather(self.bad_files) for path, why in files.items()}
         if found:
             logger.log(f"warning: {len(found)} unreadable file{'s were' if len(found) > 1 else ' was'} skipped:")
             for why in sorted(found.values()):  # which names the file
                 logger.log(f"  {why}")
+
+    # -- saving and resuming ------------------------------------------------------------------------------------------
+
+    def _save(self, logger, must):
+        """Write a checkpoint of the current step; where that fails, log it and go on, unless it `must` or fails too often."""
+        s, failed = self.settings, False
+        try:
+            removed = self.group.run_on_main(self.save)
+            if self.group.main:
+                logger.log(f"saved step {self.step} in {s.checkpoint_dir}{removed}")
+        except OSError as error:  # in rank 0 alone
+            failed, self.failed_saves = True, self.failed_saves + 1
+            last = f"the last checkpoint is of step {self.saved}"
+            if must or self.failed_saves >= s.save_failures:
+                raise OSError(
+                    f"{error}; saves that failed in a row: {self.failed_saves}; {last}, go on from it with"
+                    " --resume_checkpoint auto"
+                ) from None
+            count = f"{self.failed_saves} of {s.save_failures} failures in a row"
+            logger.log(f"warning: step {self.step} could not be saved ({error}); {last}; going on ({count})")
+        if not self.group.largest(failed):
+            self.saved, self.failed_saves = self.step, 0
+
+    def save(self):
+        """Save the current step, and remove older ones beyond --keep_checkpoints; return words on what was removed."""
+        s = self.settings
+        save_checkpoint(s.checkpoint_dir, self.step, self.parts, {"config": s.config, "val_score": self.newest_score})
+        try:
+            removed = prune_checkpoints(s.checkpoint_dir, s.keep_checkpoints)
+        except OSError as error:  # the new one is safe all the same
+            return f"; older ones could not be removed ({error})"
+        return f", removed {', '.join(map(str, removed))}" if removed else ""
+
+    def resume(self, directory, step, partial=False):
+        """Take over checkpoint `step` of a folder. Returns the names of missing parts (`partial` only)."""
+        self.step, self.position = step, step * self.batch_size
+        missing = load_checkpoint(directory, step, self.parts, partial)
+        for kind in {*missing} & {f"ema_{rate}_" for rate in self.emas}:
+            self.parts[kind].load_state_dict(self.model.state_dict())
+        self.saved = step if Path(directory).resolve() == Path(self.settings.checkpoint_dir).resolve() else 0
+        return missing
+
+    def state_dict(self):
+        """Return all that the next step depends on, besides weights and moments."""
+        return {
+            "step": self.step,
+            "position": self.position,
+            "batch_size": self.batch_size,  # of all ranks
+            "seed": self.settings.seed,
+            "sampler": self.sampler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "early_stopping": self.early_stopping.state_dict(),
+            "newest_score": self.newest_score,
+            "skipped": int(self.skipped),
+            "skipped_now": int(self.skipped_now),
+        }
+
+    def load_state_dict(self, state):
+        """Take over a state. Raises InputError where --seed or --batch_size would change the data order."""
+        for name, own in (("seed", self.settings.seed), ("batch_size", self.batch_size)):
+            if state[name] != own:
+                raise InputError(
+                    f"--{name} {own} (of all processes) contradicts the checkpoint, made with {state[name]}"
+                )
+        self.position = state["position"]
+        self.sampler.load_state_dict(state["sampler"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.early_stopping.load_state_dict(state["early_stopping"])
+        self.newest_score = state["newest_score"]
+        self.skipped.fill_(state["skipped"])
+        self.skipped_now.fill_(state["skipped_now"])
+
+
+class _Weights:
+    """The weights of a model, or an average of them: a dict of tensors that is saved, and loaded in place."""
+
+    def __init__(self, model, values, legacy):
+        self.model, self.values, self.legacy = model, values, legacy
+
+    def state_dict(self):
+        return with_legacy_keys(self.values, self.model) if self.legacy else self.values
+
+    def load_state_dict(self, weights):
+        for key, value in check_weights(self.model, weights).items():
+            self.values[key].copy_(value)
+
+
+class _Moments:
+    """AdamW's moments; learning rate and weight decay follow from the flags."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, saved):
+        parameters, groups = self.optimizer.param_groups[0]["params"], self.optimizer.state_dict()["param_groups"]
+        if len(saved["param_groups"][0]["params"]) != len(parameters):
+            raise ValueError("it is of another optimizer; leave it out with --resume_partial True")
+        for k, values in saved["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if values[name].shape != parameters[k].shape:
+                    raise ValueError(f"{name} of parameter {k} has shape {tuple(values[name].shape)}")
+                # In the parameter's own memory layout, which the fused optimizer relies on without a look.
+                values[name] = torch.empty_like(parameters[k]).copy_(values[name])
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})

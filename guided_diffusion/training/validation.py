@@ -5,26 +5,30 @@ from contextlib import contextmanager
 import torch
 
 from ..diffusion.sampling import sample
-from ..evaluation.metrics import colour_error
-from ..evaluation.panels import picture_grid, show_semantics, to_uint8
-from .distributed import autocast
-from .group import Group
-from .sharding import is_sharded
+from .devices import autocast
+from .distributed import Group
 
 
 class Validation:
     """Looks at a run's weights through the same items every time.
 
     :param items: loaded batches of one picture each (host memory); the same ones at every call.
-    :param rules: the run's `TrainingInputs`; its channel and drop settings do not apply here.
+    :param inputs: the run's `TrainingInputs`, without channel noise and dropped conditioning.
     :param diffusion: the training process, for the score.
     :param preview_diffusion: its respaced form, for the pictures.
+    :param panel: function (images, y, regenerated) -> panel (H, W, 3) uint8, mean colour error; see `preview_panel`.
     :param device, precision: where and how the network runs.
     """
 
-    def __init__(self, items, rules, diffusion, preview_diffusion, device, precision):
-        self.items, self.rules, self.diffusion, self.preview_diffusion = items, rules, diffusion, preview_diffusion
-        self.device, self.precision = device, precision
+    def __init__(self, items, inputs, diffusion, preview_diffusion, panel, device, precision):
+        self.items, self.inputs, self.diffusion, self.preview_diffusion = items, inputs, diffusion, preview_diffusion
+        self.panel, self.device, self.precision = panel, device, precision
+
+    def _item(self, k):
+        """Return image, y and noise of the k-th item, whose noise is that of position k."""
+        batch = self.inputs(self.items[k % len(self.items)] | {"position": torch.tensor([k])})
+        batch = {key: value.to(self.device) for key, value in batch.items() if torch.is_tensor(value)}
+        return batch["image"], self.inputs.conditioning(batch), batch["noise"]
 
     @torch.no_grad()
     def score(self, model, weights, count, group=None):
@@ -40,12 +44,9 @@ class Validation:
         rounds = -(-count // group.world_size)
         with _using(model, weights), autocast(self.device, self.precision):
             for turn in range(rounds):
-                # A rank without an item left looks at the last one again: sharded weights need everybody in each pass.
+                # A rank without an item left looks at the last one again, so that all have as many losses.
                 k = min(turn * group.world_size + group.rank, count - 1)
-                batch = self.items[k % len(self.items)]
-                x_start = batch["image"].to(self.device)
-                y = self.rules.condition(batch).to(self.device)
-                noise = self.rules.noise([k], x_start.shape[1:]).to(self.device)
+                x_start, y, noise = self._item(k)
                 for part in (k, (k + count // 2) % count):
                     t = torch.tensor([int((part + 0.5) / count * steps)], device=self.device)
                     losses.append(self.diffusion.training_losses(model, x_start, t, y=y, noise=noise)["loss"])
@@ -55,24 +56,17 @@ class Validation:
 
     @torch.no_grad()
     def preview(self, model, weights, count):
-        """Regenerate the first `count` items by deterministic DDIM: original | label map | regenerated.
-
-        :return: the panel (H, W, 3) uint8, and the mean colour error (see `metrics.colour_error`).
-        """
-        rows, errors = [], []
-        # Only the whole forward pass brings sharded weights together, not that of a single layer.
-        reuse = {"cache_bytes": 0} if is_sharded(model) else {}
+        """Regenerate the first `count` items by deterministic DDIM; return the panel and the mean colour error."""
+        images, ys, pictures = [], [], []
         with _using(model, weights), autocast(self.device, self.precision):
-            for k, batch in enumerate(self.items[:count]):
-                y = self.rules.condition(batch)
-                noise = self.rules.noise([k], batch["image"].shape[1:]).to(self.device)
-                result = sample(model, self.preview_diffusion, y.to(self.device), noise, "ddim", **reuse)
-                regenerated = result.images.cpu()
-                errors.append(colour_error(regenerated, batch["image"]))
-                semantics = show_semantics(y, self.rules.num_classes, self.rules.one_hot)
-                rows.append([to_uint8(batch["image"])[0], semantics[0], to_uint8(regenerated)[0]])
-        panel = picture_grid(rows, ["original", "label map and edges", "regenerated"])
-        return panel, float(torch.stack(errors).mean())
+            for k in range(min(count, len(self.items))):
+                x_start, y, noise = self._item(k)
+                if images and x_start.shape != images[0].shape:
+                    continue  # a panel shows pictures of one size
+                pictures.append(sample(model, self.preview_diffusion, y, noise, "ddim").images.cpu())
+                images.append(x_start.cpu())
+                ys.append(y.cpu())
+        return self.panel(torch.cat(images), torch.cat(ys), torch.cat(pictures))
 
 
 @contextmanager

@@ -9,133 +9,82 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..data.pictures import eight_bit, from_uint8, save_picture
 from ..files import atomic_write
-from ..link.crossing import digital_facts
+from ..link.transceiver import digital_facts
 from ..random_streams import generator
-from . import codecs as baselines
 from .metrics import bootstrap_interval, colour_error
-from .panels import save_picture
 from .results import read_picture_file
 
 BATCH = 16
 PARTS = ("header", "labels", "edges", "indices", "total")  # of a message, as columns bits_...
-PER_PICTURE = {"psnr": "psnr_db"}  # metric -> column, where they differ
-PICTURE_METRICS = ("psnr", "ssim", "ms_ssim", "lpips")
-BASELINE_COLUMNS = (
-    "path",
-    "name",
-    "codec",
-    "budget_bits",
-    "bits",
-    "bpp",
-    "scale",
-    "quality",
-    "channel_uses",
-    "bandwidth_ratio",
-    "realised_snr_db",
-    "eb_n0_db",
-    "blocks",
-    "block_errors",
-    "problems",
-    "psnr_db",
-    "colour_error",
-    "ssim",
-    "ms_ssim",
-    "lpips",
-)
-SUMMED_UP = (
-    "bpp",
-    "bits_header",
-    "bits_labels",
-    "bits_edges",
-    "bits_indices",
-    "bits_total",
-    "bits",
-    "channel_uses",
-    "bandwidth_ratio",
-    "realised_snr_db",
-    "eb_n0_db",
-    "blocks",
-    "block_errors",
-    "steps",
-    "evaluations",
-    "seconds",
-    "transmit_seconds",
-    "distance",
-    "psnr_db",
-    "colour_error",
-    "ssim",
-    "ms_ssim",
-    "lpips",
-    "mismatch_db",
-)
-
-
-def eight_bit(images):
-    """Round pictures (N, 3, H, W) in [-1, 1] as their files do."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
-
-
-def from_uint8(picture):
-    """Turn an (H, W, 3) uint8 array into (1, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+BITS = tuple(f"bits_{part}" for part in PARTS)
+PICTURE_METRICS = {"psnr": "psnr_db", "ssim": "ssim", "ms_ssim": "ms_ssim", "lpips": "lpips"}  # name -> column
+MEASURED = ("psnr_db", "colour_error", "ssim", "ms_ssim", "lpips")
+CHANNEL = ("channel_uses", "bandwidth_ratio", "realised_snr_db", "eb_n0_db", "blocks", "block_errors")
+CODED = ("path", "name", "codec", "budget_bits", "bits", "bpp", "scale", "quality")
+BASELINE_COLUMNS = (*CODED, *CHANNEL, "problems", *MEASURED)
+WORK = ("steps", "evaluations", "seconds", "transmit_seconds", "distance")
+SUMMED_UP = ("bpp", *BITS, "bits", *CHANNEL, *WORK, *MEASURED, "mismatch_db")
+WITH_INTERVAL = {*MEASURED, "mismatch_db", "distance", "bpp"}
+OVER_THE_SET = ("kid", "kid_features", "fid", "fid_features", "miou")
+CURVES = ("psnr_db", "ssim", "ms_ssim", "lpips", *OVER_THE_SET, "bad_pictures")
 
 
 class Measures:
     """Measures the pictures of a results folder.
 
-    :param metrics: a `Metrics`. :param codecs: names of `baselines.CODECS` to compare with.
-    :param new_metrics: function -> another `Metrics` of the same kind, for each codec's set.
+    :param metrics: a `Metrics`. :param codecs: names of classical codecs to compare with (`codecs.CODECS`).
     """
 
-    def __init__(self, metrics, codecs, new_metrics):
-        self.metrics, self.codecs, self.new_metrics = metrics, codecs, new_metrics
+    def __init__(self, metrics, codecs):
+        self.metrics, self.codecs = metrics, codecs
 
     def per_picture(self, images, original):
         """Return the table columns of one picture (1, 3, H, W)."""
         images = eight_bit(images)
         found = self.metrics.per_picture(images, original)
-        columns = {PER_PICTURE.get(name, name): f"{float(value[0]):.4f}" for name, value in found.items()}
+        columns = {PICTURE_METRICS[name]: f"{float(value[0]):.4f}" for name, value in found.items()}
         return columns | {"colour_error": f"{float(colour_error(images, original).mean()):.4f}"}
 
     def complete(self, results, rows, kind="samples"):
-        """Measure from the files what rows of an earlier run, made with other --metrics, lack. Changes `rows` in place."""
+        """Measure from the files what rows of an earlier run, made with other --metrics, lack.
+
+        :return: the rows that changed, in place.
+        """
+        columns = [PICTURE_METRICS[name] for name in self.metrics.names if name in PICTURE_METRICS]
+        changed = []
         for row in rows:
-            missing = [
-                name
-                for name in self.metrics.names
-                if name in PICTURE_METRICS and not row.get(PER_PICTURE.get(name, name))
-            ]
+            if all(row.get(column) for column in columns):
+                continue
             made, original = (read_picture_file(results.file(k, row["name"])) for k in (kind, "images"))
-            if missing and made is not None and original is not None:
+            if made is not None and original is not None:
                 row |= self.per_picture(from_uint8(made), from_uint8(original))
+                changed.append(row)
+        return changed
 
     def whole_set(self, results, rows, kind="samples"):
         """Return the measures over all pictures of a results folder (FID, KID, mIoU, as asked for)."""
-        metrics = self.new_metrics()
+        metrics = self.metrics.fresh()
         if not metrics.over_the_set:
             return {}
-        for names in tqdm(
-            _batches(results, rows), desc=f"measuring {kind}", unit="batch", file=sys.stderr, leave=False
-        ):
+        batches = _batches(results, rows)
+        for names in tqdm(batches, desc=f"measuring {kind}", unit="batch", file=sys.stderr, leave=False):
             made, original = (torch.cat([_read(results.file(k, name)) for name in names]) for k in (kind, "images"))
-            ids = np.stack([_read_ids(results.file("labels", name)) for name in names])
+            ids = np.stack([_read_ids(results.file("labels", name)) for name in names])  # (N, H, W)
             metrics.update(made, original, torch.from_numpy(ids).long()[:, None])
         return metrics.compute()
 
-    # -- classical codecs -----------------------------------------------------------------------------------------------
+    # -- classical codecs ---------------------------------------------------------------------------------------------
 
-    def compare(self, results, rows, crossing, seed, numbers):
+    def compare(self, results, rows, link, seed, numbers):
         """Code every picture with each classical codec within its message's bits; write baselines.csv and the pictures.
 
+        :param link: the message's `DigitalLink`, which the codec's bytes cross, too; None: they arrive.
         :param numbers: path -> the number that a picture's channel noise follows from.
-        :param crossing: the message's own, whose channel the codec's bytes take too if it is digital.
         :return: the rows.
         """
-        link = getattr(crossing, "link", None)
-        path = results.path / "baselines.csv"
-        done = _earlier(path)
-        found = []
+        done, found = _earlier(results.path / "baselines.csv"), []
         for row in tqdm(rows, desc="classical codecs", unit="picture", file=sys.stderr, leave=False):
             picture = read_picture_file(results.file("images", row["name"]))
             for codec in self.codecs if picture is not None else ():
@@ -153,34 +102,35 @@ class Measures:
         return found
 
     def _code(self, results, row, codec, picture, link, stream):
+        from .codecs import best_within
+
         height, width = picture.shape[:2]
         budget = int(row["bits_total"])
-        coded = baselines.best_within(codec, picture, budget // 8)
+        coded = best_within(codec, picture, budget // 8)
         out = {"path": row["path"], "name": row["name"], "codec": codec, "budget_bits": budget}
-        if coded is None:  # nothing fits: the receiver has no picture
-            shown, out["problems"] = np.full_like(picture, 128), "no picture within the bits"
+        shown = np.full_like(picture, 128)  # what the receiver sees where no picture arrives
+        if coded is None:
+            out["problems"] = "no picture within the bits"
         else:
-            shown, bits = coded.picture, 8 * len(coded.data)
-            out |= {
-                "bits": bits,
-                "bpp": f"{bits / (height * width):.4f}",
-                "scale": coded.scale,
-                "quality": coded.quality,
-            }
-            if link is not None:
-                delivery = link.send({"labels": coded.data}, stream)
+            bits = 8 * len(coded.data)
+            out |= {"bits": bits, "bpp": f"{bits / (height * width):.4f}"}
+            out |= {"scale": coded.scale, "quality": coded.quality}
+            delivery = link and link.send({"labels": coded.data}, stream)
+            if delivery:
                 out |= digital_facts(delivery, height, width)
-                if delivery.part("labels") is None:
-                    shown, out["problems"] = np.full_like(picture, 128), "picture"
+            if delivery and delivery.part("labels") is None:
+                out["problems"] = "picture"
+            else:
+                shown = coded.picture
         save_picture(shown, results.file(f"baseline_{codec}", row["name"]))
         return out | self.per_picture(from_uint8(shown), from_uint8(picture))
 
-    # -- the summary ----------------------------------------------------------------------------------------------------
+    # -- the summary --------------------------------------------------------------------------------------------------
 
     def summarise(self, results, rows, baseline_rows, facts):
         """Write summary.json: means, 95 % intervals over pictures, measures over the set; return it.
 
-        :param facts: what else it should say.
+        :param facts: what else it should hold.
         """
         measured = [row for row in rows if results.file("images", row["name"]).exists()]
         kind = "samples" if (results.path / "samples").exists() else "local"
@@ -191,15 +141,20 @@ class Measures:
         for codec in self.codecs:
             own = [row for row in baseline_rows if row["codec"] == codec]
             if own:
-                summary.setdefault("baselines", {})[codec] = {
-                    "container_bytes": baselines.container_bytes(codec),
-                    "without_picture": sum(bool(row.get("problems")) for row in own),
-                    "mean": means(own),
-                    "interval_95": intervals(own),
-                    "set": self.whole_set(results, own, f"baseline_{codec}"),
-                }
+                summary.setdefault("baselines", {})[codec] = self._summarise_codec(results, codec, own)
         results.write_json("summary.json", summary)
         return summary
+
+    def _summarise_codec(self, results, codec, rows):
+        from .codecs import container_bytes
+
+        return {
+            "container_bytes": container_bytes(codec),
+            "without_picture": sum(bool(row.get("problems")) for row in rows),
+            "mean": means(rows),
+            "interval_95": intervals(rows),
+            "set": self.whole_set(results, rows, f"baseline_{codec}"),
+        }
 
 
 def _batches(results, rows):
@@ -246,12 +201,8 @@ def means(rows):
 
 def intervals(rows):
     """95 % bootstrap intervals over pictures of the measures among the columns."""
-    measures = ("psnr_db", "colour_error", "ssim", "ms_ssim", "lpips", "mismatch_db", "distance", "bpp")
-    return {
-        name: [_plain(v) for v in bootstrap_interval(values)]
-        for name, values in _columns(rows)
-        if name in measures and np.isfinite(values).all()
-    }
+    columns = [(name, values) for name, values in _columns(rows) if name in WITH_INTERVAL and np.isfinite(values).all()]
+    return {name: [_plain(v) for v in bootstrap_interval(values)] for name, values in columns}
 
 
 def _plain(value):
@@ -259,68 +210,49 @@ def _plain(value):
     return value if math.isfinite(value) else str(value)  # JSON has no infinity
 
 
-# -- what is said of them -----------------------------------------------------------------------------------------------
+# -- printed lines ----------------------------------------------------------------------------------------------------
 
 
 def score_lines(rows):
-    """A line that says how near the pictures are to the originals, in means over the rows; none where nothing was measured."""
-    measured = [row for row in rows if row.get("psnr_db")]
-    if not measured:
+    """A line that says how near the pictures are to the originals, in means; none where nothing was measured."""
+    mean = means([row for row in rows if row.get("psnr_db")])
+    if "psnr_db" not in mean:
         return []
-    psnr, ssim, colour = (
-        float(np.mean([float(row.get(name) or np.nan) for row in measured]))
-        for name in ("psnr_db", "ssim", "colour_error")
-    )
-    similar = "" if np.isnan(ssim) else f"SSIM {ssim:.3f}, "
+    similar = f"SSIM {mean['ssim']:.3f}, " if "ssim" in mean else ""
+    psnr, colour = float(mean["psnr_db"]), mean["colour_error"]
     return [f"mean PSNR {psnr:.2f} dB, {similar}mean colour error {colour:.3f} of the range"]
 
 
 def cost_lines(rows):
     """Lines that say what the messages and the channel cost, in means over the rows."""
-    mean = {
-        name: float(np.mean([float(row[name]) for row in rows if row.get(name) not in (None, "")] or [np.nan]))
-        for name in (
-            *(f"bits_{part}" for part in PARTS),
-            "bpp",
-            "channel_uses",
-            "bandwidth_ratio",
-            "realised_snr_db",
-            "eb_n0_db",
-            "blocks",
-            "block_errors",
-        )
-    }
-    lines = []
-    if not np.isnan(mean["bits_total"]):
+    mean, lines = {name: float(value) for name, value in means(rows).items()}, []
+    if "bits_total" in mean:
         sizes = ", ".join(f"{part} {mean[f'bits_{part}'] / 8:.0f}" for part in PARTS[:-1] if mean[f"bits_{part}"])
         what = "message" if mean["bits_header"] else "side information"  # the analog planes themselves are no bits
         lines.append(f"{what}: {mean['bits_total'] / 8:.0f} bytes ({sizes}), {mean['bpp']:.3f} bits per pixel")
-    if not np.isnan(mean["channel_uses"]):
+    if "channel_uses" in mean:
         uses = f"{mean['channel_uses']:.0f} complex uses per picture, bandwidth ratio {mean['bandwidth_ratio']:.3f}"
-        if np.isnan(mean["eb_n0_db"]):
-            lines.append(f"channel: {uses}; plane power over noise power {mean['realised_snr_db']:.2f} dB")
-        else:
-            lost = sum(bool(row.get("problems")) for row in rows)
-            lines.append(
-                f"channel: {uses}; realised Es/N0 {mean['realised_snr_db']:.2f} dB, Eb/N0 {mean['eb_n0_db']:.2f} dB"
-            )
-            lines.append(
-                f"{mean['block_errors']:.1f} of {mean['blocks']:.1f} blocks lost per picture; {lost} pictures lack a part"
-            )
+        snr = f"{mean['realised_snr_db']:.2f} dB"
+        if "eb_n0_db" not in mean:
+            return [*lines, f"channel: {uses}; plane power over noise power {snr}"]
+        lost = sum(bool(row.get("problems")) for row in rows)
+        lines.append(f"channel: {uses}; realised Es/N0 {snr}, Eb/N0 {mean['eb_n0_db']:.2f} dB")
+        blocks = f"{mean['block_errors']:.1f} of {mean['blocks']:.1f} blocks lost per picture"
+        lines.append(f"{blocks}; {lost} pictures lack a part")
     return lines
 
 
 def codec_lines(summary):
     """Lines that say how the classical codecs did."""
-    return [
-        f"{codec} within the same bits: PSNR {found['mean']['psnr_db']:.2f} dB, {found['without_picture']} of"
-        f" {summary['pictures']} without a picture (counted as grey)"
-        for codec, found in summary.get("baselines", {}).items()
-        if "psnr_db" in found["mean"]
-    ]
+    lines = []
+    for codec, found in summary.get("baselines", {}).items():
+        if "psnr_db" in found["mean"]:
+            without = f"{found['without_picture']} of {summary['pictures']} without a picture (counted as grey)"
+            lines.append(f"{codec} within the same bits: PSNR {float(found['mean']['psnr_db']):.2f} dB, {without}")
+    return lines
 
 
-# -- several points -----------------------------------------------------------------------------------------------------
+# -- curves of a sweep ------------------------------------------------------------------------------------------------
 
 
 def write_curves(folder, summaries):
@@ -331,30 +263,13 @@ def write_curves(folder, summaries):
     """
     lines = {}
     for link, pool, snr, summary in summaries:
+        pictures = max(1, summary["pictures"])
         name = link if pool == "None" else f"{link}, pool {pool}"
-        own = {**summary["mean"], **{k: v for k, v in summary["set"].items() if isinstance(v, float)}}
-        own["bad_pictures"] = summary["with_problems"] / max(1, summary["pictures"])
-        lines.setdefault(name, []).append((snr, own))
+        lines.setdefault(name, []).append((snr, _values(summary, summary["with_problems"] / pictures)))
         for codec, baseline in summary.get("baselines", {}).items():
-            both = {**baseline["mean"], **{k: v for k, v in baseline["set"].items() if isinstance(v, float)}}
-            both["bad_pictures"] = baseline["without_picture"] / max(1, summary["pictures"])
-            lines.setdefault(f"{link}, {codec}", []).append((snr, both))
-    measures = [
-        name
-        for name in (
-            "psnr_db",
-            "ssim",
-            "ms_ssim",
-            "lpips",
-            "kid",
-            "kid_features",
-            "fid",
-            "fid_features",
-            "miou",
-            "bad_pictures",
-        )
-        if any(name in own for line in lines.values() for _, own in line)
-    ]
+            values = _values(baseline, baseline["without_picture"] / pictures)
+            lines.setdefault(f"{link}, {codec}", []).append((snr, values))
+    measures = [name for name in CURVES if any(name in own for line in lines.values() for _, own in line)]
     with atomic_write(folder / "curves.csv") as f:
         writer = csv.writer(f)
         writer.writerow(["line", "snr_db", *measures])
@@ -369,12 +284,16 @@ def write_curves(folder, summaries):
     return f"curves.csv and curves.png are in {folder}"
 
 
+def _values(summary, bad_pictures):
+    over_the_set = {name: value for name, value in summary["set"].items() if isinstance(value, float)}
+    return {**summary["mean"], **over_the_set, "bad_pictures": bad_pictures}
+
+
 def _draw(lines, measures, path):
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        1, len(measures), figsize=(4 * len(measures), 3.4), squeeze=False, layout="constrained"
-    )
+    size = (4 * len(measures), 3.4)
+    figure, axes = pyplot.subplots(1, len(measures), figsize=size, squeeze=False, layout="constrained")
     for axis, measure in zip(axes[0], measures, strict=True):
         for name, line in lines.items():
             points = sorted((snr, own[measure]) for snr, own in line if isinstance(own.get(measure), float | int))

@@ -1,0 +1,194 @@
+"""Devices, their precisions, and a network made ready for one: the only module that knows what an accelerator is called."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import shlex
+import shutil
+import socket
+import time
+
+import torch
+from torch import nn
+
+from ..console import InputError
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_COMPILATIONS = 64
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def select_device(name="auto", ranks=None):
+    """Return the torch device for --device auto | cpu | cuda[:N]. Raises InputError where there is none.
+
+    :param ranks: this process's `Ranks`; of several processes on a node each takes the GPU of its local rank (or the only
+        one that it is shown, as under srun's --gpus-per-task).
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: unknown; choose auto, cpu or cuda[:N]")
+    if device.type == "cpu":
+        return device
+    found = torch.cuda.device_count()
+    if not 0 <= (device.index or 0) < found:  # torch wraps 128 to -128
+        raise InputError(f"--device {name}: this machine shows {found} CUDA devices; choose another or cpu")
+    if ranks is not None and ranks.world_size > 1:
+        if device.index is not None:
+            raise InputError(f"--device {name}: {ranks.world_size} processes cannot share one GPU; use cuda or auto")
+        if ranks.local_rank >= found > 1:
+            raise InputError(
+                f"process {ranks.local_rank + 1} of this node has no GPU left: {found} are shown; start fewer"
+            )
+        device = torch.device("cuda", ranks.local_rank if found > 1 else 0)
+    torch.cuda.set_device(device)  # collectives, and the question for bf16, take the current one
+    return device
+
+
+def backend_for(device):
+    """Return torch.distributed's name of the backends for tensors on a device and in host memory."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def device_identity(device):
+    """Return a text that tells a GPU from all others of a job, or None for a CPU."""
+    if device.type != "cuda":
+        return None
+    facts = torch.cuda.get_device_properties(device)
+    return f"{socket.gethostname()} {getattr(facts, 'uuid', None) or torch.cuda.current_device()}"
+
+
+def usable_precision(device, precision):
+    """Return the precision to use on a device, and a line that says why where it is not the one asked for."""
+    if precision == "fp16" and device.type == "cpu":
+        return "bf16", "fp16 is of no use on a CPU: using bf16"
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "fp16", "this GPU has no bf16: using fp16"
+    return precision, None
+
+
+def half_dtype(precision):
+    """Return torch's type for "bf16" and "fp16", None for "fp32"."""
+    return DTYPES[precision]
+
+
+def autocast(device, precision):
+    """Return a context in which the network runs in `precision`."""
+    dtype = DTYPES[precision]
+    return torch.autocast(device.type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
+
+
+def grad_scaler(device, precision):
+    """Return a GradScaler, disabled unless the precision is fp16."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def pins_memory(device):
+    """Whether the loader's memory should be pinned, for copies that do not block."""
+    return device.type == "cuda"
+
+
+def to_device(tensor, device):
+    """Move a tensor from host memory without making the host wait, where the device can."""
+    return tensor.pin_memory().to(device, non_blocking=True) if pins_memory(device) else tensor.to(device)
+
+
+# -- networks ---------------------------------------------------------------------------------------------------------
+
+
+def placed(model, device):
+    """Put a network on its device, in the memory layout that it is fastest in: on CPUs and GPUs alike, pixel by pixel."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def keep_freed_memory():
+    """Let glibc keep freed blocks, which each step takes again: getting them back page by page costs it 3 to 5 %."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        if libc.mallopt(M_MMAP_THRESHOLD, 2**30):  # an old glibc refuses it
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def for_sampling(model, device, precision, compiles=False, log=None):
+    """Make a network ready for reverse chains: on its device, in evaluation mode, without gradients; see `rounded`."""
+    model = rounded(placed(model, device).eval().requires_grad_(False), precision)
+    return compiled(model, log) if compiles else model
+
+
+def rounded(model, precision):
+    """Round a network's weights to `precision`, those that autocast would round at every call; return it."""
+    dtype = DTYPES[precision]
+    for module in model.modules() if dtype is not None else ():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):  # norms stay in float32
+            module.to(dtype)
+    return model
+
+
+def check_compiler(device):
+    """Raise InputError where torch.compile has no compiler for the code that it makes."""
+    variable, usual = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")  # a GPU's kernels are started from C
+    compiler = (shlex.split(os.environ.get(variable, "")) or [usual])[0]
+    if not shutil.which(compiler):
+        raise InputError(
+            f"--compile True: {compiler} was not found; install it, name another in {variable}, or drop it"
+        )
+
+
+def compiled(model, log):
+    """Let torch.compile make the network's code at its first call, and log what that took. State-dict names stay."""
+    # Another size (a search's batches, an early stop) makes torch compile again, and go on uncompiled beyond the limit.
+    torch._dynamo.config.recompile_limit = max(MAX_COMPILATIONS, torch._dynamo.config.recompile_limit)
+    run = torch.compile(model.forward)
+
+    def first(*arguments):
+        started = time.monotonic()
+        log("compiling the network: the first step takes longer, a minute or more")
+        output = run(*arguments)
+        log(f"compiled the forward pass in {time.monotonic() - started:.0f} s")
+        model.forward = run
+        return output
+
+    model.forward = first
+    return model
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def device_name(device):
+    """Return what a GPU calls itself and its memory in GiB, or None for a CPU."""
+    if device.type != "cuda":
+        return None
+    facts = torch.cuda.get_device_properties(device)
+    return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
+
+
+def synchronize(device):
+    """Wait until a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release_memory(device):
+    """Give back the memory that tensors of the past held on a device."""
+    gc.collect()  # compiled networks refer to themselves
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def reset_peak_memory(device):
+    """Let `peak_memory` begin anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device):
+    """Return the most bytes that tensors held on a device since `reset_peak_memory`, or None for a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
