@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from threading import Thread
@@ -270,7 +271,8 @@ class Group:
             if self.world_size > 1 and getattr(stop, "agreed", False):
                 self._close()
                 if not self.main:
-                    sys.exit(stop.code)  # without a word: rank 0 speaks
+                    sys.exit(0)  # rank 0 alone says why, and gives the job its code,
+                time.sleep(2)  # last of all: srun kills the others at the first code that is not 0
             raise
         except Exception as error:
             if self.world_size == 1:
