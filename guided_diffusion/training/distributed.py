@@ -140,6 +140,8 @@ def find_share(ranks, arrays=True, environment=os.environ):
     names = [f"SLURM_ARRAY_TASK_{what}" for what in ("ID", "MIN", "MAX", "COUNT")]
     task, least, most, count = (_number(environment, name) for name in names)
     step = max(1, (most - least) // max(1, count - 1))
+    if environment.get("SLURM_ARRAY_TASK_STEP"):  # 1 for a list such as 0,1,4
+        step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP"))
     if (task - least) % step or (most - least) != step * (count - 1):
         raise InputError(
             f"--array: its {count} tasks from {least} to {most} are not evenly numbered, so that task {task}"
