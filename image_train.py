@@ -6,10 +6,9 @@ Start small: python image_train.py --preset toy
 import os
 from pathlib import Path
 
-from guided_diffusion.config import TrainConfig, adopt_resumed, parse_config, print_config, save_config
+from guided_diffusion.config import TrainConfig, adopt_resumed, parse_config, print_config, save_config, unused_flags
 from guided_diffusion.console import Interrupts, log, run_script
 from guided_diffusion.files import check_folder
-from guided_diffusion.idle_flags import unused_flags
 
 
 def main():

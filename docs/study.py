@@ -5,7 +5,7 @@ import csv
 from guided_diffusion import build_link
 from guided_diffusion.config import SampleConfig, adopt_training_config, parse_config
 from guided_diffusion.console import log
-from guided_diffusion.prepare import find_weights, trained_config
+from guided_diffusion.training.checkpoint import find_weights, trained_config
 
 
 def link_parts(options, **flags):

@@ -166,8 +166,7 @@ def main(arguments=None):
 def _setup(config, network, given, folder):
     from .benchmarks.setup import Setup
     from .data.toy_scenes import MIN_SIZE, write_toy_scenes
-    from .training.devices import select_device, usable_precision
-    from .training.devices import check_compiler
+    from .training.devices import check_compiler, select_device, usable_precision
 
     weights = find_weights(config.model_path, log=log) if config.model_path else ""
     if weights:

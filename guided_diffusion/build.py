@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from .config import model_and_diffusion_defaults
+from .config import ema_rates, model_and_diffusion_defaults, multipliers, numbers
 from .console import InputError
 from .data.datasets import SceneDataset
 from .data.loading import scene_batches
@@ -19,7 +19,6 @@ from .diffusion.unet import DEFAULT_CHANNEL_MULT, SPADE_PLACES, UNetModel, check
 from .evaluation.panels import preview_panel
 from .link.channel import snr_to_sigma
 from .link.noise_bank import FreshNoise, NoiseBank
-from .prepare import ema_rates, multipliers, numbers
 from .random_streams import stream_seed
 from .training.checkpoint import resume_point
 from .training.devices import check_compiler, compiled, pins_memory, placed, select_device, usable_precision
@@ -201,7 +200,7 @@ def join_group(config, ranks):
         problem = str(error)
     own = {"data_dir", "cache_dir", "num_workers"}  # may differ
     flags = {name: value for name, value in vars(config).items() if name not in own}
-    return Group(ranks, device, flags, problem, getattr(config, "dist_timeout", 600.0)), device
+    return Group(ranks, device, flags, problem, config.dist_timeout), device
 
 
 def training_loop(config, given, log, group=None, device=None):

@@ -5,14 +5,14 @@ import dataclasses
 import functools
 
 from .build import data_set, diffusion_from, picture_size, precision_of, semantic_coding, untrained_model
-from .config import parts_of, points
+from .config import parts_of, sweep
 from .console import InputError
 from .diffusion.sampling import EarlyStop
 from .diffusion.solvers import SamplerSettings
 from .diffusion.unet import check_size
 from .evaluation.metrics import Metrics, distance
 from .evaluation.report import Measures
-from .files import digest_once
+from .files import file_digest
 from .link.channel import snr_to_sigma
 from .link.message import Header
 from .link.noise_bank import FreshNoise, NoiseBank
@@ -47,7 +47,7 @@ def sampling_parts(config, weights, log, ranks=None):
         check_compiler(device)
     if not jxl_available():
         log("JPEG XL is not installed (pip install pillow-jxl-plugin): many edge levels take more bytes without it")
-    for point in points(config) if config.role == "link" else ():
+    for point in sweep(config) if config.role == "link" else ():
         channel(point)
     measures, distances = _measures(config, device), _distances(config, device)
     model, dataset = untrained_model(config), scenes(config, log, device)
@@ -56,8 +56,7 @@ def sampling_parts(config, weights, log, ranks=None):
     model = for_sampling(model, device, precision, config.compile, log)
     batch = min(config.batch_size, config.num_samples, len(dataset)) if config.role == "link" else 1
     log(describe_label_memory(model, height, width, batch, precision, config.label_memory))
-    bank = noise_source(config, height, width)
-    make_chain = ChainMaker(config, bank, device, weights, lambda precision: model)
+    make_chain = ChainMaker(config, height, width, device, weights, lambda precision: model)
     template = _header(config, precision, height, width, make_chain.fingerprint)
     if config.role != "link" or parts_of(config.link) != ["analog"]:
         template.check()
@@ -72,7 +71,7 @@ def sampling_parts(config, weights, log, ranks=None):
         return Receiver(functools.partial(make_chain, rule=rule if point.link == "analog" else None))
 
     ends = {"transmitter": transmitter, "receiver": receiver, "channel": channel}
-    return {"bank": bank, "dataset": dataset, "measures": measures, **ends}
+    return {"bank": make_chain.bank, "dataset": dataset, "measures": measures, **ends}
 
 
 def receiving_parts(config, weights, log, ranks=None):
@@ -90,17 +89,8 @@ def receiving_parts(config, weights, log, ranks=None):
         ready = model if precision == "fp32" and not config.compile else rounded(copy.deepcopy(model), precision)
         return compiled(ready, log) if config.compile else ready
 
-    bank = noise_source(config, config.image_size, 2 * config.image_size)
-    make_chain = ChainMaker(config, bank, device, weights, model_of)
+    make_chain = ChainMaker(config, config.image_size, 2 * config.image_size, device, weights, model_of)
     return {"make_chain": make_chain, "receiver": lambda: Receiver(make_chain)}
-
-
-def noise_source(config, height, width):
-    """Return the configuration's noise bank for pictures of one size; fresh noise with --noise_bank_size 0."""
-    shape = 3, height, width
-    if config.noise_bank_size == 0:
-        return FreshNoise(shape, config.seed)
-    return NoiseBank(shape, config.noise_bank_size, config.noise_bank_seed, config.noise_bank_cache)
 
 
 def scenes(config, log, device="cpu"):
@@ -144,13 +134,16 @@ def describe_label_memory(model, height, width, batch, precision, limit):
 class ChainMaker:
     """Makes the `Chain` that a message's header asks for, with this end's model and bank; one is kept per kind.
 
+    :param height, width: of the pictures that `bank` has noise for; a chain takes the bank of its own size.
     :param weights: path of the weights file: the first 8 bytes of its SHA-256 are the model's fingerprint.
     :param model_of: function precision -> network.
     """
 
-    def __init__(self, config, bank, device, weights, model_of):
-        self.config, self.bank, self.device, self.model_of = config, bank, device, model_of
-        self.fingerprint, self._chains = digest_once(weights)[:8], {}
+    def __init__(self, config, height, width, device, weights, model_of):
+        self.config, self.device, self.model_of, self._chains = config, device, model_of, {}
+        self.fingerprint, bank = file_digest(weights)[:8], (config.noise_bank_size, config.noise_bank_seed)
+        shape, fresh = (3, height, width), config.noise_bank_size == 0
+        self.bank = FreshNoise(shape, config.seed) if fresh else NoiseBank(shape, *bank, config.noise_bank_cache)
 
     def __call__(self, header, rule=None):
         """Return the chain. A header without a stop step leaves stopping to `rule`, an `EarlyStop` or None."""
@@ -162,7 +155,7 @@ class ChainMaker:
         return self._chains[key]
 
     def _check(self, header):
-        """Refuse a message that was made for another model, or would make the receiver build another bank."""
+        """Refuse a message that was made for another model, or is too large a picture."""
         config = self.config
         if header.fingerprint != self.fingerprint:
             found = f"(fingerprint {header.fingerprint.hex()}, these have {self.fingerprint.hex()})"
@@ -170,8 +163,8 @@ class ChainMaker:
                 f"the message was made for other weights {found}; give --model_path the transmitter's file"
             )
         theirs = header.num_classes, header.one_hot, header.edge_plane, header.bank_seed, header.bank_size
-        ours = config.num_classes, config.one_hot_label, not config.no_instance
-        ours += config.noise_bank_seed, config.noise_bank_size
+        maps = config.num_classes, config.one_hot_label, not config.no_instance
+        ours = *maps, config.noise_bank_seed, config.noise_bank_size
         if theirs != ours:
             found = f"the message's classes, one-hot, edge plane, bank seed and size are {theirs}, the model's {ours}"
             raise InputError(f"{found}; give --model_path the transmitter's file")
@@ -187,49 +180,27 @@ class ChainMaker:
         if header.stop_step:
             # The answer is x_0's prediction at that step: every step counts as settled, and none before counts.
             rule = EarlyStop(float("inf"), 1, header.stop_step)
-        return Chain(
-            self.model_of(header.precision),
-            diffusion,
-            self.bank,
-            header.sampler,
-            early_stop=rule,
-            selected_steps=header.selected_steps or None,
-            device=self.device,
-            precision=functools.partial(autocast, self.device, header.precision),
-            cache_bytes=int(self.config.label_memory * 2**30),
-        )
+        precision = functools.partial(autocast, self.device, header.precision)
+        memory = int(self.config.label_memory * 2**30)
+        fixed = self.model_of(header.precision), diffusion, self.bank, header.sampler
+        return Chain(*fixed, rule, header.selected_steps or None, self.device, precision, memory)
 
 
 def _header(config, precision, height, width, fingerprint):
-    selecting = config.selection != "initial"
-    sampler = SamplerSettings(
-        method=config.sampler,
-        steps=config.timestep_respacing,
-        s=config.s,
-        eta=config.eta if config.sampler == "ddim" else 0.0,
-        clip_denoised=config.clip_denoised,
-        variance="posterior" if selecting and config.sampler == "ddpm" else "model",
-        tail_steps=config.tail_steps,
-    )
-    return Header(
-        height=height,
-        width=width,
-        num_classes=config.num_classes,
-        one_hot=config.one_hot_label,
-        edge_plane=not config.no_instance,
-        label_scale=config.label_scale,
-        edge_levels=0 if config.no_instance else config.edge_levels,
-        edge_scale=config.edge_scale,
-        bank_seed=config.noise_bank_seed,
-        bank_size=config.noise_bank_size,
-        sampler=sampler,
-        start_sent=config.selection != "per_step",
-        selected_steps=_selected_steps(config),
-        step_candidates=config.step_candidates if selecting else 0,
-        step_atoms=config.step_atoms if selecting else 0,
-        precision=precision,
-        fingerprint=fingerprint,
-    )
+    """Return the header of all messages, but for what is found out on the way."""
+    selecting, eta = config.selection != "initial", config.eta if config.sampler == "ddim" else 0.0
+    variance = "posterior" if selecting and config.sampler == "ddpm" else "model"
+    chain = {"method": config.sampler, "steps": config.timestep_respacing, "tail_steps": config.tail_steps}
+    sampler = SamplerSettings(**chain, s=config.s, eta=eta, clip_denoised=config.clip_denoised, variance=variance)
+    form = {"num_classes": config.num_classes, "one_hot": config.one_hot_label, "edge_plane": not config.no_instance}
+    coding = {"label_scale": config.label_scale, "edge_scale": config.edge_scale}
+    coding["edge_levels"] = 0 if config.no_instance else config.edge_levels
+    noise = {"bank_seed": config.noise_bank_seed, "bank_size": config.noise_bank_size, "sampler": sampler}
+    noise |= {"start_sent": config.selection != "per_step", "selected_steps": _selected_steps(config)}
+    if selecting:
+        noise |= {"step_candidates": config.step_candidates, "step_atoms": config.step_atoms}
+    network = {"precision": precision, "fingerprint": fingerprint}
+    return Header(height=height, width=width, **form, **coding, **noise, **network)
 
 
 def _selected_steps(config):
@@ -246,15 +217,13 @@ def _selected_steps(config):
     return config.selected_steps or available
 
 
-# -- noise selection and measures -------------------------------------------------------------------------------------
-
-
-def _segmenter(config, device, why):
+def _network(config, flag, device, why=""):
+    """Load a network that the user brings."""
     from .evaluation.segmenters import load_network
 
-    if not config.segmenter:
-        raise InputError(f"{why} needs --segmenter FILE")
-    return load_network(config.segmenter, "segmenter", device)
+    if not getattr(config, flag):
+        raise InputError(f"{why} needs --{flag} FILE")
+    return load_network(getattr(config, flag), flag, device)
 
 
 def _distances(config, device):
@@ -266,7 +235,7 @@ def _distances(config, device):
         return lambda scene: measure
     from .evaluation.segmenters import disagreement
 
-    network = _segmenter(config, device, "--distance segmenter")
+    network = _network(config, "segmenter", device, "--distance segmenter")
     return lambda scene: lambda pictures, _: disagreement(network, pictures, scene["label"], config.num_classes)
 
 
@@ -289,23 +258,24 @@ def _chooser(config, distances):
 
 
 def _measures(config, device):
-    names, codecs, features, segmenter = parts_of(config.metrics), parts_of(config.baseline), None, None
+    """Return the `Measures` that were asked for, with their networks."""
+    names, codecs, networks = parts_of(config.metrics), parts_of(config.baseline), {}
     if codecs:
         from .evaluation.codecs import check_installed
 
         for codec in codecs:
             check_installed(codec)
     if config.features and {"fid", "kid"} & {*names}:
-        from .evaluation.segmenters import features_of, load_network
+        from .evaluation.segmenters import features_of
 
-        features = features_of(load_network(config.features, "features", device))
+        networks["features"] = features_of(_network(config, "features", device))
     if "miou" in names:
         from .evaluation.segmenters import segment
 
-        segmenter = functools.partial(
-            segment, _segmenter(config, device, "--metrics miou"), num_classes=config.num_classes
-        )
-    metrics = Metrics(names, config.num_classes, config.lpips_weights, config.fid_weights, features, segmenter, device)
-    if segmenter is not None and config.extractor != "gt":
+        network = _network(config, "segmenter", device, "--metrics miou")
+        networks["segmenter"] = lambda images: segment(network, images, config.num_classes)
+    files = config.lpips_weights, config.fid_weights
+    metrics = Metrics(names, config.num_classes, *files, device=device, **networks)
+    if "miou" in names and config.extractor != "gt":
         metrics.notes.append("miou is measured against the extractor's label maps: the pictures' own are not known")
     return Measures(metrics, codecs)

@@ -1,4 +1,4 @@
-"""Flags (see `flags`) turned into argparse, presets and config.json.
+"""Configurations: flags (see `flags`) parsed over presets, resolved, validated, kept as config.json.
 
 Standard library only, so that `--help` answers at once.
 """
@@ -11,49 +11,30 @@ import itertools
 import json
 import math
 import os
+import sys
 
 from .console import InputError
 from .files import atomic_write
-from .flags import (
+from .flags import (  # noqa: F401
     CODECS,
     LINKS,
     METRICS,
     POOLS,
-    BankFlags,
-    ChannelFlags,
-    DataFlags,
+    PRESETS,
     DiffusionFlags,
     ModelFlags,
     SampleConfig,
-    SourceFlags,
+    SharedFlags,
     TrainConfig,
-    TrainFlags,
 )
-from .presets import PRESETS
-
-MAX_CONFIG_BYTES = 2**20
-
-# What a checkpoint fixes: sampling with other values would be another model.
-_FREE = {
-    "dropout",
-    "use_checkpoint",
-    "class_cond",
-    "timestep_respacing",
-    "use_kl",
-    "rescale_learned_sigmas",
-    "noise_bank_cache",
-}
-FIXED_BY_TRAINING = [
-    f.name
-    for group in (ModelFlags, DiffusionFlags, BankFlags)
-    for f in dataclasses.fields(group)
-    if f.name not in _FREE
-]
 
 
 def model_and_diffusion_defaults():
     """Return the default of every flag that `create_model_and_diffusion` takes."""
     return {f.name: f.default for group in (ModelFlags, DiffusionFlags) for f in dataclasses.fields(group)}
+
+
+# -- parsing ----------------------------------------------------------------------------------------------------------
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -62,136 +43,43 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def _boolean(text):
-    lowered = text.lower()
-    if lowered not in ("true", "false", "1", "0", "yes", "no"):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
-    return lowered in ("true", "1", "yes")
+    return text.lower() in ("true", "1", "yes")
 
 
-def create_parser(config_class, description):
-    """Return an argparse parser with one group per flag class. Flags that are not given stay out of its namespace."""
-    parser = _OneLineParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    own = {f.name: f for f in dataclasses.fields(config_class)}
-    for group_class in config_class.__mro__[1:-1]:
+def _parser(config_class, doc):
+    parser = _OneLineParser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    groups = [group for group in config_class.__mro__[1:-1] if group is not SharedFlags]
+    for group_class in groups:
         group = parser.add_argument_group(group_class.__doc__)
-        for f in (own[inherited.name] for inherited in dataclasses.fields(group_class)):
-            kind = _boolean if f.type is bool else f.type
-            metavar = "True|False" if f.type is bool else None if f.metadata["choices"] else f.name.upper()
+        for name in group_class.__dataclass_fields__:
+            f = config_class.__dataclass_fields__[name]  # which may declare it anew
+            metavar = "True|False" if f.type is bool else None if f.metadata["choices"] else name.upper()
             shown = repr(f.default) if f.type is str else f.default
             text = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
-            group.add_argument(f"--{f.name}", type=kind, choices=f.metadata["choices"], metavar=metavar, help=text)
+            kind = {"type": _boolean if f.type is bool else f.type, "choices": f.metadata["choices"]}
+            group.add_argument(f"--{name}", **kind, metavar=metavar, help=text)
     return parser
 
 
-def parse_config(config_class, description, arguments=None):
+def parse_config(config_class, doc, arguments=None):
     """Parse flags over a preset over the defaults.
 
-    :return: the config, and the set of flags that were given explicitly.
+    :param doc: the script's description. :param arguments: list of words; None: the command line's.
+    :return: the config, resolved and validated, and the set of flags that were given explicitly.
     """
-    given = vars(create_parser(config_class, description).parse_args(arguments))
-    preset = PRESETS.get(given.get("preset", ""), {})
-    names = {f.name for f in dataclasses.fields(config_class)}
-    own = preset.get("train" if config_class is TrainConfig else "sample", {})
-    starting = {k: v for k, v in {**preset.get("both", {}), **own}.items() if k in names}
-    config = config_class(**{**starting, **given})
-    settle(config, set(given))
-    return config, set(given)
-
-
-def settle(config, given):
-    """Resolve flags that name the same thing, and refuse values that cannot be meant. Changes `config` in place."""
-    if not config.class_cond:
-        raise InputError("--class_cond False: this network is conditional; leave the flag out or set it to True")
-    if config.predict_xstart:
-        if "prediction" in given and config.prediction != "x0":
-            raise InputError(
-                f"--predict_xstart True is --prediction x0, but --prediction {config.prediction} was given"
-            )
-        config.prediction = "x0"
-    elif {"predict_xstart", "prediction"} <= given and config.prediction == "x0":
-        raise InputError("--predict_xstart False contradicts --prediction x0: drop one of them")
-    config.predict_xstart = config.prediction == "x0"
-    if config.use_fp16 and "precision" in given and config.precision not in ("", "fp16"):
-        raise InputError(f"--use_fp16 True is --precision fp16, but --precision {config.precision} was given")
-    if not config.use_fp16 and {"use_fp16", "precision"} <= given and config.precision == "fp16":
-        raise InputError("--use_fp16 False contradicts --precision fp16: drop one of them")
-    if not config.precision or ("use_fp16" in given and "precision" not in given):
-        config.precision = "fp16" if config.use_fp16 else "fp32"
-    for name, low in (
-        ("image_size", 1),
-        ("num_classes", 1),
-        ("num_channels", 1),
-        ("num_res_blocks", 1),
-        ("diffusion_steps", 1),
-        ("noise_bank_size", 0),
-        ("noise_bank_cache", 0),
-        ("num_workers", 0),
-        ("batch_size", 1),
-        ("num_samples", 1),
-        ("log_interval", 1),
-        ("save_interval", 1),
-        ("lr", 0),
-        ("weight_decay", 0),
-        ("total_steps", 0),
-        ("lr_anneal_steps", 0),
-        ("lr_warmup_steps", 0),
-        ("eval_interval", 0),
-        ("eval_items", 1),
-        ("patience", 0),
-        ("min_delta", 0),
-        ("preview_items", 0),
-        ("preview_steps", 1),
-        ("s", 1),
-        ("stop_tol", 0),
-        ("stop_patience", 1),
-        ("stop_min_steps", 1),
-        ("panel_items", 0),
-        ("candidates", 1),
-        ("feedback_steps", 0),
-        ("step_candidates", 1),
-        ("step_atoms", 1),
-        ("selected_steps", 0),
-        ("tail_steps", 0),
-        ("keep_checkpoints", 0),
-        ("save_failures", 1),
-        ("label_memory", 0),
-    ):
-        if not getattr(config, name, low) >= low:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least {low}")
-    if getattr(config, "microbatch", -1) < 1 and getattr(config, "microbatch", -1) != -1:
-        raise InputError(f"--microbatch {config.microbatch}: must be at least 1, or -1 for the whole batch")
-    if not math.isfinite(getattr(config, "label_memory", 0)):
-        raise InputError(f"--label_memory {config.label_memory}: expected a number of GiB")
-    if config.num_classes > 256:
-        raise InputError(f"--num_classes {config.num_classes}: label maps have 8 bits, so at most 256 classes")
-    for name in ("drop_rate", "dropout", "eta"):
-        if not 0 <= getattr(config, name, 0) <= 1:
-            raise InputError(f"--{name} {getattr(config, name)}: must be between 0 and 1")
-    for name in ("seed", "noise_bank_seed"):
-        if not -(2**63) <= getattr(config, name) < 2**63:
-            raise InputError(f"--{name} {getattr(config, name)}: must fit in 64 bits")
-
-    if isinstance(config, SampleConfig):
-        _settle_sampler(config, given)
-        _settle_link(config, given)
-    else:
-        _check_nominal_snr(config.snr)
-
-
-def _settle_sampler(config, given):
-    both = {"sampler", "use_ddim"} <= given and config.sampler
-    if both and config.use_ddim and config.sampler != "ddim":
-        raise InputError(f"--use_ddim True is --sampler ddim, but --sampler {config.sampler} was given")
-    if both and not config.use_ddim and config.sampler == "ddim":
-        raise InputError("--use_ddim False contradicts --sampler ddim: drop one of them")
-    if not config.sampler or ("use_ddim" in given and "sampler" not in given):
-        config.sampler = "ddim" if config.use_ddim else "ddpm"
-    config.use_ddim = config.sampler == "ddim"
-
-
-def _check_nominal_snr(snr):
-    if not snr >= 1:
-        raise InputError(f"--snr {snr:g}: GESCO's table covers 1 dB to 100 dB (no noise); choose a value in that range")
+    parser = _parser(config_class, doc)
+    words = sys.argv[1:] if arguments is None else arguments
+    given = vars(parser.parse_args(words))
+    both, *own = PRESETS.get(given.get("preset", ""), ("", "", ""))
+    preset = f"{both} {own[config_class is SampleConfig]}".split()
+    config = config_class(**vars(parser.parse_args([*preset, *words])))
+    resolve(config, {*given})
+    validate(config)
+    if isinstance(config, SampleConfig) and "noise_bank_size" in given:
+        check_bank(config, {*given})
+    return config, {*given}
 
 
 def parts_of(text):
@@ -199,66 +87,127 @@ def parts_of(text):
     return [part.strip() for part in str(text).split(",") if part.strip()]
 
 
-def _settle_link(config, given):
-    for name, choices in (("link", LINKS), ("pool", POOLS), ("metrics", METRICS), ("baseline", CODECS)):
-        parts = parts_of(getattr(config, name))
-        odd = [part for part in parts if part not in choices]
-        if odd or (not parts and name in ("link", "pool")):
-            raise InputError(f"--{name} {odd[0] if odd else repr('')}: choose from {', '.join(choices)}")
+def numbers(text, name, kind):
+    """Return the numbers of a flag's value, which commas separate."""
     try:
-        snrs = [float(part) for part in parts_of(config.snr)]
+        return [kind(part) for part in parts_of(text)]
     except ValueError:
-        raise InputError(f"--snr {config.snr}: expected dB, or several values separated by commas") from None
+        raise InputError(f"--{name} {text}: expected numbers separated by commas") from None
+
+
+def multipliers(text):
+    """Parse --channel_mult: one positive number per level."""
+    found = tuple(numbers(text, "channel_mult", float))
+    if not found or not all(0 < mult < math.inf for mult in found):
+        raise InputError(f'--channel_mult {text}: expected positive numbers separated by commas, such as "1,2,3,4"')
+    return found
+
+
+def ema_rates(text):
+    """Parse --ema_rate into its parts, kept as texts because they are part of file names."""
+    if not all(0 <= rate < 1 for rate in numbers(text, "ema_rate", float)):
+        raise InputError(f"--ema_rate {text}: every rate must be at least 0 and below 1")
+    if not parts_of(text):
+        raise InputError("--ema_rate is empty: give at least one rate, such as 0.9999")
+    return tuple(parts_of(text))
+
+
+# -- resolving and validating -----------------------------------------------------------------------------------------
+
+
+def resolve(config, given):
+    """Give flags that name the same thing one value. Changes `config` in place."""
+    pairs = [("predict_xstart", "prediction", "x0", ""), ("use_fp16", "precision", "fp16", "fp32")]
+    if isinstance(config, SampleConfig):
+        pairs.append(("use_ddim", "sampler", "ddim", "ddpm"))
+    for old, new, value, other in pairs:
+        asked, chosen = getattr(config, old), getattr(config, new)
+        if {old, new} <= given and chosen and asked != (chosen == value):
+            raise InputError(f"--{old} {asked} contradicts --{new} {chosen}: drop one of them")
+        if not chosen or (new not in given and (asked or old in given)):
+            chosen = value if asked else other or chosen
+        setattr(config, new, chosen)
+        setattr(config, old, chosen == value)
+    if isinstance(config, SampleConfig) and config.selection == "both" and config.noise_index == "random":
+        config.noise_index = "best"
+
+
+def validate(config):
+    """Refuse values that cannot be meant, by InputError."""
+    for f in dataclasses.fields(config):
+        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
+        if (low, high) != (-math.inf, math.inf) and not low <= value <= high:
+            found = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise InputError(f"--{f.name} {value}: must be {found}")
+        for part in parts_of(value) if f.metadata["among"] else ():
+            if part not in f.metadata["among"]:
+                raise InputError(f"--{f.name} {part}: choose from {', '.join(f.metadata['among'])}")
+    if not config.class_cond:
+        raise InputError("--class_cond False: this network is conditional; leave the flag out or set it to True")
+    numbers(config.attention_resolutions, "attention_resolutions", int)
+    if config.channel_mult:
+        multipliers(config.channel_mult)
+    if isinstance(config, SampleConfig):
+        _validate_link(config)
+        _validate_selection(config)
+        return
+    ema_rates(config.ema_rate)
+    _check_nominal_snr(config.snr)
+    if config.microbatch == 0:
+        raise InputError("--microbatch 0: must be at least 1, or -1 for the whole batch")
+
+
+def _check_nominal_snr(snr):
+    if not snr >= 1:
+        raise InputError(f"--snr {snr:g}: GESCO's table covers 1 dB to 100 dB (no noise); choose a value in that range")
+
+
+def _validate_link(config):
+    snrs, links = numbers(config.snr, "snr", float), parts_of(config.link)
     if not snrs or not all(map(math.isfinite, snrs)):
         raise InputError(f"--snr {config.snr}: expected at least one finite value in dB")
-    if config.role == "link" and "analog" in parts_of(config.link):
+    for name in ("link", "pool"):
+        if not parts_of(getattr(config, name)):
+            raise InputError(f"--{name} is empty: name at least one")
+    if config.role == "link" and "analog" in links:
         for snr in snrs:
             _check_nominal_snr(snr)
-    if not 0.2 <= config.code_rate <= 0.95:
-        raise InputError(f"--code_rate {config.code_rate:g}: 5G LDPC codes have rates from 0.2 to 0.95")
     if config.role == "receive" and not config.messages:
         raise InputError("--role receive needs --messages: the folder with the .dgo files of --role transmit")
-    if config.role != "link" and len(points(config)) > 1:
-        raise InputError(
-            f"--role {config.role}: one run makes one set of messages; drop the lists of --link, --pool and --snr"
-        )
-    _settle_selection(config)
-    if "noise_bank_size" in given:
-        check_bank(config, given)
+    if config.role != "link" and len(sweep(config)) > 1:
+        found = f"--role {config.role}: one run makes one set of messages"
+        raise InputError(f"{found}; drop the lists of --link, --pool and --snr")
 
 
-def _settle_selection(config):
-    index = config.noise_index
-    if config.selection == "both" and index == "random":
-        config.noise_index = index = "best"
-    if config.selection == "per_step" and index != "random":
-        raise InputError(f"--selection per_step starts from entry 0; for --noise_index {index} set --selection both")
+def _validate_selection(config):
+    index, selection = config.noise_index, config.selection
     if index not in ("random", "best") and not (index.isascii() and index.isdecimal()):
         raise InputError(f"--noise_index {index}: expected random, best or a number")
-    if config.selection == "initial":
+    if selection == "initial":
         return
+    if selection == "per_step" and index != "random":
+        raise InputError(f"--selection per_step starts from entry 0; for --noise_index {index} set --selection both")
     if config.step_atoms > config.step_candidates:
         raise InputError(f"--step_atoms {config.step_atoms}: more than --step_candidates {config.step_candidates}")
     if config.sampler == "dpm++" or (config.sampler == "ddim" and config.eta != 1):
         found = config.sampler if config.sampler == "dpm++" else f"{config.eta:g}"
-        raise InputError(f"--selection {config.selection} needs ancestral sampling, or DDIM with --eta 1 (not {found})")
+        raise InputError(f"--selection {selection} needs ancestral sampling, or DDIM with --eta 1 (not {found})")
     if config.stop_tol:
-        raise InputError(f"--selection {config.selection}: the steps to choose noise for are fixed; drop --stop_tol")
+        raise InputError(f"--selection {selection}: the steps to choose noise for are fixed; drop --stop_tol")
 
 
 def check_bank(config, given):
     """Refuse flags that ask for more than the noise bank has; to be called once the bank's size is known."""
     index, size = config.noise_index, config.noise_bank_size
-    if index not in ("random", "best") and size and int(index) >= size:
-        raise InputError(f"--noise_index {index}: expected random, best or a number from 0 to {size - 1}")
     if size == 0:
         if index == "best" or config.selection != "initial":
             raise InputError("--noise_bank_size 0: noise selection needs a noise bank")
         if config.role != "link" or parts_of(config.link) != ["analog"]:
-            raise InputError(
-                "--noise_bank_size 0: a message names its noise by a bank index; only --link analog works without"
-            )
+            found = "a message names its noise by a bank index; only --link analog works without"
+            raise InputError(f"--noise_bank_size 0: {found}")
         return
+    if index not in ("random", "best") and int(index) >= size:
+        raise InputError(f"--noise_index {index}: expected random, best or a number from 0 to {size - 1}")
     for name in ("candidates", "step_candidates"):
         if name in given and getattr(config, name) > size:
             raise InputError(f"--{name} {getattr(config, name)}: the noise bank has {size} entries")
@@ -267,67 +216,118 @@ def check_bank(config, given):
         raise InputError(f"--step_atoms {config.step_atoms}: the noise bank has {size} entries")
 
 
-def points(config):
+def sweep(config):
     """Return a copy of a sampling config for each link, pool and SNR that it lists, each with a folder of its own.
 
-    A single point keeps the folder; in the copies `snr` is a float.
+    A single one keeps the folder; in the copies `snr` is a float.
     """
-    snrs = dict.fromkeys(float(part) for part in parts_of(config.snr))  # each once
-    found = []
+    found, snrs = [], dict.fromkeys(map(float, parts_of(config.snr)))  # each once
     for link in dict.fromkeys(parts_of(config.link)):
         pools = dict.fromkeys(parts_of(config.pool)) if link == "analog" else ["None"]
         found += itertools.product([link], pools, snrs if link != "ideal" else [math.inf])
-    return [
-        dataclasses.replace(
-            config,
-            link=link,
-            pool=pool,
-            snr=snr,
-            results_path=_point_folder(config.results_path, link, pool, snr, len(found) == 1),
-        )
-        for link, pool, snr in found
-    ]
+    copies = [dataclasses.replace(config, link=link, pool=pool, snr=snr) for link, pool, snr in found]
+    for copy in copies if len(copies) > 1 else ():
+        pool = "" if copy.pool == "None" else f"_{copy.pool}"
+        snr = f"_{copy.snr!r}dB".replace(".0dB", "dB") if math.isfinite(copy.snr) else ""
+        copy.results_path = os.path.join(config.results_path, f"{copy.link}{pool}{snr}")
+    return copies
 
 
-def _point_folder(root, link, pool, snr, single):
-    if single:
-        return root
-    words = [
-        link,
-        *([pool] if pool != "None" else []),
-        *([f"{snr!r}dB".replace(".0dB", "dB")] if math.isfinite(snr) else []),
-    ]
-    return os.path.join(root, "_".join(words))
+# -- unused flags ------------------------------------------------------------------------------------------------------
+
+CONDITIONS = {  # name: what holds where it does not, and the condition on a config
+    "training": ("sampling has no loss and no backward pass", lambda c: isinstance(c, TrainConfig)),
+    "no_snr": ("--snr alone sets the channel in sampling", lambda c: isinstance(c, TrainConfig)),
+    "loader": ("sampling loads its pictures in the main process", lambda c: isinstance(c, TrainConfig)),
+    "loss_scaling": ("torch's GradScaler has its own growth rule", lambda c: False),
+    "whole_pictures": (
+        "random crops are cut from the files",
+        lambda c: isinstance(c, SampleConfig) or not c.is_train or c.dataset_mode == "cityscapes",
+    ),
+    "split_batch": ("it is no smaller than the batch", lambda c: c.batch_size > 2 or c.microbatch < c.batch_size),
+    "last_step": ("training ends with --lr_anneal_steps", lambda c: not 0 < c.lr_anneal_steps < c.total_steps),
+    "selecting": ("nothing is selected", lambda c: c.noise_index == "best" or c.selection != "initial"),
+    "no_selecting": ("the local picture is made anyway", lambda c: not _holds("selecting", c)[0]),
+    "many_candidates": ("so few candidates all run whole chains", lambda c: c.candidates > 4),
+    "bits": (
+        "planes of --link analog have no bits to compare with",
+        lambda c: c.role != "link" or {*parts_of(c.link)} - {"analog"},
+    ),
+    "step_noise": (
+        "this sampler has no noise in any step",
+        lambda c: c.sampler == "ddpm" or (c.sampler == "ddim" and c.eta > 0),
+    ),
+    "lpips": ("nothing asks for lpips", lambda c: "lpips" in [*parts_of(c.metrics), c.distance]),
+    "segmenting": (
+        "it belongs to --distance segmenter and --metrics miou",
+        lambda c: "miou" in parts_of(c.metrics) or (c.distance == "segmenter" and _holds("selecting", c)[0]),
+    ),
+}
 
 
-def adopt_training_config(config, given, trained, path, also=()):
+def _holds(need, config):
+    """Return whether one of a flag's needs is met, and what holds where it is not."""
+    if need in CONDITIONS:
+        reason, condition = CONDITIONS[need]
+        return bool(condition(config)), reason
+    name, _, values = need.partition("=")
+    if not hasattr(config, name):
+        return True, ""
+    value = getattr(config, name)
+    met = {*parts_of(value)} & {*values.split("|")} if values else value
+    return bool(met), f"it needs --{name} {values.replace('|', ' or ')}".rstrip() + f" (now {value!r})"
+
+
+def unused_flags(config, given):
+    """Return one line for every explicit flag that changes nothing in this run."""
+    lines = []
+    for f in dataclasses.fields(config):
+        if f.name not in given or getattr(config, f.name) is False:
+            continue
+        reasons = [reason for met, reason in (_holds(need, config) for need in f.metadata["needs"]) if not met]
+        if "message" in f.metadata["fixed_by"] and getattr(config, "role", "") == "receive":
+            reasons.insert(0, "with --role receive the message decides")
+        if reasons:
+            lines.append(f"--{f.name} {getattr(config, f.name)} has no effect: {reasons[0]}")
+    return lines
+
+
+# -- earlier runs -----------------------------------------------------------------------------------------------------
+
+
+def results_settings(config):
+    """Return the flags of a sampling config that identify a results folder, as a dict."""
+    fields = [f for f in dataclasses.fields(config) if "sampling" not in f.metadata["free"]]
+    return {f.name: getattr(config, f.name) for f in fields}
+
+
+def adopt_training_config(config, given, trained, source, fixed=("training", "source")):
     """Take from a checkpoint's config.json what training fixed. Changes `config` in place.
 
-    :param trained: dict read from config.json.
-    :param also: further names to take over.
+    :param trained: dict read from config.json. :param source: its path, for messages.
+    :param fixed: of which flags: words of `fixed_by`.
     :return: a line for each flag of source coding that differs from training's.
     :raises InputError: a flag was given with another value (the message names both), or the file holds an invalid one.
     """
     # What training saw before these flags were there.
     trained = {"label_scale": 1, "edge_levels": 256, "edge_threshold": 0.3, "edge_scale": 1, **trained}
-    choices = {f.name: f.metadata["choices"] for f in dataclasses.fields(config)}
-    source, differing = {f.name for f in dataclasses.fields(SourceFlags)}, []
-    for name in [*FIXED_BY_TRAINING, *source, *also]:
-        if name not in trained:
+    differing = []
+    for f in dataclasses.fields(config):
+        name, choices, asked = f.name, f.metadata["choices"], getattr(config, f.name)
+        if name not in trained or not {*f.metadata["fixed_by"]} & {*fixed}:
             continue
-        value, asked = trained[name], getattr(config, name)
-        if type(value) is not type(asked) or (choices[name] and value not in choices[name]):
-            raise InputError(f"{path}: {name} is {value!r}, which this flag does not take; restore the file")
-        if name in given and name in source:
-            if asked != value:
-                differing.append(f"--{name} {asked} is not what the checkpoint was trained with ({value}, {path})")
-            continue
-        if name in given and asked != value:
-            raise InputError(
-                f"--{name} {asked} contradicts the checkpoint, trained with {value} ({path}); drop the flag"
-            )
-        setattr(config, name, value)
-    settle(config, given - {"prediction", "predict_xstart", "precision", "use_fp16"})
+        value = trained[name]
+        if type(value) is not type(asked) or (choices and value not in choices):
+            raise InputError(f"{source}: {name} is {value!r}, which this flag does not take; restore the file")
+        if name not in given:
+            setattr(config, name, value)
+        elif asked != value and "source" in f.metadata["fixed_by"]:
+            differing.append(f"--{name} {asked} is not what the checkpoint was trained with ({value}, {source})")
+        elif asked != value:
+            found = f"--{name} {asked} contradicts the checkpoint, trained with {value} ({source})"
+            raise InputError(f"{found}; drop the flag")
+    resolve(config, given - {"prediction", "predict_xstart", "precision", "use_fp16"})
+    validate(config)
     return sorted(differing)
 
 
@@ -343,24 +343,13 @@ def adopt_resumed(config, given):
     if not resumed or not os.path.exists(path) or not glob.glob(os.path.join(glob.escape(folder), "model*.pt")):
         return []
     trained = load_config(path)
-    lines = adopt_training_config(
-        config, given, trained, path, also=("use_kl", "rescale_learned_sigmas", "timestep_respacing")
-    )
-    watched = {f.name for group in (TrainFlags, ChannelFlags, DataFlags) for f in dataclasses.fields(group)}
-    watched |= {"precision", "dropout"}
-    watched -= {
-        "resume_checkpoint",
-        "resume_partial",
-        "checkpoint_dir",
-        "total_steps",
-        "num_workers",
-        "batch_size",
-        "cache_dir",
-    }
-    changed = [name for name in sorted(watched & trained.keys()) if getattr(config, name) != trained[name]]
-    return lines + [
-        f"resuming with --{name} {getattr(config, name)}; the earlier run had {trained[name]}" for name in changed
-    ]
+    lines = adopt_training_config(config, given, trained, path, ("training", "source", "resumed"))
+    for f in sorted(dataclasses.fields(config), key=lambda f: f.name):
+        value, earlier = getattr(config, f.name), trained.get(f.name)
+        compared = "source" not in f.metadata["fixed_by"] and "training" not in f.metadata["free"]
+        if compared and f.name in trained and value != earlier:
+            lines.append(f"resuming with --{f.name} {value}; the earlier run had {earlier}")
+    return lines
 
 
 def print_config(config):
@@ -368,32 +357,28 @@ def print_config(config):
     print(json.dumps(dataclasses.asdict(config), indent=1))
 
 
-def _digest(values):
+def _sha256(values):
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def save_config(config, path):
-    """Write the config as JSON, with a digest that tells a damaged file from a good one."""
+    """Write the config as JSON, with its SHA-256, which tells a damaged file from a good one."""
     values = dataclasses.asdict(config)
     with atomic_write(path) as f:
-        f.write(json.dumps(values | {"sha256": _digest(values)}, indent=1) + "\n")
+        f.write(json.dumps(values | {"sha256": _sha256(values)}, indent=1) + "\n")
 
 
 def load_config(path):
     """Read a config.json. Returns a dict.
 
-    :raises InputError: it is unreadable, no JSON object, or not as `save_config` wrote it (older files have no digest).
+    :raises InputError: it is unreadable, no JSON object, or not as `save_config` wrote it (one without SHA-256 passes).
     """
     try:
         with open(path) as f:
-            values = json.loads(f.read(MAX_CONFIG_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
+            values = dict(json.load(f))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as a configuration ({error}); restore it or move it away") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}; restore it or move it away")
-    if values.pop("sha256", None) not in (None, _digest(values)):
-        raise InputError(
-            f"{path}: differs from its SHA-256, so it is damaged or was edited; restore it, or remove the line"
-            ' "sha256" to use it as it is'
-        )
+    if values.pop("sha256", None) not in (None, _sha256(values)):
+        found = f"{path}: differs from its SHA-256, so it is damaged or was edited"
+        raise InputError(f'{found}; restore it, or remove the line "sha256" to use it as it is')
     return values

@@ -1,7 +1,6 @@
-"""How the programs speak and end: messages, bad input, progress bars, signals. Standard library only."""
+"""Messages, bad input, progress bars and signals of the programs. Standard library only."""
 
 import contextlib
-import gc
 import os
 import signal
 import sys
@@ -42,8 +41,6 @@ class StandardError:
     def __eq__(self, other):  # tqdm asks whether a line goes to where the bar is
         return isinstance(other, StandardError)
 
-    __hash__ = None
-
 
 def bar_options():
     """Return how all progress bars are shown: seldom where they go to a log."""
@@ -56,23 +53,22 @@ def run_script(main):
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     try:
         main()
-    except InputError as error:
-        sys.exit(_complain(error, 2))
-    except OSError as error:
-        sys.exit(_complain(error, 1))
+    except (InputError, OSError) as error:
+        _exit(f"error: {error}", 2 if isinstance(error, InputError) else 1)
     except RuntimeError as error:
         text = str(error)
-        if "out of memory" not in text and "can't allocate memory" not in text and "killed by signal" not in text:
+        if not any(words in text for words in ("out of memory", "can't allocate memory", "killed by signal")):
             raise
         hint = "out of memory? lower --batch_size or --microbatch, or set --use_checkpoint True"
-        sys.exit(_complain(f"{text.splitlines()[0][:200]} ({hint})", 1))
+        _exit(f"error: {text.splitlines()[0][:200]} ({hint})", 1)
     except KeyboardInterrupt as stop:
         code = getattr(stop, "code", 130)
-        log(
-            f"{os.path.basename(sys.argv[0])}: "
-            + ("interrupted" if code == 130 else f"ended as told; exit code {code}")
-        )
-        sys.exit(code)
+        _exit("interrupted" if code == 130 else f"ended as told; exit code {code}", code)
+
+
+def _exit(text, code):
+    log(f"{os.path.basename(sys.argv[0])}: {' '.join(text.split())}")
+    sys.exit(code)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -92,7 +88,7 @@ class Interrupts:
     """
 
     def __init__(self, at_once=False):
-        self.seen, self.at_once, self._raised, self._before = 0, at_once, False, {}  # seen: the signal's number
+        self.seen, self.at_once, self._before = 0, at_once, {}  # seen: the signal's number
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
@@ -107,63 +103,14 @@ class Interrupts:
     def _note(self, number, frame):
         again = number == self.seen == signal.SIGINT
         self.seen = number
-        if not again and (not self.at_once or self._raised):
+        if not again and not self.at_once:
             return
-        if _importing(frame):  # compiled modules abort the process when an exception comes while they are loaded
-            later = threading.Timer(0.1, os.kill, (os.getpid(), number))
-            later.daemon = True
-            later.start()
-            return
-        self._raised = True
-        raise Interrupted(number)
-
-
-def _importing(frame):
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _complain(error, code):
-    log(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}")
-    return code
-
-
-def import_torch():
-    """Import torch while the collector waits: it would look again and again at objects that all stay, a tenth of the time."""
-    if "torch" in sys.modules:
-        return
-    gc.disable()
-    try:
-        import torch  # noqa: F401
-    finally:
-        gc.enable()
-    gc.freeze()  # nor shall it look at them later
-
-
-class StartUp:
-    """The time from here to a run's first reverse step, and named parts of it, in seconds."""
-
-    def __init__(self):
-        self.began, self.parts = time.monotonic(), {}
-
-    @contextlib.contextmanager
-    def timing(self, name):
-        """Add the time of the block to the part `name`."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.parts[name] = self.parts.get(name, 0.0) + time.monotonic() - started
-
-    def line(self, **more):
-        """Return one line: the seconds until now and, in brackets, those of the parts.
-
-        :param more: further parts that were timed elsewhere, such as noise_bank=0.9.
-        """
-        parts = ", ".join(
-            f"{name.replace('_', ' ')} {seconds:.1f} s" for name, seconds in {**self.parts, **more}.items()
-        )
-        return f"first reverse step after {time.monotonic() - self.began:.1f} s" + (f" ({parts})" if parts else "")
+        # Compiled modules abort the process when an exception comes while they are loaded.
+        while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+            frame = frame.f_back
+        if frame is None:
+            self.at_once = False  # once is enough: the work is ending
+            raise Interrupted(number)
+        later = threading.Timer(0.1, os.kill, (os.getpid(), number))
+        later.daemon = True
+        later.start()

@@ -1,57 +1,125 @@
-"""--dry_run: look at data, flags and weights, and say what a run would take, without doing it."""
+"""--dry_run: look at data, flags and weights, and report what a run would take, without doing it."""
 
 import os
 
+import torch
+from torch import nn
+
 from . import build
+from .build_link import describe_label_memory
+from .config import ema_rates
 from .data.datasets import label_histogram
-from .evaluation.memory import describe_labels, describe_network
-from .prepare import ema_rates
-from .training.checkpoint import load_weights
-from .training.checkpoint import resume_point
+from .diffusion.unet import ResBlock
+from .training.checkpoint import load_weights, resume_point
 from .training.devices import select_device
 
 
 def dry_run(config, log, weights=None):
-    """Check data, labels, sizes and (given a path) weights; say what was found, and what the run would take.
+    """Check data, labels, sizes and (given a path) weights; log what was found, and what the run would take.
 
     :param weights: path of the weights in sampling; None in training.
     """
-    device = select_device(config.device)
-    precision = build.precision_of(config, device, log)
+    precision = build.precision_of(config, select_device(config.device), log)
     model = build.untrained_model(config)
     build.log_unused_attention(config, model, log)
     build.diffusion_from(config)
     build.semantic_coding(config)
     training = weights is None
     if not training and (config.role == "receive" or config.extractor != "gt"):
-        _check_weights(config, weights, log)
+        _check_weights(model, weights, log)
         log("dry run: flags and weights were accepted; messages and extracted label maps are not looked at")
         return
     dataset = build.training_data(config, log)[0] if training else build.data_set(config, config.is_train, log)
     height, width = build.picture_size(dataset, model, skips=training and config.on_bad_image == "skip")
     if training:
         start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial, log)
-        log(
-            f"checkpoints: {config.checkpoint_dir}, "
-            + ("starting afresh" if start is None else f"resuming from step {start[1]}")
-        )
+        found = "starting afresh" if start is None else f"resuming from step {start[1]}"
+        log(f"checkpoints: {config.checkpoint_dir}, {found}")
     log(f"pictures: {len(dataset)} of {height}x{width}" + ("" if dataset.has_images else ", labels alone"))
     log("label histogram:")
     for line in describe_labels(label_histogram(dataset, progress=True)):
         log(line)
-    count = len(ema_rates(config.ema_rate)) if training else None
-    batch = build.pass_size(config, device) if training else config.batch_size
-    chain = {} if training else {"s": config.s, "label_memory": config.label_memory}
-    for line in describe_network(lambda: model, height, width, batch, precision, count, **chain):
+    for line in describe_network(model, config, height, width, precision):
         log(line)
     if not training:
-        _check_weights(config, weights, log)
+        _check_weights(model, weights, log)
     log("dry run: everything was accepted; nothing was trained, sampled or saved")
 
 
-def _check_weights(config, weights, log):
+def _check_weights(model, weights, log):
     if not os.path.exists(weights):
         log(f"--model_path {weights or '(empty)'}: does not exist yet, so the weights were not checked")
         return
-    load_weights(build.untrained_model(config), weights)
+    load_weights(model, weights)
     log(f"--model_path {weights}: fits the network")
+
+
+def describe_labels(counts, width=24):
+    """Return lines with the share of each class that occurs.
+
+    :param counts: pixels per class id. :param width: length of the longest bar, in characters.
+    """
+    total, top = max(int(sum(counts)), 1), max(map(int, counts))
+    present = sorted(((int(count), k) for k, count in enumerate(counts) if count), reverse=True)
+    return [f"  class {k:3d} {100 * n / total:6.2f} %  {'#' * round(width * n / top)}" for n, k in present]
+
+
+def describe_network(model, config, height, width, precision):
+    """Return lines with parameter count and memory estimate of a training or sampling run; the model is on meta."""
+    training = hasattr(config, "ema_rate")
+    batch = build.pass_size(config, select_device(config.device)) if training else config.batch_size
+    count = len(ema_rates(config.ema_rate)) if training else None
+    weights = weight_bytes(model, precision, count) / 2**30
+    everything, checkpointed = activation_bytes(model, height, width, precision)
+    # Without a backward pass only the skip connections and the block at work stay.
+    activations = batch * (everything if training and not config.use_checkpoint else checkpointed) / 2**30
+    if not training:
+        activations *= 1 + (config.s > 1)  # both halves of guidance
+        cached = model.modulation_bytes(batch, height, width, 4 if precision == "fp32" else 2) / 2**30
+        activations += cached if cached <= config.label_memory else 0  # else computed at every step
+    parts = f"{weights:.1f} weights{', gradients, optimizer and averages' if training else ''}"
+    parts += f", {activations:.1f} activations at batch {batch}, {height}x{width}, {precision}"
+    lines = [f"parameters: {sum(p.numel() for p in model.parameters()):,}"]
+    lines.append(f"memory estimate: {weights + activations:.1f} GiB ({parts})")
+    if not training:
+        lines.append(describe_label_memory(model, height, width, batch, precision, config.label_memory))
+    return lines
+
+
+def weight_bytes(model, precision, ema_count=None):
+    """Bytes of the weights; in training with gradients, two moments of AdamW, averages and autocast's half copies.
+
+    :param ema_count: number of averages; None in sampling.
+    """
+    copies = 4 if ema_count is None else 4 * (4 + ema_count) + (0 if precision == "fp32" else 2)
+    return copies * sum(p.numel() for p in model.parameters())
+
+
+def activation_bytes(model, height, width, precision):
+    """Bytes of all layer outputs in one forward pass of one picture, counted on the meta device.
+
+    Under autocast a norm, and what follows it up to the next convolution, runs in fp32.
+
+    :return: (kept for the backward pass, with checkpointing: the blocks' outputs and the largest block's insides).
+    """
+    itemsize = 4 if precision == "fp32" else 2
+    blocks = [module for module in model.modules() if isinstance(module, ResBlock)]
+    inside = {module: block for block in blocks for module in block.modules() if module is not block}
+    total, insides, outputs, handles = [], dict.fromkeys(blocks, 0), [], []
+
+    def count(module, _, output):
+        size = output.numel() * (4 if isinstance(module, (nn.GroupNorm, nn.SiLU)) else itemsize)
+        total.append(size)
+        if module in inside:
+            insides[inside[module]] += size
+
+    for module in model.modules():
+        if isinstance(module, ResBlock):
+            handles.append(module.register_forward_hook(lambda *args: outputs.append(args[2].numel() * itemsize)))
+        elif not any(True for _ in module.children()) and not isinstance(module, nn.Identity):
+            handles.append(module.register_forward_hook(count))
+    with torch.device("meta"), torch.no_grad():
+        model(torch.empty(1, 3, height, width), torch.zeros(1), torch.empty(1, model.label_channels, height, width))
+    for handle in handles:
+        handle.remove()
+    return sum(total), sum(outputs) + max(insides.values())

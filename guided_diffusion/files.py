@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the SHA-256 of files."""
+"""Atomic writes, output folders, and the SHA-256 of files."""
 
 import errno
 import hashlib
@@ -11,6 +11,8 @@ from .console import InputError
 
 # What platforms answer where a folder cannot be opened or synchronised; other errors are of the disk, and count.
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
+SETTLED = 2 * 10**9  # nanoseconds after a change from which on a file's time stamps tell the next change for sure
+_known = {}  # a file's state -> its SHA-256
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def atomic_write(path, mode="w"):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        sync_folder(os.path.dirname(path) or ".")
+        _sync_folder(os.path.dirname(path) or ".")
     except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -38,8 +40,7 @@ def atomic_write(path, mode="w"):
         raise
 
 
-def sync_folder(path):
-    """Wait until a folder's names have reached the disk, where the platform can."""
+def _sync_folder(path):
     try:
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -60,54 +61,17 @@ def check_folder(path, flag):
         raise InputError(f"--{flag} {path}: {probe} is a file, not a folder; choose another place")
 
 
-# -- SHA-256: what several look at (to choose a checkpoint, to verify it, to name it in messages) is read once
-
-CHUNK = 2**20
-SETTLED = 2 * 10**9  # nanoseconds after a change from which on a file's time stamps tell the next change for sure
-
-_known = {}  # a file as it stands -> its digest
-
-
-def digest(path):
-    """SHA-256 of a file, as bytes."""
-    with open(path, "rb") as f:
-        return digest_of(f)
-
-
-def digest_once(source):
-    """SHA-256 of a large file, as bytes; read once in this process, unless it changes.
-
-    A file that changed in the last 2 s is read every time: its time stamps might not tell another change.
-
-    :param source: its path, or the file itself, open for reading bytes; left at an arbitrary position.
-    """
-    if not hasattr(source, "fileno"):
-        with open(source, "rb") as f:
-            return digest_once(f)
-    before, now = _state(source), time.time_ns()
-    if before in _known:
-        return _known[before]
-    source.seek(0)
-    found = digest_of(source)
-    if _state(source) == before and now - before[-1] > SETTLED:
-        _known[before] = found
-    return found
-
-
-def _state(f):
-    # Nobody can set the change time, as one can the modification time: it tells a file put in another's place.
-    found = os.fstat(f.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def digest_of(f):
-    """SHA-256 of what is left to read of an open file, as bytes."""
-    found = hashlib.sha256()
-    while chunk := f.read(CHUNK):
-        found.update(chunk)
-    return found.digest()
-
-
 def file_digest(path):
-    """SHA-256 of a file, as bytes; remembered while the file is unchanged."""
-    return digest_once(path)
+    """SHA-256 of a file, as bytes; a large one is read once in this process, unless it changes."""
+    with open(path, "rb") as f:
+        # Nobody can set the change time, as one can the modification time: it tells a file put in another's place.
+        s = os.fstat(f.fileno())
+        state = s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+        if state in _known:
+            return _known[state]
+        found, now = hashlib.sha256(), time.time_ns()
+        while chunk := f.read(2**20):
+            found.update(chunk)
+    if now - s.st_ctime_ns > SETTLED:
+        _known[state] = found.digest()
+    return found.digest()

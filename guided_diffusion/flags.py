@@ -1,52 +1,96 @@
-"""Every flag once: dataclasses whose fields carry their help texts. Standard library only."""
+"""Every flag once: all that is known of one stands in its declaration. Standard library only."""
 
-from dataclasses import dataclass, field
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
 
-from .presets import PRESETS
-
-# Values of flags that are lists, and so have no choices of argparse
 LINKS = ("analog", "digital", "ideal")
 POOLS = ("None", "med", "mean", "max")
 METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "fid", "kid", "miou")
 CODECS = ("jpeg", "webp", "avif", "jxl")
+PRECISIONS = ("", "fp32", "bf16", "fp16")
+SAMPLERS = ("", "ddpm", "ddim", "dpm++")
+PLACES = ("unet", "spadeboth", "enconly")
+NOISY = ("semantics", "label")
+SELECTIONS = ("initial", "per_step", "both")
+DISTANCES = ("mse", "ssim", "lpips", "segmenter")
+SCALES = (1, 2, 4, 8)
+INT64 = {"low": -(2**63), "high": 2**63 - 1}
+SNR_HELP = (
+    "dB in GESCO's table 100:0 30:0.05 25:0.08 20:0.13 15:0.22 10:0.36 5:0.6 1:0.9 (standard deviation of the noise on"
+    " the semantic planes; log-linear between rows; a convention, not a signal-to-noise ratio: 10 dB would be 0.316)"
+)
+
+PRESETS = {  # starting values for whole runs: of both scripts, of training, of sampling
+    # Toy street scenes on a laptop: minutes for the whole round. SPADE in the encoder costs half of what it costs in
+    # the decoder, and predicting x_0 gives clean pictures after few steps.
+    "toy": (
+        "--data_dir ./datasets/toy_scenes --image_size 32 --unet_model enconly --num_channels 32 --channel_mult 1,1,2,2"
+        " --num_head_channels 32 --num_res_blocks 1 --attention_resolutions 4 --resblock_updown True"
+        " --noise_schedule cosine --prediction x0 --num_workers 0",
+        "--checkpoint_dir ./checkpoints/toy --batch_size 8 --microbatch 8 --lr 1e-3 --lr_warmup_steps 50"
+        " --lr_anneal_steps 600 --ema_rate 0.98 --drop_rate 0.1 --add_noise True --save_interval 200",
+        "--model_path ./checkpoints/toy --results_path ./results/toy --num_samples 8 --batch_size 8 --use_ddim True"
+        " --timestep_respacing 25",
+    ),
+    # Cityscapes at 256x512 with the family's architecture; schedule and prediction chosen against tints. The label
+    # memory holds four pictures in bf16, and the null conditioning.
+    "cityscapes": (
+        "--image_size 256 --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --attention_resolutions 32,16,8"
+        " --resblock_updown True --learn_sigma True --noise_schedule cosine --prediction v --precision bf16"
+        " --num_workers 4",
+        "--checkpoint_dir ./checkpoints/cityscapes --batch_size 4 --use_checkpoint True --lr_warmup_steps 1000"
+        " --drop_rate 0.1 --add_noise True --eval_interval 5000",
+        "--model_path ./checkpoints/cityscapes --results_path ./results/cityscapes --use_ddim True"
+        " --timestep_respacing 50 --batch_size 4 --label_memory 10",
+    ),
+}
 
 
-def flag(default, help, choices=None):
-    """Declare one command-line flag as a dataclass field."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help, low=-math.inf, high=math.inf, choices=None, among=None, fixed_by="user", free="", needs=""):
+    """Declare one command-line flag as a dataclass field. All that is known of it stands here.
+
+    :param low, high: its range. :param choices: its values. :param among: the same, for a list separated by commas.
+    :param fixed_by: who else decides it, in words: "training" (the checkpoint: another value is refused), "source" (the
+        checkpoint unless given, which a warning tells), "resumed" (the run to be resumed), "message" (--role receive).
+    :param free: "training", "sampling" or both: it may change between two runs into one folder.
+    :param needs: what it needs to have an effect: names of `CONDITIONS`, flags to be set ("stop_tol") or to have one of
+        some values ("sampler=ddim", "metrics=fid|kid"; a flag that the script lacks is no hindrance).
+    """
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "among": among}
+    metadata |= {"fixed_by": fixed_by.split(), "free": free.split(), "needs": needs.split()}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+SENDS, ANALOG, DIGITAL = "role=link|transmit", "role=link link=analog", "role=link link=digital"
+CACHE = f"{SENDS} extractor=gt whole_pictures dry_run=False"
+NOISE_TO = "no_snr add_noise no_instance=False"
+EDGES, PER_STEP, VB = "no_instance=False", "selection=per_step|both", "training learn_sigma use_kl=False"
+by_training = functools.partial(flag, fixed_by="training")
+by_source = functools.partial(flag, fixed_by="source message")
+by_resumed = functools.partial(flag, fixed_by="resumed")
+by_message = functools.partial(flag, fixed_by="message")
+anyhow = functools.partial(flag, free="training sampling")
 
 
 @dataclass(kw_only=True)
 class RunFlags:
-    """Run"""
+    """Run and data"""
 
-    preset: str = flag("", "starting values that explicit flags override", ("", *PRESETS))
-    dry_run: bool = flag(
-        False, "check data, labels, sizes and weights, print the configuration and a memory estimate, stop"
-    )
-    device: str = flag("auto", "auto, cpu or cuda[:N]; auto gives each process of a node its own GPU")
-    precision: str = flag(
-        "", "fp32, bf16 or fp16 (torch.amp); empty: fp16 with --use_fp16 True, else fp32", ("", "fp32", "bf16", "fp16")
-    )
-    use_fp16: bool = flag(False, "the family's flag for --precision fp16; a CPU then uses bf16 and says so")
-    seed: int = flag(0, "seed of everything but the noise bank: data order, crops, flips, timesteps, channel noise")
-    compile: bool = flag(
-        False, "torch.compile the network: the first pass takes minutes, the others less (needs a C++ compiler)"
-    )
-
-
-@dataclass(kw_only=True)
-class DataFlags:
-    """Data"""
-
-    data_dir: str = flag("", "the data set's folder (local, gs:// or az://)")
-    dataset_mode: str = flag("cityscapes", "folder layout and label ids", ("cityscapes", "ade20k", "coco"))
-    is_train: bool = flag(True, "True reads the training split, False the validation split")
-    num_workers: int = flag(2, "processes that load pictures; 0 loads in the main process")
-    cache_dir: str = flag(
-        "",
-        "keep the resized pictures and maps in a memory-mapped file there, made once (not for random"
-        " crops); empty: no cache",
+    preset: str = anyhow("", "starting values that explicit flags override", choices=("", *PRESETS))
+    dry_run: bool = anyhow(False, "check data, labels and weights, print configuration and a memory estimate, and stop")
+    device: str = anyhow("auto", "auto, cpu or cuda[:N]; auto gives each process of a node its own GPU")
+    precision: str = by_message("", "by torch.amp; empty: fp32, or fp16 with --use_fp16 True", choices=PRECISIONS)
+    use_fp16: bool = anyhow(False, "the family's flag for --precision fp16; a CPU then uses bf16 and says so")
+    seed: int = flag(0, "of data order, crops, channel noise; not of the bank", **INT64, free="training", needs=SENDS)
+    compile: bool = flag(False, "torch.compile the network: minutes before the first pass", free="training")
+    data_dir: str = flag("", "the data set's folder (local, gs:// or az://)", needs=SENDS)
+    dataset_mode: str = flag("cityscapes", "folder layout and label ids", choices=("cityscapes", "ade20k", "coco"))
+    is_train: bool = by_message(True, "True reads the training split, False the validation split")
+    num_workers: int = anyhow(2, "processes that load pictures; 0: the main process", low=0, needs="loader")
+    cache_dir: str = anyhow(
+        "", "keep resized pictures and maps in a memory-mapped file there; empty: no cache", needs=CACHE
     )
 
 
@@ -54,88 +98,64 @@ class DataFlags:
 class ModelFlags:
     """Network"""
 
-    image_size: int = flag(64, "short side of the picture, in pixels; Cityscapes keeps its aspect (256 -> 256x512)")
-    num_classes: int = flag(35, "label ids: 35 for cityscapes, 151 for ade20k, 183 for coco")
-    num_channels: int = flag(128, "base width; level widths (times channel_mult) are multiples of 32")
-    num_res_blocks: int = flag(2, "residual blocks per level")
-    num_heads: int = flag(4, "attention heads, where num_head_channels is -1")
-    num_heads_upsample: int = flag(-1, "attention heads in the decoder; -1: num_heads")
-    num_head_channels: int = flag(-1, "channels per attention head; -1: use num_heads")
-    attention_resolutions: str = flag(
-        "16,8", "image sizes at which attention runs, as image_size // size = downsampling"
-    )
-    channel_mult: str = flag(
-        "", 'width multiplier per level, such as "1,2,3,4"; empty: the default of image_size 64...512'
-    )
-    dropout: float = flag(0.0, "dropout in the residual blocks, 0...1")
+    image_size: int = by_training(64, "short side of the picture; Cityscapes keeps its aspect (256 -> 256x512)", low=1)
+    num_classes: int = by_training(35, "label ids (8 bits): 35 cityscapes, 151 ade20k, 183 coco", low=1, high=256)
+    num_channels: int = by_training(128, "base width; times channel_mult: multiples of 32", low=1)
+    num_res_blocks: int = by_training(2, "residual blocks per level", low=1)
+    num_heads: int = by_training(4, "attention heads, where num_head_channels is -1", needs="num_head_channels=-1")
+    num_heads_upsample: int = by_training(-1, "the decoder's; -1: num_heads", needs="num_head_channels=-1")
+    num_head_channels: int = by_training(-1, "channels per attention head; -1: use num_heads")
+    attention_resolutions: str = by_training("16,8", "attention runs where image_size // size is the downsampling")
+    channel_mult: str = by_training("", 'width multiplier per level ("1,2,3,4"); empty: by image_size 64...512')
+    dropout: float = flag(0.0, "dropout in the residual blocks", low=0, high=1, free="sampling", needs="training")
     class_cond: bool = flag(True, "must be True: this network is conditional")
-    use_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
-    use_scale_shift_norm: bool = flag(True, "the time embedding scales and shifts the second norm of each block")
-    resblock_updown: bool = flag(False, "residual blocks change the resolution, not strided convolutions")
-    use_new_attention_order: bool = flag(False, "split q, k, v before the heads (published weights: False)")
-    no_instance: bool = flag(False, "leave out the edge plane (instance and image edges)")
-    one_hot_label: bool = flag(True, "one plane per class; False: one plane with the raw label id")
-    unet_model: str = flag(
-        "unet",
-        "where SPADE blocks are: unet (middle, decoder), spadeboth, enconly (encoder, middle)",
-        ("unet", "spadeboth", "enconly"),
-    )
+    use_checkpoint: bool = anyhow(False, "recompute activations: less memory, more time", needs="training")
+    use_scale_shift_norm: bool = by_training(True, "the time embedding scales and shifts each block's second norm")
+    resblock_updown: bool = by_training(False, "residual blocks change the resolution, not strided convolutions")
+    use_new_attention_order: bool = by_training(False, "split q, k, v before the heads (published weights: False)")
+    no_instance: bool = by_training(False, "leave out the edge plane (instance and image edges)")
+    one_hot_label: bool = by_training(True, "one plane per class; False: one plane with the raw label id")
+    unet_model: str = by_training("unet", "SPADE in middle and decoder, all, or encoder and middle", choices=PLACES)
 
 
 @dataclass(kw_only=True)
 class DiffusionFlags:
     """Diffusion"""
 
-    learn_sigma: bool = flag(False, "the network also predicts the variance")
-    diffusion_steps: int = flag(1000, "steps of the forward process")
-    noise_schedule: str = flag("linear", "noise schedule", ("linear", "cosine"))
+    learn_sigma: bool = by_training(False, "the network also predicts the variance")
+    diffusion_steps: int = by_training(1000, "steps of the forward process", low=1)
+    noise_schedule: str = by_training("linear", "noise schedule", choices=("linear", "cosine"))
     timestep_respacing: str = flag(
-        "",
-        'steps of the reverse chain: "250", "10,20,30" (per section; no message can say it), "ddim50", or "logsnr20" (even in'
-        " log signal-to-noise ratio, for dpm++); empty: all",
+        "", 'steps: "250", "10,20,30" (sections), "ddim50", "logsnr20" (dpm++); empty: all', fixed_by="resumed message"
     )
-    use_kl: bool = flag(False, "train on the variational bound alone")
-    prediction: str = flag("eps", "what the network predicts: noise, picture or velocity", ("eps", "x0", "v"))
-    predict_xstart: bool = flag(False, "the family's flag for --prediction x0")
-    rescale_timesteps: bool = flag(False, "the network sees timesteps scaled to 0...1000")
-    rescale_learned_sigmas: bool = flag(False, "weight the variational term by T/1000")
+    use_kl: bool = by_resumed(False, "train on the variational bound alone", free="sampling", needs="training")
+    prediction: str = by_training("eps", "what the network predicts: noise, x_0, velocity", choices=("eps", "x0", "v"))
+    predict_xstart: bool = by_training(False, "the family's flag for --prediction x0")
+    rescale_timesteps: bool = by_training(False, "the network sees timesteps scaled to 0...1000")
+    rescale_learned_sigmas: bool = by_resumed(False, "weight the variational term by T/1000", free="sampling", needs=VB)
 
 
 @dataclass(kw_only=True)
 class BankFlags:
     """Noise bank"""
 
-    noise_bank_size: int = flag(1000, "entries; 0: ordinary diffusion with fresh noise")
-    noise_bank_seed: int = flag(150, "seed that both ends share; published weights: 150")
-    noise_bank_cache: int = flag(0, "bank entries kept in memory")
-
-
-@dataclass(kw_only=True)
-class SourceFlags:
-    """Source coding of the semantics (training uses what the link will send)"""
-
-    label_scale: int = flag(1, "send one label for so many pixels in each direction: 1, 2, 4 or 8", (1, 2, 4, 8))
-    edge_levels: int = flag(
-        0, "values of an image-edge pixel: 0 (image edges are not sent), 2 (thresholded) ... 256 (GESCO)"
-    )
-    edge_threshold: float = flag(0.3, "with --edge_levels 2: image edges from here on are sent as 1")
-    edge_scale: int = flag(1, "send one image-edge pixel for so many in each direction: 1, 2, 4 or 8", (1, 2, 4, 8))
+    noise_bank_size: int = by_training(1000, "entries; 0: ordinary diffusion with fresh noise", low=0)
+    noise_bank_seed: int = by_training(150, "both ends share it; published: 150", **INT64, needs="noise_bank_size")
+    noise_bank_cache: int = anyhow(0, "bank entries kept in memory", low=0, needs="noise_bank_size")
 
 
 @dataclass(kw_only=True)
 class ChannelFlags:
-    """Channel"""
+    """Source coding (training uses what the link will send) and channel"""
 
-    snr: float = flag(
-        100.0,
-        "dB in GESCO's table 100:0 30:0.05 25:0.08 20:0.13 15:0.22 10:0.36 5:0.6 1:0.9 (standard deviation of the noise"
-        " on the semantic planes; log-linear between rows; a convention, not a signal-to-noise ratio: 10 dB would be 0.316)",
-    )
-    add_noise: bool = flag(
-        False, "training: noise on the semantics, per sample one of the table's rows, or --snr if given"
-    )
+    label_scale: int = by_source(1, "send one label for so many pixels in each direction", choices=SCALES)
+    edge_levels: int = by_source(0, "values of an image-edge pixel: 0 (none sent), 2 ... 256 (GESCO)", needs=EDGES)
+    edge_threshold: float = by_source(0.3, "image edges from here on are sent as 1", needs=f"{EDGES} edge_levels=2")
+    edge_scale: int = by_source(1, "send one edge pixel for so many", choices=SCALES, needs=f"{EDGES} edge_levels")
+    snr: float = flag(100.0, SNR_HELP, needs="add_noise")
+    add_noise: bool = flag(False, "noise by a row of the table, or by --snr", free="sampling", needs="no_snr")
     noise_to: str = flag(
-        "semantics", "training: noise on all planes, or on the label planes alone", ("semantics", "label")
+        "semantics", "noise on all planes, or label planes alone", choices=NOISY, free="sampling", needs=NOISE_TO
     )
 
 
@@ -143,109 +163,84 @@ class ChannelFlags:
 class TrainFlags:
     """Training"""
 
-    checkpoint_dir: str = flag("./checkpoints", "where checkpoints, config.json, progress.csv and previews go")
-    resume_checkpoint: str = flag("", "model file to go on from, or auto: the newest in checkpoint_dir, if any")
-    resume_partial: bool = flag(False, "resume although parts of the checkpoint are missing")
-    batch_size: int = flag(1, "pictures per step in each process")
-    microbatch: int = flag(
-        -1,
-        "pictures per forward pass (gradient accumulation); -1: the whole batch, on a CPU two (so that"
-        " the number of processes hardly matters)",
-    )
-    lr: float = flag(1e-4, "learning rate of AdamW")
-    weight_decay: float = flag(0.0, "weight decay of AdamW")
-    lr_warmup_steps: int = flag(0, "steps over which the learning rate rises from 0")
-    lr_anneal_steps: int = flag(
-        0, "the learning rate falls linearly to 0 over so many steps, and training ends; 0: constant"
-    )
-    total_steps: int = flag(0, "stop after so many steps; 0: go on until stopped (or lr_anneal_steps)")
+    checkpoint_dir: str = anyhow("./checkpoints", "where checkpoints, config.json, progress.csv and previews go")
+    resume_checkpoint: str = anyhow("", "model file to go on from, or auto: the newest in checkpoint_dir, if any")
+    resume_partial: bool = anyhow(False, "resume although parts are missing", needs="resume_checkpoint")
+    batch_size: int = anyhow(1, "pictures per step in each process", low=1)
+    microbatch: int = flag(-1, "pictures per pass; -1: the batch, on a CPU two at a time", low=-1, needs="split_batch")
+    lr: float = flag(1e-4, "learning rate of AdamW", low=0)
+    weight_decay: float = flag(0.0, "weight decay of AdamW", low=0)
+    lr_warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", low=0)
+    lr_anneal_steps: int = flag(0, "steps to a learning rate of 0, where training ends; 0: constant", low=0)
+    total_steps: int = anyhow(0, "stop after so many steps; 0: go on", low=0, needs="last_step")
     ema_rate: str = flag("0.9999", "decay of the averaged weights; several, separated by commas, make several averages")
-    schedule_sampler: str = flag("uniform", "which timesteps to train on", ("uniform", "loss-second-moment"))
-    drop_rate: float = flag(
-        0.0, "share of samples trained without conditioning; needed for guidance (0.1 in the presets)"
-    )
-    log_interval: int = flag(10, "steps between rows of progress.csv")
-    save_interval: int = flag(5000, "steps between checkpoints and previews")
-    keep_checkpoints: int = flag(0, "keep so many of the newest checkpoints, and the one with the best score; 0: all")
-    save_failures: int = flag(
-        3, "end the run when so many saves in a row fail (a full disk); until then it goes on training"
-    )
-    on_bad_image: str = flag(
-        "error",
-        "an unreadable file among the pictures ends the run, or is skipped and listed at the end",
-        ("error", "skip"),
-    )
-    dist_timeout: float = flag(600.0, "seconds after which processes that wait for another one give up")
-    export_legacy: bool = flag(False, "add the unused spade_norm tensors that GESCO and Diff-GO-n insist on")
-    fp16_scale_growth: float = flag(1e-3, "accepted, without effect: GradScaler has its own rule")
-    eval_interval: int = flag(0, "steps between validation scores; 0: none")
-    eval_items: int = flag(8, "validation pictures behind one score")
-    patience: int = flag(0, "stop after so many validation scores without improvement; 0: never")
-    min_delta: float = flag(0.0, "what counts as improvement of the validation score")
-    preview_items: int = flag(4, "validation pictures in the preview at every save; 0: no preview")
-    preview_steps: int = flag(20, "reverse steps of the preview")
+    schedule_sampler: str = flag("uniform", "which timesteps to train on", choices=("uniform", "loss-second-moment"))
+    drop_rate: float = flag(0.0, "share of samples without conditioning, for guidance (presets: 0.1)", low=0, high=1)
+    log_interval: int = flag(10, "steps between rows of progress.csv", low=1)
+    save_interval: int = flag(5000, "steps between checkpoints and previews", low=1)
+    keep_checkpoints: int = flag(0, "keep so many of the newest, and the one with the best score; 0: all", low=0)
+    save_failures: int = flag(3, "end the run when so many saves in a row fail (a full disk)", low=1)
+    on_bad_image: str = flag("error", "an unreadable file ends the run, or is skipped", choices=("error", "skip"))
+    dist_timeout: float = anyhow(600.0, "seconds to wait for a process that is lost or hangs, until all end", low=1)
+    export_legacy: bool = flag(False, "add spade_norm tensors, which GESCO and Diff-GO-n want", needs="unet_model=unet")
+    fp16_scale_growth: float = flag(1e-3, "accepted, without effect: GradScaler has its own rule", needs="loss_scaling")
+    eval_interval: int = flag(0, "steps between validation scores; 0: none", low=0)
+    eval_items: int = flag(8, "validation pictures behind one score", low=1, needs="eval_interval")
+    patience: int = flag(0, "stop after so many scores without improvement; 0: never", low=0, needs="eval_interval")
+    min_delta: float = flag(0.0, "what counts as improvement of the validation score", low=0, needs="patience")
+    preview_items: int = flag(4, "validation pictures in the preview at every save; 0: no preview", low=0)
+    preview_steps: int = flag(20, "reverse steps of the preview", low=1, needs="preview_items")
 
 
 @dataclass(kw_only=True)
 class SampleFlags:
     """Sampling"""
 
-    model_path: str = flag("", "weights (.pt), or a checkpoint folder: its newest EMA file")
-    results_path: str = flag("", "where pictures, panel and results.csv go")
-    num_samples: int = flag(10000, "at most so many pictures; each picture of the split once")
-    batch_size: int = flag(1, "pictures per batch")
-    use_ddim: bool = flag(False, "the family's flag for --sampler ddim")
-    sampler: str = flag(
+    model_path: str = flag("", "weights (.pt), or a checkpoint folder: its newest EMA file", free="sampling")
+    results_path: str = anyhow("", "where pictures, panel and results.csv go")
+    num_samples: int = anyhow(10000, "at most so many pictures; each picture of the split once", low=1)
+    batch_size: int = anyhow(1, "pictures per batch", low=1, needs=SENDS)
+    use_ddim: bool = by_message(False, "the family's flag for --sampler ddim")
+    sampler: str = by_message(
         "",
-        "ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M: few steps, --timestep_respacing logsnr20);"
-        " empty: ddim with --use_ddim True, else ddpm",
-        ("", "ddpm", "ddim", "dpm++"),
+        "ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M: few steps); empty: ddim with --use_ddim True, else ddpm",
+        choices=SAMPLERS,
     )
-    label_memory: float = flag(
-        4.0, "GiB that may hold what follows from label maps alone; beyond, it is computed anew at every step"
-    )
-    eta: float = flag(0.0, "share of fresh noise in --sampler ddim, 0...1")
-    clip_denoised: bool = flag(True, "clip the predicted picture to the valid range at every step")
-    s: float = flag(1.0, "guidance scale, at least 1; above 1 doubles the cost")
-    stop_tol: float = flag(0.0, "early stop: predicted picture moved less than this (RMS, of a range of 2); 0: off")
-    stop_patience: int = flag(3, "early stop: so many consecutive steps")
-    stop_min_steps: int = flag(1, "early stop: not before so many steps")
-    panel_items: int = flag(8, "pictures in panel.png")
-    share_array: bool = flag(
-        True, "the tasks of a SLURM array share the pictures; False: each makes all (arrays over --snr ...)"
-    )
+    label_memory: float = anyhow(4.0, "GiB for cached SPADE modulation; beyond: computed every step", low=0, high=1e6)
+    eta: float = by_message(0.0, "share of fresh noise in DDIM", low=0, high=1, needs="sampler=ddim")
+    clip_denoised: bool = by_message(True, "clip the predicted picture to the valid range at every step")
+    s: float = by_message(1.0, "guidance scale; above 1 doubles the cost", low=1)
+    stop_tol: float = by_message(0.0, "early stop: x_0 moved less than this (RMS, of a range of 2); 0: off", low=0)
+    stop_patience: int = flag(3, "early stop: so many consecutive steps", low=1, needs="stop_tol")
+    stop_min_steps: int = flag(1, "early stop: not before so many steps", low=1, needs="stop_tol")
+    panel_items: int = anyhow(8, "pictures in panel.png", low=0)
+    share_array: bool = anyhow(True, "the tasks of a SLURM array share the pictures; False: each makes all")
 
 
 @dataclass(kw_only=True)
 class LinkFlags:
-    """Link"""
+    """Link (of --link, --pool and --snr, several values, separated by commas, are compared)"""
 
-    role: str = flag(
-        "link",
-        "link: both ends and the channel between; transmit: write messages; receive: read messages",
-        ("link", "transmit", "receive"),
-    )
+    role: str = flag("link", "both ends, write messages, or read them", choices=("link", "transmit", "receive"))
     link: str = flag(
         "analog",
-        "analog (noise on the planes, GESCO), digital (coded bits, needs sionna-no-rt) or ideal (bits"
-        " arrive); several, separated by commas, are compared",
+        "analog (noise on the planes, GESCO), digital (coded bits, by sionna-no-rt), ideal (bits arrive)",
+        among=LINKS,
+        needs="role=link",
     )
     pool: str = flag(
         "None",
-        "analog: filter on the received planes: None, med (3x3 median), mean (3x3), max (mean, then 3x3"
-        " maximum); several, separated by commas, are compared",
+        "filter on received planes: None, med (3x3 median), mean (3x3), max (mean, then 3x3 maximum)",
+        among=POOLS,
+        needs=ANALOG,
     )
-    modulation: str = flag("16qam", "digital: symbols of the maps", ("qpsk", "16qam", "64qam"))
-    code_rate: float = flag(0.5, "digital: rate of the maps' LDPC code, 0.2...0.95")
-    fading: str = flag("awgn", "digital: constant channel, or Rayleigh block fading", ("awgn", "rayleigh"))
-    messages: str = flag("", "receive: folder with .dgo files; the checkpoint is all it needs besides")
-    extractor: str = flag(
-        "gt",
-        "where label maps come from: gt (the data set) or a segmenter's file (TorchScript or"
-        " torch.export), which reads them off the pictures",
-    )
+    modulation: str = flag("16qam", "symbols of the maps", choices=("qpsk", "16qam", "64qam"), needs=DIGITAL)
+    code_rate: float = flag(0.5, "of the maps' 5G LDPC code", low=0.2, high=0.95, needs=DIGITAL)
+    fading: str = flag("awgn", "constant channel, or block fading", choices=("awgn", "rayleigh"), needs=DIGITAL)
+    messages: str = anyhow("", "folder with .dgo files; all that is needed beside the checkpoint", needs="role=receive")
+    extractor: str = by_message("gt", "label maps: gt (data set), or a segmenter's file (TorchScript, torch.export)")
     local_picture: bool = flag(
-        False, "also make the transmitter's local picture, and report how far the receiver's is from it"
+        False, "compare with the transmitter's local picture", needs="role=link no_selecting noise_bank_size"
     )
 
 
@@ -253,70 +248,50 @@ class LinkFlags:
 class SelectionFlags:
     """Noise selection (transmitter)"""
 
-    noise_index: str = flag("random", "bank entry to start from: random (per picture, from --seed), a number, or best")
-    candidates: int = flag(16, "best: search so many bank entries")
-    distance: str = flag(
-        "mse", "best: what the transmitter compares its local pictures by", ("mse", "ssim", "lpips", "segmenter")
+    noise_index: str = by_message(
+        "random", "bank entry: random (from --seed), a number, or best", needs="noise_bank_size"
     )
-    feedback_steps: int = flag(
+    candidates: int = by_message(16, "best: search so many bank entries", low=1, needs="noise_index=best")
+    distance: str = by_message("mse", "of local pictures from the sent one", choices=DISTANCES, needs="selecting")
+    feedback_steps: int = by_message(
         0,
-        "best: look at all candidates with so many network evaluations each, more closely at the best"
-        " quarter, and so on (5 does for 50 steps); 0: whole chains for all",
+        "compare all candidates by so many NFE, the best quarter by more, and so on; 0: by whole chains",
+        low=0,
+        needs="noise_index=best many_candidates",
     )
-    selection: str = flag(
-        "initial",
-        "what is chosen: the start (--noise_index), the noise of each step, or both",
-        ("initial", "per_step", "both"),
-    )
-    step_candidates: int = flag(256, "per step: bank entries to choose from")
-    step_atoms: int = flag(4, "per step: entries chosen, each with a sign")
-    selected_steps: int = flag(0, "per step: choose in the last so many steps that carry noise; 0: in all")
-    tail_steps: int = flag(0, "the last so many steps without noise (DDIM, eta 0); not for dpm++")
-    segmenter: str = flag(
-        "", "a segmenter's file (TorchScript or torch.export), for --distance segmenter and --metrics miou"
-    )
+    selection: str = by_message("initial", "of the start, each step's noise, or both", choices=SELECTIONS)
+    step_candidates: int = by_message(256, "bank entries to choose from", low=1, needs=PER_STEP)
+    step_atoms: int = by_message(4, "entries chosen, each with a sign", low=1, needs=PER_STEP)
+    selected_steps: int = by_message(0, "in the last so many steps; 0: in all", low=0, needs=PER_STEP)
+    tail_steps: int = by_message(0, "deterministic final steps (DDIM, eta 0); not for dpm++", low=0, needs="step_noise")
+    segmenter: str = anyhow("", "a segmenter's file (TorchScript, torch.export)", needs=f"{SENDS} segmenting")
 
 
 @dataclass(kw_only=True)
 class MeasureFlags:
-    """Measures"""
+    """Measures (lists are separated by commas)"""
 
-    metrics: str = flag("psnr,ssim", "any of psnr, ssim, ms_ssim, lpips, fid, kid, miou, separated by commas")
-    lpips_weights: str = flag("", "backbone weights for lpips; empty: TORCH_HOME, or downloaded")
-    fid_weights: str = flag("", "Inception weights for fid and kid; empty: TORCH_HOME, or downloaded")
-    features: str = flag(
-        "", "a feature network's file (TorchScript or torch.export) for fid and kid instead of Inception"
+    metrics: str = anyhow("psnr,ssim", f"any of {', '.join(METRICS)}", among=METRICS, needs=SENDS)
+    lpips_weights: str = flag("", "backbone weights for lpips; empty: TORCH_HOME, or downloaded", needs="lpips")
+    fid_weights: str = anyhow("", "Inception weights; empty: as for lpips", needs=f"{SENDS} metrics=fid|kid")
+    features: str = anyhow("", "a feature network's file instead of Inception", needs=f"{SENDS} metrics=fid|kid")
+    baseline: str = anyhow(
+        "", f"codecs at the message's bits: {', '.join(CODECS)}", among=CODECS, needs=f"{SENDS} bits"
     )
-    baseline: str = flag(
-        "", "classical codecs at the message's bits: any of jpeg, webp, avif, jxl, separated by commas"
-    )
+
+
+class SharedFlags(RunFlags, ModelFlags, DiffusionFlags, BankFlags, ChannelFlags):
+    pass
 
 
 @dataclass(kw_only=True)
-class TrainConfig(RunFlags, DataFlags, ModelFlags, DiffusionFlags, BankFlags, SourceFlags, ChannelFlags, TrainFlags):
+class TrainConfig(SharedFlags, TrainFlags):
     """Configuration of image_train.py."""
 
 
 @dataclass(kw_only=True)
-class SampleConfig(
-    RunFlags,
-    DataFlags,
-    ModelFlags,
-    DiffusionFlags,
-    BankFlags,
-    SourceFlags,
-    ChannelFlags,
-    SampleFlags,
-    LinkFlags,
-    SelectionFlags,
-    MeasureFlags,
-):
+class SampleConfig(SharedFlags, SampleFlags, LinkFlags, SelectionFlags, MeasureFlags):
     """Configuration of image_sample.py."""
 
-    is_train: bool = flag(False, "True reads the training split, False the validation split")
-    snr: str = flag(
-        "100",
-        "dB. Analog: nominal, in GESCO's table 100:0 30:0.05 25:0.08 20:0.13 15:0.22 10:0.36 5:0.6 1:0.9 (standard deviation"
-        " of the noise on the semantic planes; log-linear between rows; a convention, not a signal-to-noise ratio: 10 dB"
-        " would be 0.316). Digital: Es/N0. Several, separated by commas, make curves",
-    )
+    is_train: bool = by_message(False, "True reads the training split, False the validation split")
+    snr: str = flag("100", f"{SNR_HELP}; digital: Es/N0", needs="role=link link=analog|digital")

@@ -48,6 +48,25 @@ def tiny_network(**flags):
     return model.eval(), diffusion
 
 
+def normals(*shape, seed=0):
+    """Standard normal values that follow from the seed."""
+    import torch
+
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sampled(model, diffusion, y, noise, method="ddpm", **options):
+    """`run_chain` with the options that belong to `SamplerSettings` among its own."""
+    from dataclasses import fields
+
+    from guided_diffusion.diffusion.sampling import run_chain
+    from guided_diffusion.diffusion.solvers import SamplerSettings
+
+    names = {field.name for field in fields(SamplerSettings)} & {*options}
+    settings = SamplerSettings(method, **{name: options.pop(name) for name in names})
+    return run_chain(model, diffusion, y, noise, settings, **options)
+
+
 def as_arguments(flags):
     """Turn {"batch_size": "2"} into ["--batch_size", "2"]."""
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]

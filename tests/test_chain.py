@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import tiny_network
+from conftest import sampled, tiny_network
 
-from guided_diffusion import EarlyStop, InputError, sample
+from guided_diffusion import EarlyStop, InputError
 from guided_diffusion.diffusion.conditioning import Conditioning
 from guided_diffusion.diffusion.gaussian_diffusion import GaussianDiffusion, create_gaussian_diffusion
 from guided_diffusion.diffusion.sampling import fresh_noise
@@ -36,10 +36,10 @@ def parts(request):
 def test_one_label_map_serves_all_samples(parts, s, cache_bytes):
     model, diffusion, y, noise = parts
     options = {"s": s, "seeds": SEEDS, "cache_bytes": cache_bytes}
-    repeated = sample(model, diffusion, y.repeat(3, 1, 1, 1), noise, **options).images
-    shared = sample(model, diffusion, y, noise, **options).images
+    repeated = sampled(model, diffusion, y.repeat(3, 1, 1, 1), noise, **options).images
+    shared = sampled(model, diffusion, y, noise, **options).images
     torch.testing.assert_close(shared, repeated, rtol=0, atol=1e-5)
-    other = sample(model, diffusion, torch.zeros_like(y), noise, **options).images
+    other = sampled(model, diffusion, torch.zeros_like(y), noise, **options).images
     assert (shared - other).abs().max() > 1e-3  # the label map matters
 
 
@@ -47,11 +47,11 @@ def test_one_label_map_serves_all_samples(parts, s, cache_bytes):
 def test_one_label_map_serves_those_that_early_stopping_leaves(parts, cache_bytes):
     model, diffusion, y, noise = parts
     moves = []
-    sample(model, diffusion, y, noise, "ddim", on_step=lambda t, x, out: moves.append(out["pred_xstart"]))
+    sampled(model, diffusion, y, noise, "ddim", on_step=lambda t, x, out: moves.append(out["pred_xstart"]))
     middle = (moves[4] - moves[3]).square().mean(dim=(1, 2, 3)).sqrt().sort().values[:2].mean().item()
     options = {"early_stop": EarlyStop(middle, patience=1, min_steps=5), "cache_bytes": cache_bytes, "s": 1.0}
-    shared = sample(model, diffusion, y, noise, "ddim", **options)
-    repeated = sample(model, diffusion, y.repeat(3, 1, 1, 1), noise, "ddim", **options)
+    shared = sampled(model, diffusion, y, noise, "ddim", **options)
+    repeated = sampled(model, diffusion, y.repeat(3, 1, 1, 1), noise, "ddim", **options)
     assert shared.steps.tolist() == repeated.steps.tolist() and (shared.steps == 5).sum() == 1
     torch.testing.assert_close(shared.images, repeated.images, rtol=0, atol=1e-5)
 
@@ -63,8 +63,8 @@ def test_a_plain_function_gets_the_label_map_of_every_sample():
 
     diffusion = create_gaussian_diffusion(diffusion_steps=T, noise_schedule="cosine", prediction="x0")
     y, noise = normals(1, 2, *SIZE), normals(3, 3, *SIZE)
-    shared = sample(network, diffusion, y, noise, s=1.5, seeds=SEEDS).images
-    assert torch.equal(shared, sample(network, diffusion, y.repeat(3, 1, 1, 1), noise, s=1.5, seeds=SEEDS).images)
+    shared = sampled(network, diffusion, y, noise, s=1.5, seeds=SEEDS).images
+    assert torch.equal(shared, sampled(network, diffusion, y.repeat(3, 1, 1, 1), noise, s=1.5, seeds=SEEDS).images)
 
 
 def test_label_map_work_is_shared_between_calls(parts):
@@ -75,14 +75,14 @@ def test_label_map_work_is_shared_between_calls(parts):
     )
     prepared = Conditioning(model, y, 2.0)
     images = [
-        sample(model, diffusion, prepared, noise[k : k + 1], s=2.0, seeds=SEEDS[k : k + 1]).images for k in range(3)
+        sampled(model, diffusion, prepared, noise[k : k + 1], s=2.0, seeds=SEEDS[k : k + 1]).images for k in range(3)
     ]
     handle.remove()
     assert calls == [1, 1]  # the label map and the empty one
-    together = sample(model, diffusion, y.repeat(3, 1, 1, 1), noise, s=2.0, seeds=SEEDS).images
+    together = sampled(model, diffusion, y.repeat(3, 1, 1, 1), noise, s=2.0, seeds=SEEDS).images
     torch.testing.assert_close(torch.cat(images), together, rtol=0, atol=1e-5)
     with pytest.raises(InputError, match="--s 1: this conditioning was made ready for 2"):
-        sample(model, diffusion, prepared, noise)
+        sampled(model, diffusion, prepared, noise)
 
 
 def test_without_memory_a_shared_label_map_is_still_computed_once_per_evaluation(parts):
@@ -91,7 +91,7 @@ def test_without_memory_a_shared_label_map_is_still_computed_once_per_evaluation
     handle = model.middle_block[0].in_norm.mlp_shared.register_forward_hook(
         lambda module, inputs, output: sizes.append(len(output))
     )
-    sample(model, diffusion, y, noise, cache_bytes=0)
+    sampled(model, diffusion, y, noise, cache_bytes=0)
     handle.remove()
     assert sizes == [1] * T
 
@@ -122,7 +122,7 @@ def test_holding_the_prediction_equals_the_naive_loop(parts, options, count):
         else:
             x = ancestral_step(diffusion, out, x, t, z)
     handle = model.register_forward_hook(lambda *_: calls.append(1))
-    result = sample(model, diffusion, y, noise, seeds=SEEDS, network_steps=count, **options)
+    result = sampled(model, diffusion, y, noise, seeds=SEEDS, network_steps=count, **options)
     handle.remove()
     assert len(calls) == count and result.steps.tolist() == [T] * 3
     torch.testing.assert_close(result.images, x, rtol=0, atol=5e-5)
@@ -134,8 +134,8 @@ def test_holding_in_a_deterministic_chain_is_the_respaced_chain(parts, method):
     betas = beta_schedule("cosine", 40)
     fine = GaussianDiffusion(betas, prediction="v", learn_sigma=True)
     coarse = GaussianDiffusion(betas, [7, 15, 23, 31, 39], prediction="v", learn_sigma=True)
-    held = sample(model, fine, y, noise, method, network_steps=5).images
-    torch.testing.assert_close(held, sample(model, coarse, y, noise, method).images, rtol=0, atol=1e-4)
+    held = sampled(model, fine, y, noise, method, network_steps=5).images
+    torch.testing.assert_close(held, sampled(model, coarse, y, noise, method).images, rtol=0, atol=1e-4)
 
 
 # -- noise and variance -----------------------------------------------------------------------------------------------
@@ -161,21 +161,21 @@ def test_variance_and_tail_equal_the_naive_loop(parts, method, eta, variance, ta
         else:
             x = ancestral_step(diffusion, out, x, t, z)
     options = {"method": method, "eta": eta, "variance": variance, "tail_steps": tail, "seeds": SEEDS}
-    torch.testing.assert_close(sample(model, diffusion, y, noise, **options).images, x, rtol=0, atol=2e-5)
+    torch.testing.assert_close(sampled(model, diffusion, y, noise, **options).images, x, rtol=0, atol=2e-5)
 
 
 def test_ancestral_steps_with_the_posterior_variance_are_ddim_with_eta_1(parts):
     model, diffusion, y, noise = parts
-    ancestral = sample(model, diffusion, y, noise, seeds=SEEDS, variance="posterior").images
-    ddim = sample(model, diffusion, y, noise, "ddim", eta=1.0, seeds=SEEDS).images
+    ancestral = sampled(model, diffusion, y, noise, seeds=SEEDS, variance="posterior").images
+    ddim = sampled(model, diffusion, y, noise, "ddim", eta=1.0, seeds=SEEDS).images
     torch.testing.assert_close(ancestral, ddim, rtol=0, atol=2e-4)
-    assert (ancestral - sample(model, diffusion, y, noise, seeds=SEEDS).images).abs().max() > 1e-2
+    assert (ancestral - sampled(model, diffusion, y, noise, seeds=SEEDS).images).abs().max() > 1e-2
 
 
 def test_the_tail_asks_for_no_noise(parts):
     model, diffusion, y, noise = parts
     asked = []
-    sample(model, diffusion, y, noise, seeds=SEEDS, tail_steps=3, step_noise=lambda t, x, out: asked.append(t))
+    sampled(model, diffusion, y, noise, seeds=SEEDS, tail_steps=3, step_noise=lambda t, x, out: asked.append(t))
     assert asked == [7, 6, 5, 4, 3]
 
 
@@ -195,4 +195,4 @@ def test_the_tail_asks_for_no_noise(parts):
 def test_bad_arguments(parts, options, words):
     model, diffusion, y, noise = parts
     with pytest.raises(InputError, match=words):
-        sample(model, diffusion, **{"y": y, "noise": noise, **options})
+        sampled(model, diffusion, **{"y": y, "noise": noise, **options})

@@ -7,7 +7,7 @@ from conftest import tiny_network
 from guided_diffusion import InputError
 from guided_diffusion.diffusion.conditioning import Conditioning
 from guided_diffusion.diffusion.gaussian_diffusion import create_gaussian_diffusion, guide, guided_denoiser
-from guided_diffusion.diffusion.spade import EmptyMaps, LabelMaps, StoredMaps
+from guided_diffusion.diffusion.spade import CachedModulation, LabelModulation, NullModulation
 
 SIZE = (8, 16)
 
@@ -43,21 +43,25 @@ def test_equals_the_plain_denoiser(parts, s, cache_bytes):
 
 def test_the_bound_counts_bytes_of_the_precision(parts):
     model, _, y, _ = parts
-    for limit, kinds in ((4, (StoredMaps, StoredMaps)), (3, (StoredMaps, EmptyMaps)), (2, (LabelMaps, EmptyMaps))):
+    for limit, kinds in (
+        (4, (CachedModulation, CachedModulation)),
+        (3, (CachedModulation, NullModulation)),
+        (2, (LabelModulation, NullModulation)),
+    ):
         found = Conditioning(model, y, 2.0, model.modulation_bytes(limit, *SIZE))
-        assert (type(found.maps), type(found.empty)) == kinds and found.is_stored == (limit >= 3)
+        assert (type(found.modulation), type(found.null)) == kinds and found.is_cached == (limit >= 3)
     needed = model.modulation_bytes(3 + 1, *SIZE)
     with torch.autocast("cpu", torch.bfloat16):
         half = Conditioning(model, y, 2.0, needed // 2)
-    tensors = [tensor for maps in (half.maps, half.empty) for pair in maps.pairs for tensor in pair]
-    assert half.is_stored and sum(tensor.nbytes for tensor in tensors) == needed // 2
+    tensors = [tensor for maps in (half.modulation, half.null) for pair in maps.pairs for tensor in pair]
+    assert half.is_cached and sum(tensor.nbytes for tensor in tensors) == needed // 2
 
 
 def test_guidance_of_a_function_without_variance():
     diffusion = create_gaussian_diffusion(diffusion_steps=10, noise_schedule="cosine")
     condition = Conditioning(lambda x, timesteps, y: x * y[:, :3], normals(1, 3, *SIZE), 2.0)
     x, y = normals(2, 3, *SIZE, seed=1), normals(1, 3, *SIZE)
-    assert not condition.is_stored
+    assert not condition.is_cached
     torch.testing.assert_close(condition.denoiser(diffusion, 2.0, 2)(x, torch.zeros(2, dtype=torch.int64)), 2 * x * y)
 
 

@@ -1,16 +1,18 @@
-"""Files are whole or absent."""
+"""Atomic writes, output folders, and the SHA-256 of files."""
 
 import errno
+import hashlib
 import os
 import re
 
 import pytest
 
+from guided_diffusion import files
 from guided_diffusion.console import InputError
-from guided_diffusion.files import atomic_write, check_folder
+from guided_diffusion.files import atomic_write, check_folder, file_digest
 
 
-def test_a_file_appears_under_its_name_when_it_is_complete(tmp_path):
+def test_atomic_write_shows_a_file_when_it_is_complete(tmp_path):
     path = tmp_path / "a.txt"
     with atomic_write(path) as f:
         f.write("new\n")
@@ -19,7 +21,7 @@ def test_a_file_appears_under_its_name_when_it_is_complete(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
+def test_atomic_write_keeps_the_old_file_after_a_failure(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt), atomic_write(path, "wb") as f:
@@ -29,7 +31,7 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path):
+def test_atomic_write_keeps_two_writers_apart(tmp_path):
     path = tmp_path / "a.txt"
     with atomic_write(path) as first:
         first.write("first")
@@ -42,14 +44,7 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_file_in_the_working_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with atomic_write("a.txt") as f:
-        f.write("x")
-    assert (tmp_path / "a.txt").read_text() == "x"
-
-
-def test_the_file_reaches_the_disk_before_its_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+def test_atomic_write_syncs_the_file_before_its_name_and_the_name_before_the_end(tmp_path, monkeypatch):
     done, sync, replace = [], os.fsync, os.replace
 
     def note_sync(number):
@@ -64,7 +59,7 @@ def test_the_file_reaches_the_disk_before_its_name_and_the_name_before_the_end(t
 
 
 @pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.EACCES, True), (errno.EIO, False)])
-def test_only_a_platforms_refusal_to_sync_a_folder_is_passed_over(tmp_path, monkeypatch, number, passes):
+def test_atomic_write_passes_over_only_a_platforms_refusal_to_sync_a_folder(tmp_path, monkeypatch, number, passes):
     sync = os.fsync
 
     def refuse_folders(descriptor):
@@ -81,10 +76,27 @@ def test_only_a_platforms_refusal_to_sync_a_folder_is_passed_over(tmp_path, monk
             f.write("x")
 
 
-def test_a_file_in_a_folders_place_is_named_with_its_flag(tmp_path):
+def test_check_folder_names_a_file_in_a_folders_place(tmp_path):
     (tmp_path / "file").write_text("")
     check_folder(tmp_path / "a" / "b", "results_path")
     check_folder(tmp_path, "results_path")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match=r"--results_path .*file is a file"):
             check_folder(path, "results_path")
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_file_digest_reads_a_settled_file_once_and_one_that_changed_again(tmp_path, monkeypatch, settled):
+    monkeypatch.setattr(files, "SETTLED", -(10**12) if settled else 10**15)
+    reads, sha256 = [], hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda: reads.append(1) or sha256())
+    path, other = tmp_path / "weights.pt", tmp_path / "other"
+    path.write_bytes(b"one" * 10**6)
+    assert file_digest(path) == file_digest(str(path)) == sha256(b"one" * 10**6).digest()
+    assert len(reads) == (1 if settled else 2)
+    # Put in its place, with the same size and date.
+    other.write_bytes(b"two" * 10**6)
+    before = os.stat(path)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(other, path)
+    assert file_digest(path) == sha256(b"two" * 10**6).digest()

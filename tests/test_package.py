@@ -1,4 +1,4 @@
-"""The package as a whole: what it exports, what importing it costs, and which way imports point."""
+"""The package as a whole: what it exports, what importing it costs, which way imports point, how large it is."""
 
 import ast
 import graphlib
@@ -9,50 +9,38 @@ from pathlib import Path
 import pytest
 
 import guided_diffusion
-from guided_diffusion import console as errors
+from guided_diffusion.console import InputError
 
 ROOT = Path(guided_diffusion.__file__).parent
 
 # The house, from the roof down. A module may import from lower rows and from its own folder.
 ORDER = [
-    {"benchmark"},
-    {"benchmarks"},
-    {"receive"},
-    {"regenerate"},
-    {"build_link", "dry_run"},
-    {"build", "measures"},
-    {"prepare"},
-    {"report", "placement"},
+    {"image_train", "image_sample"},
+    {"benchmark", "dry_run"},
+    {"build_link"},
+    {"build"},
+    {"evaluation"},
     {"training"},
     {"link"},
     {"diffusion"},
     {"data"},
-    {"baselines", "segmenters"},
-    {"metrics", "panels", "results"},
-    {"idle_flags"},
     {"config"},
-    {"flags"},
-    {"presets"},
-    {"digests", "files", "random_streams", "scripts", "startup"},
-    {"errors"},
+    {"flags", "files"},
+    {"console", "random_streams"},
 ]
-PUBLIC = [
-    "model_and_diffusion_defaults",
-    "create_model_and_diffusion",
-    "load_weights",
-    "NoiseBank",
-    "load_data",
-    "encode_semantics",
-    "sample",
-    "EarlyStop",
-]
+PUBLIC = ["model_and_diffusion_defaults", "create_model_and_diffusion", "load_weights", "NoiseBank", "load_data"]
+PUBLIC += ["encode_semantics", "sample", "EarlyStop"]
+MOST_LINES, MOST_FUNCTION_LINES, MOST_IN_ALL = 400, 60, 9500
+
+# Seconds each, and not needed before the first reverse step.
+SLOW = ("torch._dynamo", "sympy", "torchvision", "torchmetrics", "tensorboard", "matplotlib", "sionna", "mpi4py")
 
 
 def run_python(code):
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, timeout=120)
 
 
-# -- exports and errors -----------------------------------------------------------------------------------------------
+# -- exports and imports ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -61,62 +49,38 @@ def test_public_names_are_exported(name):
     assert name in guided_diffusion.__all__ and name in dir(guided_diffusion)
 
 
-def test_everything_exported_exists():
+def test_exports_exist_and_unknown_names_are_attribute_errors():
     for name in guided_diffusion.__all__:
         assert getattr(guided_diffusion, name).__name__ == name
-
-
-def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'NoiseBanc'"):
         _ = guided_diffusion.NoiseBanc
 
 
 def test_input_error_is_a_value_error_and_the_one_exported():
-    assert issubclass(errors.InputError, ValueError)
-    assert guided_diffusion.InputError is errors.InputError
+    assert issubclass(InputError, ValueError)
+    assert guided_diffusion.InputError is InputError
 
 
-@pytest.mark.parametrize("module", ["guided_diffusion", "guided_diffusion.config"])
-def test_importing_loads_no_torch(module):
-    code = f"import sys, {module}; print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
-    done = run_python(code)
+@pytest.mark.parametrize("module", ["guided_diffusion", "guided_diffusion.config", "image_train", "image_sample"])
+def test_help_loads_no_torch(module):
+    done = run_python(f"import sys, {module}; print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])")
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-# Seconds each, and not needed before the first reverse step.
-SLOW = (
-    "torch._dynamo",
-    "torch.distributed.tensor",
-    "sympy",
-    "torchvision",
-    "torchmetrics",
-    "tensorboard",
-    "matplotlib",
-    "sionna",
-    "mpi4py",
-)
-
-
-def test_importing_what_sampling_is_built_of_loads_nothing_slow_but_torch():
-    code = f"import sys; from guided_diffusion import build_link; from guided_diffusion.evaluation import run; print([m for m in {SLOW} if m in sys.modules])"
-    done = run_python(code)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
-
-
-@pytest.mark.parametrize("name", ["digests", "prepare", "startup", "training.checkpoint_choice", "training.ranks"])
-def test_what_scripts_use_before_torch_loads_none(name):
-    done = run_python(f"import sys, guided_diffusion.{name}; print('torch' in sys.modules)")
-    assert (done.stdout, done.stderr) == ("False\n", "")
+def test_sampling_imports_nothing_slow_but_torch():
+    loads = "import sys, guided_diffusion.build, guided_diffusion.evaluation.run as run; "
+    done = run_python(loads + f"print(*({{*{SLOW}}} & {{*sys.modules}}))")
+    assert (done.stdout, done.stderr) == ("\n", "")
 
 
 # -- the house --------------------------------------------------------------------------------------------------------
 
 
 def modules():
-    """Every module of the package: dotted name below the package -> syntax tree."""
+    """Every module of the package, and the two scripts: dotted name below the package -> syntax tree."""
     found = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
+    for path in sorted([*ROOT.rglob("*.py"), *ROOT.parent.glob("image_*.py")]):
+        parts = path.relative_to(ROOT if ROOT in path.parents else ROOT.parent).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         found[name] = ast.parse(path.read_text())
     return found
@@ -152,10 +116,11 @@ def row(name):
     return rows[0]
 
 
-def test_the_import_finder_sees_imports():
-    assert {"errors", "presets", "flags"} <= imported("config")
-    assert {"data.semantics", "link.channel", "random_streams"} <= imported("training.samples")
-    assert {"data.pictures", "data.pairing"} <= imported("data.image_datasets")
+def test_import_finder_sees_imports():
+    assert {"console", "files", "flags"} <= imported("config")
+    assert {"data.semantics", "link.channel", "random_streams"} <= imported("training.inputs")
+    assert {"data.pictures", "data.pairing"} <= imported("data.datasets")
+    assert {"build", "config", "console"} <= imported("image_train")
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - {""}))
@@ -167,6 +132,20 @@ def test_imports_point_downwards(name):
 
 def test_imports_make_no_circle():
     list(graphlib.TopologicalSorter({name: imported(name) for name in MODULES}).static_order())
+
+
+def test_files_and_functions_stay_small():
+    paths = [*ROOT.rglob("*.py"), *ROOT.parent.glob("image_*.py")]
+    lengths = {path.name: len(path.read_text().splitlines()) for path in paths}
+    assert not {name: n for name, n in lengths.items() if n > MOST_LINES}
+    assert sum(lengths.values()) <= MOST_IN_ALL
+    functions = [
+        (name, node.name, node.end_lineno - node.lineno + 1)
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert not [found for found in functions if found[2] > MOST_FUNCTION_LINES]
 
 
 def names_cuda(tree):
@@ -181,7 +160,21 @@ def names_cuda(tree):
     ]
 
 
-def test_only_distributed_names_cuda():
-    trees = MODULES | {path.name: ast.parse(path.read_text()) for path in ROOT.parent.glob("*.py")}
-    naming = {name for name, tree in trees.items() if names_cuda(tree)}
-    assert naming == {"training.distributed"}
+def test_only_devices_names_cuda():
+    assert {name for name, tree in MODULES.items() if names_cuda(tree)} == {"training.devices"}
+
+
+@pytest.mark.parametrize("script, most", [("image_train", 40), ("image_sample", 45)])
+def test_run_imports_few_modules(script, most, trained, scenes, tmp_path):
+    """What a reader crosses: modules of the package that a small run of a script has loaded at its end."""
+    from conftest import TINY, TRAIN, as_arguments
+
+    own = {**TRAIN, "checkpoint_dir": tmp_path / "run", "total_steps": 1, "preview_items": 1}
+    if script == "image_sample":
+        own = {"model_path": trained, "results_path": tmp_path / "results", "timestep_respacing": 2, "num_samples": 1}
+    words = as_arguments({"preset": "toy", "data_dir": scenes, **TINY, **own})
+    code = f"import sys; sys.argv = {['', *words]}; import {script}; {script}.main()\n"
+    code += "print(sum(name.startswith('guided_diffusion.') for name in sys.modules))"
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert int(done.stdout.splitlines()[-1]) <= most

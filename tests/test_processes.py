@@ -235,7 +235,7 @@ def test_stopped_rank_ends_the_job_after_dist_timeout(scenes, tmp_path):
         started = time.monotonic()
         os.kill(run.ranks()[1], signal.SIGSTOP)
         assert run.codes(90)[0] != 0
-        assert 15 < time.monotonic() - started
+        assert time.monotonic() - started > 15
     assert "ends because it lost another one" in run.said()
 
 

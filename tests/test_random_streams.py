@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.random_streams import generator, integer, stream_seed, uniform
+from guided_diffusion.random_streams import generator, integer, stream_seed, text_number, uniform
 
 
-def test_values_are_fixed_for_good():
+def test_streams_are_fixed_for_good():
     # A resumed run, and the other end of the link, may be a later version: these numbers must never change.
     assert stream_seed(0, "flip", 0) == 1081513711522073290
     assert stream_seed(150, "bank chain", 999) == 64767187872574822
     assert uniform(0, "drop", 7) == pytest.approx(0.6902620990722557, abs=1e-12)
 
 
-def test_seeds_are_63_bit_integers():
+def test_stream_seed_has_63_bits():
     seeds = [stream_seed(0, "flip", p) for p in range(2000)]
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert max(seeds) > 2**62
@@ -24,17 +24,17 @@ def test_seeds_are_63_bit_integers():
     "other",
     [(1, "flip", 3, 4), (0, "crop", 3, 4), (0, "flip", 4, 3), (0, "flip", 3), (0, "flip", 3, 4, 0), (0, "flip", 3, -4)],
 )
-def test_seed_purpose_and_every_position_count(other):
+def test_stream_seed_depends_on_seed_purpose_and_every_position(other):
     assert stream_seed(0, "flip", 3, 4) != stream_seed(*other)
 
 
-def test_low_32_bits_are_mixed():
+def test_stream_seed_mixes_its_low_32_bits():
     # torch's CPU generator looks at these alone.
     low = {stream_seed(0, "channel", p) % 2**32 for p in range(5000)}
     assert len(low) >= 4999
 
 
-def test_any_integer_type_will_do():
+def test_stream_seed_takes_any_integer_type():
     assert stream_seed(np.int64(3), "flip", torch.tensor(5)) == stream_seed(3, "flip", 5)
 
 
@@ -61,8 +61,6 @@ def test_generator_repeats_and_leaves_the_global_stream_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_names_make_numbers():
-    from guided_diffusion.random_streams import text_number
-
+def test_text_number_follows_from_the_text():
     assert text_number("aachen/a_1") == text_number("aachen/a_1") != text_number("aachen/a_2")
     assert 0 <= text_number("") < 2**63

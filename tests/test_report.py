@@ -1,179 +1,225 @@
-"""What a dry run says: labels, parameters, memory."""
+"""What a run amounts to: means, intervals, the summary, codecs at the same bits, curves."""
 
+import csv
+import json
+import math
+import sys
+
+import numpy as np
 import pytest
-import torch
-from torch import nn
+from PIL import Image
 
-from guided_diffusion import create_model_and_diffusion, model_and_diffusion_defaults
-from guided_diffusion.diffusion.unet import ResBlock
-from guided_diffusion.evaluation.memory import (
-    activation_elements,
-    describe_label_memory,
-    describe_labels,
-    describe_network,
-    memory_estimate,
-    parameter_count,
+from guided_diffusion.data.pictures import from_uint8, save_picture
+from guided_diffusion.evaluation.metrics import Metrics, bootstrap_interval
+from guided_diffusion.evaluation.report import (
+    BASELINE_COLUMNS,
+    Measures,
+    codec_lines,
+    cost_lines,
+    intervals,
+    means,
+    score_lines,
+    write_curves,
 )
+from guided_diffusion.evaluation.results import ResultsFolder
 
-H, W = 16, 32
-FLAGS = {
-    "num_channels": 32,
-    "channel_mult": "1,2",
-    "num_res_blocks": 1,
-    "num_classes": 4,
-    "attention_resolutions": "32",
-}
+CLASSES, SIZE = 3, (32, 48)
+NUMBERS = {f"p{k}": k for k in range(3)} | {"q": 9}  # path -> what channel noise follows from
 
 
-def create(**flags):
-    return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **FLAGS, **flags})[0]
+def measures(names="psnr,ssim", codecs=(), **options):
+    metrics = Metrics(names.split(","), CLASSES, **options)
+    return Measures(metrics, codecs)
 
 
-def meta_model(**flags):
-    with torch.device("meta"):
-        return create(**flags)
+@pytest.fixture
+def results(tmp_path):
+    """A folder with three pictures, their labels, and worse samples; its rows with bits."""
+    folder = ResultsFolder(tmp_path / "run", ())
+    draw, rows = np.random.default_rng(0), []
+    for k in range(3):
+        small = draw.integers(256, size=(4, 6, 3)).astype(np.uint8)
+        picture = np.asarray(Image.fromarray(small).resize(SIZE[::-1], Image.Resampling.BICUBIC))
+        noisy = (picture + draw.normal(0, 10, picture.shape)).round().clip(0, 255).astype(np.uint8)
+        for kind, pixels in (("images", picture), ("samples", noisy)):
+            save_picture(pixels, folder.file(kind, f"n{k}"))
+        label = (from_uint8(picture)[0, 0] > 0).numpy().astype(np.uint8)
+        save_picture(label, folder.file("labels", f"n{k}"), np.zeros((CLASSES, 3), np.uint8))
+        rows.append({"path": f"p{k}", "name": f"n{k}", "bits_total": str(8 * (400 + 200 * k)), "problems": ""})
+    return folder, rows
 
 
-def naive_elements(model):
-    """Sizes of what every layer and every residual block returns in a real forward pass."""
-    layers, blocks, inside, handles = 0, 0, {}, []
-
-    def note(name):
-        def hook(module, _, output):
-            nonlocal layers, blocks
-            if isinstance(module, ResBlock):
-                blocks += output.numel()
-                return
-            layers += output.numel()
-            for block_name in block_names:
-                if name.startswith(block_name + "."):
-                    inside[block_name] = inside.get(block_name, 0) + output.numel()
-
-        return hook
-
-    block_names = [name for name, module in model.named_modules() if isinstance(module, ResBlock)]
-    for name, module in model.named_modules():
-        leaf = not list(module.children()) and not isinstance(module, nn.Identity)
-        if leaf or isinstance(module, ResBlock):
-            handles.append(module.register_forward_hook(note(name)))
-    with torch.no_grad():
-        model(torch.zeros(1, 3, H, W), torch.zeros(1), torch.zeros(1, model.label_channels, H, W))
-    for handle in handles:
-        handle.remove()
-    return layers, blocks + max(inside.values())
+def table(folder, name="baselines.csv"):
+    with open(folder.path / name, newline="") as f:
+        return list(csv.DictReader(f))
 
 
-# -- counts -----------------------------------------------------------------------------------------------------------
+# -- pictures and numbers ---------------------------------------------------------------------------------------------
 
 
-def test_parameter_count():
-    assert parameter_count(nn.Sequential(nn.Linear(3, 4), nn.Conv2d(2, 5, 3))) == 3 * 4 + 4 + 5 * 2 * 9 + 5
-    assert parameter_count(meta_model()) == sum(v.numel() for v in create().state_dict().values())
+def test_means_and_intervals_equal_numpys():
+    values = [20.5, 21.0, 19.0, 30.25]
+    rows = [{"psnr_db": str(v), "steps": k, "path": "x"} for k, v in enumerate(values)] + [
+        {"psnr_db": "", "seconds": None}
+    ]
+    assert means(rows) == {"psnr_db": np.mean(values), "steps": 1.5}
+    assert intervals(rows) == {"psnr_db": list(bootstrap_interval(values))}
+    low, high = intervals(rows)["psnr_db"]
+    assert min(values) < low < np.mean(values) < high < max(values)
 
 
-@pytest.mark.parametrize("flags", [{}, {"resblock_updown": True, "unet_model": "spadeboth"}])
-def test_activations_against_a_real_forward_pass(flags):
-    everything, checkpointed = activation_elements(meta_model(**flags), H, W)
-    assert (everything, checkpointed) == naive_elements(create(**flags))
-    assert checkpointed < everything
+# -- over the set -----------------------------------------------------------------------------------------------------
 
 
-def test_measuring_leaves_the_model_as_it_was():
-    model = meta_model()
-    names = [name for name, _ in model.named_modules()]
-    activation_elements(model, H, W)
-    assert [name for name, _ in model.named_modules()] == names
-    assert not any(module._forward_hooks for module in model.modules())
+def brightness(images):
+    return (images[:, :1] > 0).long()
 
 
-def test_activations_grow_with_the_picture():
-    small, large = (activation_elements(meta_model(), h, w)[0] for h, w in ((16, 32), (32, 64)))
-    assert small * 3.9 < large < small * 4  # the time embedding stays
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ema_count", [None, 1])
-def test_memory_grows_with_the_batch(ema_count):
-    one, four = (memory_estimate(meta_model(), H, W, batch, "fp32", ema_count) for batch in (1, 4))
-    assert four["activations"] == pytest.approx(4 * one["activations"]) and one["activations"] > 0
-    assert four["weights"] == one["weights"]
-
-
-@pytest.mark.parametrize(("ema_count", "copies"), [(None, 1), (1, 5), (3, 7)])
-def test_memory_of_weights(ema_count, copies):
-    # In training: weights, gradients, two moments of AdamW, and the averages.
-    model = meta_model()
-    need = memory_estimate(model, H, W, 1, "bf16", ema_count)
-    assert need["weights"] == pytest.approx(copies * 4 * parameter_count(model) / 2**30)
-
-
-def test_checkpointing_takes_less():
-    plain, saving = (memory_estimate(meta_model(use_checkpoint=c), H, W, 2, "fp32", 1) for c in (False, True))
-    assert saving["activations"] < 0.7 * plain["activations"]
-    assert saving["weights"] == plain["weights"]
-
-
-def test_sampling_takes_less_than_training():
-    model = meta_model()
-    training, sampling = (memory_estimate(model, H, W, 2, "fp32", ema_count) for ema_count in (1, None))
-    assert sampling["activations"] < training["activations"] and sampling["weights"] < training["weights"]
-
-
-@pytest.mark.parametrize(("s", "factor"), [(1.0, 1), (2.0, 2)])
-def test_sampling_counts_label_maps_that_are_kept(s, factor):
-    model = meta_model()
-    kept = model.modulation_bytes(2, H, W) / 2**30
-    plain, exact, beyond = (
-        memory_estimate(model, H, W, 2, "fp32", None, s, limit)["activations"] for limit in (0.0, kept, 0.99 * kept)
+def test_whole_set_measures_the_files(results):
+    folder, rows = results
+    assert measures().whole_set(folder, rows) == {}
+    found = measures("fid,kid,miou", features=lambda images: images.mean((2, 3)), segmenter=brightness).whole_set(
+        folder, rows
     )
-    assert exact - plain == pytest.approx(kept) and beyond == plain
-    assert plain == pytest.approx(factor * memory_estimate(model, H, W, 2, "fp32", None)["activations"])
-    line = describe_label_memory(model, H, W, 2, "fp32", kept)
-    assert line == f"label maps of 2 pictures: {kept:.2g} GiB of scales and shifts, computed once for each chain"
-    assert "more than --label_memory 0, so computed at every step" in describe_label_memory(model, H, W, 2, "bf16", 0)
+    assert found["miou_real"] == 1.0 and 0.5 < found["miou"] < 1
+    assert 0 < found["fid_features"] < 0.01 and "kid_features" in found
+    same = measures("fid", features=lambda images: images.mean((2, 3))).whole_set(folder, rows, "images")
+    assert same["fid_features"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_halves_the_activations(precision):
-    half, full = (memory_estimate(meta_model(), H, W, 2, p, 1) for p in (precision, "fp32"))
-    assert half["activations"] == pytest.approx(full["activations"] / 2)
+def test_summarise_writes_what_it_returns(results):
+    folder, rows = results
+    rows = [row | {"psnr_db": str(20 + k)} for k, row in enumerate(rows)]
+    rows[1]["problems"] = "labels"
+    summary = measures("miou", segmenter=brightness).summarise(folder, rows, [], {"link": "ideal"})
+    assert json.loads((folder.path / "summary.json").read_text()) == summary
+    assert (summary["link"], summary["pictures"], summary["with_problems"]) == ("ideal", 3, 1)
+    assert summary["mean"] == {"bits_total": 8 * 600, "psnr_db": 21} and summary["set"]["miou_real"] == 1
+    assert "baselines" not in summary
 
 
-# -- texts ------------------------------------------------------------------------------------------------------------
+# -- codecs -----------------------------------------------------------------------------------------------------------
 
 
-def test_describe_labels():
-    assert describe_labels([0, 250, 0, 740, 10], width=20) == [
-        "  class   3  74.00 %  ####################",
-        "  class   1  25.00 %  #######",
-        "  class   4   1.00 %  ",
+def test_compare_keeps_within_the_messages_bits(results):
+    folder, rows = results
+    ours = measures(codecs=["jpeg", "webp"])
+    found = ours.compare(folder, rows, None, 0, NUMBERS)
+    assert [(row["path"], row["codec"]) for row in found] == [(f"p{k}", c) for k in range(3) for c in ("jpeg", "webp")]
+    for row, written in zip(found, table(folder), strict=True):
+        assert tuple(written) == BASELINE_COLUMNS
+        picture = Image.open(folder.file(f"baseline_{row['codec']}", row["name"]))
+        assert picture.size == SIZE[::-1]
+        if not row.get("problems"):
+            assert 0 < int(row["bits"]) <= row["budget_bits"] and float(written["psnr_db"]) > 10
+    summary = ours.summarise(folder, rows, found, {})
+    assert set(summary["baselines"]) == {"jpeg", "webp"} and summary["baselines"]["jpeg"]["container_bytes"] > 100
+
+
+def test_compare_does_not_code_again(results, monkeypatch):
+    folder, rows = results
+    ours = measures("psnr", codecs=["jpeg"])
+    first = ours.compare(folder, rows, None, 0, NUMBERS)
+    calls, code = [], ours._code
+    monkeypatch.setattr(ours, "_code", lambda *args: calls.append(args[1]["name"]) or code(*args))
+    assert [row["psnr_db"] for row in ours.compare(folder, rows, None, 0, NUMBERS)] == [r["psnr_db"] for r in first]
+    assert calls == []
+    folder.file("baseline_jpeg", "n1").unlink()
+    ours.compare(folder, rows, None, 0, NUMBERS)
+    assert calls == ["n1"] and folder.file("baseline_jpeg", "n1").exists()
+
+
+def test_compare_shows_grey_where_no_file_fits(results):
+    folder, rows = results
+    row = measures("psnr", codecs=["jpeg"]).compare(folder, [rows[0] | {"bits_total": "80"}], None, 0, NUMBERS)[0]
+    assert row["problems"] == "no picture within the bits" and "bits" not in row
+    assert np.unique(np.asarray(Image.open(folder.file("baseline_jpeg", "n0")))).tolist() == [128]
+    assert measures(codecs=["jpeg"]).compare(folder, [{"path": "q", "name": "labels alone"}], None, 0, NUMBERS) == []
+
+
+@pytest.mark.parametrize("snr, problem", [(30, None), (-20, "picture")])
+def test_compare_takes_the_messages_channel(results, snr, problem):
+    pytest.importorskip("sionna")
+    from guided_diffusion.link.channel_coding import DigitalLink
+
+    folder, rows = results
+    link = DigitalLink(snr)
+    row = measures("psnr", codecs=["jpeg"]).compare(folder, rows[2:], link, 0, NUMBERS)[0]
+    assert row.get("problems") == problem
+    assert row["channel_uses"] == link.segments("picture", row["bits"] // 8).uses > 0
+    grey = np.unique(np.asarray(Image.open(folder.file("baseline_jpeg", "n2")))).tolist() == [128]
+    assert grey == (problem is not None)
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+
+def point(psnr, problems=0, **more):
+    return {"mean": {"psnr_db": psnr}, "set": {"miou": 0.5}, "pictures": 4, "with_problems": problems, **more}
+
+
+SUMMARIES = [
+    ("analog", "None", 10.0, point(20.0)),
+    ("analog", "med", 10.0, point(19.0)),
+    ("analog", "None", 5.0, point(18.0)),
+    (
+        "digital",
+        "None",
+        5.0,
+        point("inf", 1, baselines={"jpeg": {"mean": {"psnr_db": 15.0}, "set": {}, "without_picture": 2}}),
+    ),
+    ("ideal", "None", math.inf, point(21.0)),
+]
+
+
+def test_write_curves_as_a_table(tmp_path):
+    line = write_curves(tmp_path, SUMMARIES)
+    assert str(tmp_path) in line
+    assert (tmp_path / "curves.csv").read_text().splitlines() == [
+        "line,snr_db,psnr_db,miou,bad_pictures",
+        "analog,10.0,20.0,0.5,0.0",
+        "analog,5.0,18.0,0.5,0.0",
+        '"analog, pool med",10.0,19.0,0.5,0.0',
+        "digital,5.0,inf,0.5,0.25",
+        '"digital, jpeg",5.0,15.0,,0.5',
+        "ideal,inf,21.0,0.5,0.0",
     ]
 
 
-def test_describe_labels_of_nothing():
-    assert describe_labels([0, 0]) == []
+def test_write_curves_as_a_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "curves.png" in write_curves(tmp_path, SUMMARIES)
+    with Image.open(tmp_path / "curves.png") as figure:
+        assert figure.width > 2 * figure.height  # three panels side by side
+        assert len(np.unique(np.asarray(figure.convert("L")))) > 10
 
 
-def test_describe_network():
-    parameters, memory = describe_network(create, 16, 32, 4, "bf16", ema_count=1)
-    assert parameters == f"parameters: {parameter_count(create()):,}"
-    assert (
-        memory.startswith("memory estimate: ")
-        and "optimizer and averages" in memory
-        and "batch 4, 16x32, bf16" in memory
-    )
-    assert "optimizer" not in describe_network(create, 16, 32, 4, "bf16")[1]
+def test_write_curves_without_matplotlib_hints_at_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = write_curves(tmp_path, SUMMARIES)
+    assert "pip install matplotlib" in line and "\n" not in line
+    assert (tmp_path / "curves.csv").exists() and not (tmp_path / "curves.png").exists()
 
 
-def test_describe_network_allocates_nothing():
-    devices = []
+# -- printed lines ----------------------------------------------------------------------------------------------------
 
-    def note():
-        model = create()
-        devices.append(next(model.parameters()).device.type)
-        return model
 
-    describe_network(note, H, W, 1, "fp32")
-    assert devices == ["meta"]
+def test_score_and_cost_lines_are_means():
+    bits = {"bits_header": 8, "bits_labels": "16", "bits_edges": 0, "bits_indices": 8, "bits_total": 32, "bpp": "0.5"}
+    rows = [{"psnr_db": str(20 + k), "colour_error": "0.1", "ssim": "0.5", **bits} for k in range(3)]
+    assert score_lines(rows) == ["mean PSNR 21.00 dB, SSIM 0.500, mean colour error 0.100 of the range"]
+    assert score_lines([bits]) == []
+    assert cost_lines(rows) == ["message: 4 bytes (header 1, labels 2, indices 1), 0.500 bits per pixel"]
+    channel = {"channel_uses": 100, "bandwidth_ratio": 0.5, "realised_snr_db": math.inf}
+    assert cost_lines([channel]) == [
+        "channel: 100 complex uses per picture, bandwidth ratio 0.500; plane power over noise power inf dB"
+    ]
+    coded = channel | {"eb_n0_db": 3, "blocks": 4, "block_errors": 1, "problems": "labels"}
+    assert cost_lines([coded])[1] == "1.0 of 4.0 blocks lost per picture; 1 pictures lack a part"
+
+
+def test_codec_lines_say_how_many_have_no_picture():
+    summary = {"pictures": 4, "baselines": {"jpeg": {"mean": {"psnr_db": "inf"}, "without_picture": 2}}}
+    assert codec_lines(summary) == [
+        "jpeg within the same bits: PSNR inf dB, 2 of 4 without a picture (counted as grey)"
+    ]

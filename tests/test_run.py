@@ -1,315 +1,547 @@
-"""A sampling run: files, resuming, independence from batches, labels alone."""
+"""A sampling run: files, rows, resuming, shares, sweeps, both roles of the link, and the receiver alone."""
 
 import csv
+import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, as_arguments
 from PIL import Image
 
-from guided_diffusion import build_link, prepare
-from guided_diffusion.config import SampleConfig, parse_config, points
-from guided_diffusion.console import InputError, StartUp
-from guided_diffusion.evaluation.run import Regeneration, run_points
+from guided_diffusion import build_link
+from guided_diffusion.config import SampleConfig, parse_config
+from guided_diffusion.console import InputError
+from guided_diffusion.evaluation import results
+from guided_diffusion.evaluation.results import share_out
+from guided_diffusion.evaluation.run import SceneRun, run_pictures
 from guided_diffusion.link.message import receive_parts
+from guided_diffusion.training.checkpoint import find_weights
+from guided_diffusion.training.distributed import Share
 
-KINDS = ("images", "labels", "received", "samples")
+ROOT = Path(__file__).resolve().parent.parent
+COUNT = 5
+TIMES = {"seconds", "transmit_seconds"}
+STEPS = {"use_ddim": False, "step_candidates": 8, "step_atoms": 2}
+
+
+@pytest.fixture(scope="module")
+def street(tmp_path_factory):
+    """Five validation scenes, 32x64."""
+    from guided_diffusion.data.toy_scenes import write_toy_scenes
+
+    folder = tmp_path_factory.mktemp("shares") / "scenes"
+    write_toy_scenes(str(folder), train=0, val=COUNT, height=32, width=64, seed=3, progress=False)
+    return folder
 
 
 @pytest.fixture
-def make_run(scenes, trained, tmp_path):
-    def make(folder="results", **flags):
-        flags = {
-            "data_dir": scenes,
-            "model_path": trained,
-            "results_path": tmp_path / folder,
-            **TINY,
-            "timestep_respacing": "3",
-            "use_ddim": True,
-            **flags,
-        }
-        config, _ = parse_config(SampleConfig, "", as_arguments(flags))
-        weights = prepare.find_weights(config.model_path)
-        parts = build_link.sampling_parts(config, weights, log=lambda line: None)
-        return Regeneration(points(config)[0], weights, parts)
+def sample(scenes, trained, tmp_path):
+    """Function that runs one share of a sampling run into a folder; returns what was logged."""
 
-    return make
+    def run(folder, share=(0, 1), **flags):
+        own = {"data_dir": scenes, "model_path": trained, "results_path": tmp_path / folder, "timestep_respacing": 3}
+        config, _ = parse_config(SampleConfig, "", as_arguments({**own, **TINY, **flags}))
+        weights, logged = find_weights(config.model_path), []
+        build = build_link.receiving_parts if config.role == "receive" else build_link.sampling_parts
+        parts = build(config, weights, lambda line: None)
+        run_pictures(config, weights, parts, logged.append, Share(*share))
+        return logged
+
+    return run
 
 
-def samples(folder):
-    return {path.name: np.asarray(Image.open(path)).astype(int) for path in (folder / "samples").iterdir()}
+@pytest.fixture
+def receive(sample, tmp_path):
+    """Function that receives a folder of messages."""
+
+    def run(messages="sent/messages", folder="received", share=(0, 1), **flags):
+        return sample(folder, share, role="receive", messages=tmp_path / messages, **flags)
+
+    return run
 
 
-def test_every_picture_gets_its_files_and_its_row(make_run, tmp_path):
-    run = make_run(snr=10, pool="med", batch_size=2)
-    rows = run.run()
-    run.sum_up(rows)
-    folder = tmp_path / "results"
-    with open(folder / "results.csv") as f:
-        table = list(csv.DictReader(f))
-    assert [row["name"] for row in table] == run.names and len(rows) == 3
-    for row in table:
+def table(folder, without=()):
+    with open(folder / "results.csv", newline="") as f:
+        return [{name: value for name, value in row.items() if name not in without} for row in csv.DictReader(f)]
+
+
+def column(folder, name):
+    return [row[name] for row in table(folder)]
+
+
+def pixels(folder):
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in folder.iterdir()}
+
+
+def stamps(folder):
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "samples").iterdir()}
+
+
+def summary(folder):
+    found = json.loads((folder / "summary.json").read_text())
+    return found | {"mean": {name: value for name, value in found["mean"].items() if name not in TIMES}}
+
+
+def contents(folder):
+    """Every picture, message and table of codecs, as bytes."""
+    paths = [path for path in folder.rglob("*") if path.suffix in (".png", ".dgo", ".tmp")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def assert_equal(ours, theirs):
+    """Two folders hold the same, but for the times that it took."""
+    assert table(ours, TIMES) == table(theirs, TIMES) and contents(ours) == contents(theirs)
+    assert sorted(os.listdir(ours / "rows")) == sorted(os.listdir(theirs / "rows"))
+    if (theirs / "summary.json").exists():
+        assert summary(ours) == summary(theirs)
+
+
+# -- files and rows ---------------------------------------------------------------------------------------------------
+
+
+def test_run_writes_every_picture_and_its_row(sample, tmp_path):
+    logged = sample("out", snr=10, pool="med", batch_size=2)
+    folder = tmp_path / "out"
+    assert len(table(folder)) == 3
+    for row in table(folder):
         assert row["steps"] == "3" and row["snr_db"] == "10" and 0 <= int(row["bank_index"]) < 16
         assert float(row["seconds"]) > 0 and float(row["psnr_db"]) > 0
-        for kind in KINDS:
+        for kind in ("images", "labels", "received", "samples"):
             with Image.open(folder / kind / f"{row['name']}.png") as picture:
-                assert picture.size == (32, 16)
+                assert picture.size == (32, 16) and picture.mode == ("P" if kind == "labels" else "RGB")
     with Image.open(folder / "panel.png") as panel:
         assert panel.width > 4 * 32 and panel.height > 3 * 16
-    assert "3 pictures" in run.summary(rows)[-1] and any("PSNR" in line for line in run.summary(rows))
-    assert not list(folder.rglob("*.tmp"))
+    assert logged[-1].startswith("3 pictures") and any("PSNR" in line for line in logged)
 
 
-def test_saved_labels_are_the_ids(make_run, tmp_path):
-    run = make_run(num_samples=1)
-    run.run()
-    with Image.open(tmp_path / "results" / "labels" / f"{run.names[0]}.png") as picture:
-        assert picture.mode == "P"
-        np.testing.assert_array_equal(np.asarray(picture), run.dataset[0]["label"][0].numpy())
+def test_run_with_fresh_noise_has_no_index(sample, tmp_path):
+    sample("out", noise_bank_size=0, snr=10)
+    for row in table(tmp_path / "out"):
+        assert (
+            row["bank_index"] == "" and row["bits_indices"] == "0" and row["bits_total"] == row["bits_labels"] == "35"
+        )
+    assert "shared_once_bytes" not in summary(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        {},
         {"use_ddim": False},
-        {"eta": 0.7},
-        {"s": 2},
+        {"use_ddim": True, "eta": 0.7, "s": 2},
         {"noise_bank_size": 0},
-        {"use_ddim": False, "sampler": "dpm++", "noise_bank_size": 0},
+        {"sampler": "dpm++", "noise_bank_size": 0},
     ],
 )
-def test_a_picture_does_not_depend_on_its_batch(make_run, tmp_path, flags):
-    flags = {"snr": 10, **flags}
-    make_run("one", batch_size=1, **flags).run()
-    make_run("three", batch_size=3, **flags).run()
-    one, three = samples(tmp_path / "one"), samples(tmp_path / "three")
-    assert one.keys() == three.keys()
-    for name in one:
-        assert np.abs(one[name] - three[name]).max() <= 1  # a rounding of 8-bit pixels
+def test_run_of_a_picture_does_not_depend_on_its_batch(sample, tmp_path, flags):
+    for size in (1, 3):
+        sample(str(size), batch_size=size, snr=10, **flags)
+    one, three = pixels(tmp_path / "1" / "samples"), pixels(tmp_path / "3" / "samples")
+    assert one.keys() == three.keys() and len(one) == 3
+    assert all(np.abs(one[name] - three[name]).max() <= 1 for name in one)  # a rounding of 8-bit pixels
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(make_run, tmp_path):
-    make_run("straight").run()
-    make_run("broken", num_samples=1).run()
-    first = next((tmp_path / "broken" / "samples").iterdir())
-    stamp = first.stat().st_mtime_ns
-    rows = make_run("broken").run()
-    assert len(rows) == 3 and first.stat().st_mtime_ns == stamp
-    for name, picture in samples(tmp_path / "straight").items():
-        np.testing.assert_array_equal(picture, samples(tmp_path / "broken")[name])
+@pytest.mark.parametrize("flags", [{"selection": "per_step"}, {"selection": "both", "candidates": 2}])
+def test_run_selects_steps_whatever_the_batch(sample, tmp_path, flags):
+    for size in (1, 2):
+        sample(str(size), batch_size=size, link="ideal", **STEPS, **flags)
+    assert column(tmp_path / "1", "mismatch_db") == ["inf"] * 3
+    assert all(float(value) > 60 for value in column(tmp_path / "2", "mismatch_db"))
+    assert pixels(tmp_path / "1" / "local").keys() == pixels(tmp_path / "2" / "local").keys()
+    for path in (tmp_path / "1" / "messages").iterdir():
+        assert path.read_bytes() == (tmp_path / "2" / "messages" / path.name).read_bytes()
 
 
-def test_a_lost_picture_is_made_again(make_run, tmp_path):
-    run = make_run()
-    run.run()
-    lost = tmp_path / "results" / "samples" / f"{run.names[1]}.png"
-    lost.unlink()
-    make_run().run()
-    assert lost.exists()
+def test_run_reports_early_stopping(sample, tmp_path):
+    sample("out", stop_tol=10, stop_patience=1, timestep_respacing=6)
+    assert column(tmp_path / "out", "steps") == ["2"] * 3
 
 
-def test_other_settings_in_the_same_folder_are_refused(make_run, tmp_path):
-    make_run(num_samples=1).run()
-    with pytest.raises(InputError, match=r"snr 100\.0, now 10\.0"):
-        make_run(snr=10).run()
-    assert len(samples(tmp_path / "results")) == 1
+def test_run_takes_one_index_for_all_or_one_each(sample, tmp_path):
+    sample("a", noise_index=5)
+    sample("b")
+    assert {*column(tmp_path / "a", "bank_index")} == {"5"} and len({*column(tmp_path / "b", "bank_index")}) > 1
+    with pytest.raises(InputError, match="--noise_index 16"):
+        sample("c", noise_index=16)
 
 
-def test_early_stop_is_reported(make_run):
-    rows = make_run(stop_tol=10, stop_patience=1, timestep_respacing="6").run()
-    assert [row["steps"] for row in rows] == [2, 2, 2]
+def test_run_on_labels_alone(sample, scenes, tmp_path):
+    shutil.copytree(scenes / "gtFine", tmp_path / "labels" / "gtFine")
+    sample("out", data_dir=tmp_path / "labels")
+    assert column(tmp_path / "out", "psnr_db") == [""] * 3 and not (tmp_path / "out" / "images").exists()
+    with pytest.raises(InputError, match="noise selection compares with the picture"):
+        sample("best", data_dir=tmp_path / "labels", noise_index="best", candidates=2)
 
 
-def test_one_index_for_all_or_one_each(make_run):
-    assert {row["bank_index"] for row in make_run("a", noise_index=5).run()} == {5}
-    assert len({row["bank_index"] for row in make_run("b").run()}) > 1
-    for index in ("16", "-1", "worst"):
-        with pytest.raises(InputError, match=f"--noise_index {index}"):
-            make_run("c", noise_index=index)
-
-
-def test_the_same_folder_by_another_name_goes_on(make_run, tmp_path, monkeypatch):
-    make_run(num_samples=1).run()
-    monkeypatch.chdir(tmp_path)
-    assert len(make_run(results_path="./results").run()) == 3
-
-
-def test_fewer_pictures_the_next_time_lose_no_rows(make_run, tmp_path):
-    run = make_run()
-    run.run()
-    make_run(num_samples=1).run()
-    assert (tmp_path / "results" / "results.csv").read_text().count("\n") == 4
-
-
-def test_a_further_picture_changes_nothing_for_the_others(make_run, scenes, tmp_path):
+def test_run_with_a_further_picture_changes_nothing_for_the_others(sample, scenes, tmp_path):
     folder = tmp_path / "more"
     shutil.copytree(scenes, folder)
-    make_run("before", data_dir=folder, snr=10).run()
+    sample("before", data_dir=folder, snr=10, batch_size=1)
     for path in sorted(folder.rglob("val/*/toytown_000000*.png")):
         shutil.copy(path, path.with_name(path.name.replace("000000_000000", "000000_000001")))
-    make_run("after", data_dir=folder, snr=10).run()
-    before, after = samples(tmp_path / "before"), samples(tmp_path / "after")
-    assert len(after) == 4
-    for name, picture in before.items():
-        assert np.abs(picture - after[name]).max() <= 1
+    sample("after", data_dir=folder, snr=10, batch_size=1)
+    before, after = column(tmp_path / "before", "picture_sha256"), column(tmp_path / "after", "picture_sha256")
+    assert len(after) == 4 and {*before} < {*after}
 
 
-@pytest.mark.parametrize("contents", ["[]", "{"])
-def test_a_broken_settings_file_is_named(make_run, tmp_path, contents):
-    make_run(num_samples=1).run()
-    (tmp_path / "results" / "settings.json").write_text(contents)
-    with pytest.raises(InputError, match=r"settings\.json"):
-        make_run().run()
+def test_run_refuses_a_batch_of_several_sizes(sample, scenes, tmp_path):
+    folder = tmp_path / "sizes"
+    shutil.copytree(scenes, folder)
+    for path in folder.rglob("val/*/toytown_000001*.png"):
+        Image.open(path).crop((0, 0, 32, 32)).save(path)
+    with pytest.raises(InputError, match=r"pictures 1 to 2 differ in size .* --batch_size 1"):
+        sample("out", data_dir=folder, batch_size=2)
 
 
-def test_labels_alone_are_enough(make_run, scenes, tmp_path):
-    shutil.copytree(scenes / "gtFine", tmp_path / "labels_only" / "gtFine")
-    run = make_run(data_dir=tmp_path / "labels_only")
-    rows = run.run()
-    assert len(rows) == 3 and not any(row.get("psnr_db") for row in rows)
-    assert not (tmp_path / "results" / "images").exists()
-    assert len(samples(tmp_path / "results")) == 3
+def test_run_logs_the_first_reverse_step_once(sample, capsys, monkeypatch):
+    monkeypatch.setattr("guided_diffusion.evaluation.run._StepCounter.logged", False)
+    sample("out", snr="10,5", num_samples=2)
+    assert capsys.readouterr().err.count("first reverse step after") == 1
+
+
+# -- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_run_goes_on_with_what_is_missing(sample, tmp_path, monkeypatch, capsys):
+    sample("straight")
+    sample("broken", num_samples=1)
+    before = stamps(tmp_path / "broken")
+    monkeypatch.chdir(tmp_path)
+    sample("broken", results_path="./broken")
+    assert "1 of 3 pictures are done already" in capsys.readouterr().err
+    after = stamps(tmp_path / "broken")
+    assert {name: after[name] for name in before} == before
+    assert_equal(tmp_path / "broken", tmp_path / "straight")
+    sample("broken", num_samples=1)  # fewer pictures the next time lose no rows
+    assert len(table(tmp_path / "broken")) == 3
+
+
+@pytest.mark.parametrize("lost", ["samples", "rows"])
+def test_run_makes_again_what_is_gone(sample, tmp_path, lost):
+    sample("straight")
+    sample("out")
+    path = sorted((tmp_path / "out" / lost).iterdir())[1]
+    path.unlink()
+    sample("out")
+    assert path.exists()
+    assert_equal(tmp_path / "out", tmp_path / "straight")
+
+
+def test_run_refuses_other_settings_in_the_same_folder(sample, tmp_path):
+    sample("out", num_samples=1)
+    with pytest.raises(InputError, match=r"snr 100\.0, now 10\.0"):
+        sample("out", snr=10)
+    assert len(table(tmp_path / "out")) == 1
+
+
+def test_run_measures_metrics_added_later_from_the_files(sample, tmp_path):
+    sample("both", metrics="psnr,ssim")
+    sample("out", metrics="psnr")
+    before = stamps(tmp_path / "out")
+    assert column(tmp_path / "out", "ssim") == [""] * 3
+    sample("out", metrics="psnr,ssim")
+    assert stamps(tmp_path / "out") == before
+    assert_equal(tmp_path / "out", tmp_path / "both")
+
+
+def test_run_survives_a_full_disk(sample, tmp_path, monkeypatch):
+    sample("straight")
+    write, calls = results.atomic_write, itertools.count()
+
+    def full(path, mode="w"):
+        if next(calls) == 3:  # settings.json, two rows, and no more
+            raise OSError(28, "No space left on device", str(path))
+        return write(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "atomic_write", full)
+        with pytest.raises(OSError, match="No space left"):
+            sample("out", batch_size=1)
+    assert len(os.listdir(tmp_path / "out" / "rows")) == 2 and not (tmp_path / "out" / "results.csv").exists()
+    sample("out", batch_size=1)
+    assert [row["picture_sha256"] for row in table(tmp_path / "out")] != []
+    assert len(table(tmp_path / "out")) == 3
+
+
+# -- shares -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, order",
+    [
+        ({"snr": 5, "batch_size": 2}, [2, 0, 1]),
+        ({"noise_bank_size": 0, "batch_size": 2}, [1, 0]),
+        ({"link": "ideal", "edge_levels": 2, "baseline": "jpeg"}, [1, 0]),
+        ({"role": "transmit", "selection": "per_step", **STEPS}, [1, 2, 0]),
+        ({"num_samples": 2}, [3, 1, 0]),  # more shares than pictures
+    ],
+)
+def test_shares_leave_what_one_run_leaves(sample, street, tmp_path, flags, order):
+    flags = {"data_dir": street, **flags}
+    sample("alone", **flags)
+    for index in order:
+        assert not (tmp_path / "shared" / "results.csv").exists()
+        logged = sample("shared", (index, max(order) + 1), **flags)
+        last = any("joining their rows" in line for line in logged)
+        assert last == (index == order[-1]) or "num_samples" in flags
+    assert_equal(tmp_path / "shared", tmp_path / "alone")
+
+
+def killed_at(number):
+    """A `SceneRun._write` that a signal ends at its call of this number."""
+    write, calls = SceneRun._write, itertools.count()
+
+    def killed(self, *arguments):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    return killed
+
+
+@pytest.mark.parametrize("rest", [[(0, 1)], [(1, 2), (0, 2)], [(2, 3), (1, 3), (0, 3)]])
+def test_shares_go_on_in_another_number(sample, street, tmp_path, monkeypatch, rest):
+    flags = {"data_dir": street, "snr": 5, "batch_size": 1}
+    sample("alone", **flags)
+    sample("broken", (1, 3), **flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(SceneRun, "_write", killed_at(1))
+        with pytest.raises(KeyboardInterrupt):
+            sample("broken", (0, 3), **flags)
+    before = stamps(tmp_path / "broken")
+    assert len(before) == 3
+    for share in rest:
+        sample("broken", share, **flags)
+    after = stamps(tmp_path / "broken")
+    assert {name: after[name] for name in before} == before
+    assert_equal(tmp_path / "broken", tmp_path / "alone")
+
+
+def test_shares_sum_up_again_where_one_died_of_it(sample, tmp_path, monkeypatch):
+    sample("alone")
+    sample("out", (0, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(SceneRun, "_write_panel", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sample("out", (1, 2))
+    assert not (tmp_path / "out" / "results.csv").exists()
+    sample("out", (1, 2))
+    assert_equal(tmp_path / "out", tmp_path / "alone")
+    (tmp_path / "out" / "panel.png").unlink()
+    assert "the results of all shares are in" in sample("out", (1, 2))[-1]
+    sample("out", (0, 2))  # where nothing was left to do, the first sums up again
+    assert_equal(tmp_path / "out", tmp_path / "alone")
+
+
+def test_sweep_has_a_folder_for_each_point_and_curves(sample, tmp_path):
+    flags = {"snr": "30,5", "pool": "None,med", "link": "analog,ideal", "num_samples": 2}
+    sample("alone", **flags)
+    folders = {"analog_30dB", "analog_5dB", "analog_med_30dB", "analog_med_5dB", "ideal"}
+    assert {path.name for path in (tmp_path / "alone").iterdir() if path.is_dir()} == folders
+    lines = (tmp_path / "alone" / "curves.csv").read_text().splitlines()
+    assert len(lines) == 6 and lines[0].startswith("line,snr_db,psnr_db")
+    sample("shared", (1, 2), **flags)
+    assert not [*(tmp_path / "shared").rglob("summary.json")]
+    assert "curves.csv" in sample("shared", (0, 2), **flags)[-1]
+    assert (tmp_path / "shared" / "curves.csv").read_bytes() == (tmp_path / "alone" / "curves.csv").read_bytes()
+    for name in folders:
+        assert_equal(tmp_path / "shared" / name, tmp_path / "alone" / name)
 
 
 # -- the link ---------------------------------------------------------------------------------------------------------
 
 
-def table(folder):
-    with open(folder / "results.csv", newline="") as f:
-        return list(csv.DictReader(f))
-
-
-@pytest.mark.parametrize("flags", [{}, {"edge_levels": 2}, {"use_ddim": False, "selection": "both", "candidates": 2}])
-def test_transmitting_writes_messages_of_the_size_that_is_counted(make_run, tmp_path, flags):
-    run = make_run(role="transmit", **flags)
-    rows = run.run()
-    summary = run.sum_up(rows)
-    for row in table(tmp_path / "results"):
+@pytest.mark.parametrize("flags", [{"edge_levels": 2}, {"selection": "both", "candidates": 2, **STEPS}])
+def test_transmit_counts_the_bits_of_the_messages_it_writes(sample, tmp_path, flags):
+    sample("out", role="transmit", **flags)
+    for row in table(tmp_path / "out"):
         bits = {part: int(row[f"bits_{part}"]) for part in ("header", "labels", "edges", "indices", "total")}
-        assert (tmp_path / "results" / "messages" / f"{row['name']}.dgo").stat().st_size * 8 == bits["total"]
-        assert sum(bits.values()) == 2 * bits["total"] and float(row["bpp"]) == pytest.approx(
-            bits["total"] / 512, abs=1e-4
-        )
-        assert (tmp_path / "results" / "local" / f"{row['name']}.png").exists() and row["psnr_db"] and not row["snr_db"]
-    assert not (tmp_path / "results" / "samples").exists()
-    assert summary == json.loads((tmp_path / "results" / "summary.json").read_text())
-    assert summary["pictures"] == 3 and summary["mean"]["bits_total"] == np.mean([float(r["bits_total"]) for r in rows])
+        assert (tmp_path / "out" / "messages" / f"{row['name']}.dgo").stat().st_size * 8 == bits["total"]
+        assert sum(bits.values()) == 2 * bits["total"]
+        assert float(row["bpp"]) == pytest.approx(bits["total"] / 512, abs=1e-4)
+        assert (tmp_path / "out" / "local" / f"{row['name']}.png").exists() and row["psnr_db"] and not row["snr_db"]
+    assert not (tmp_path / "out" / "samples").exists() and summary(tmp_path / "out")["pictures"] == 3
 
 
-def test_the_mismatch_of_both_ends(make_run):
-    ideal = make_run("ideal", link="ideal", local_picture=True).run()
-    assert [row["mismatch_db"] for row in ideal] == ["inf"] * 3
-    noisy = make_run("noisy", snr=5, local_picture=True).run()
-    assert all(0 < float(row["mismatch_db"]) < 100 for row in noisy)
-    assert not any(row.get("mismatch_db") for row in make_run("none").run())
+def test_link_reports_the_mismatch_of_both_ends(sample, tmp_path):
+    sample("ideal", link="ideal", local_picture=True)
+    sample("noisy", snr=5, local_picture=True)
+    assert column(tmp_path / "ideal", "mismatch_db") == ["inf"] * 3
+    assert all(0 < float(value) < 100 for value in column(tmp_path / "noisy", "mismatch_db"))
 
 
-@pytest.mark.parametrize("flags", [{"selection": "per_step"}, {"selection": "both", "candidates": 2}])
-def test_selected_steps_do_not_depend_on_the_batch(make_run, tmp_path, flags):
-    flags = {"use_ddim": False, "link": "ideal", "step_candidates": 8, "step_atoms": 2, **flags}
-    one = make_run("one", batch_size=1, **flags).run()
-    two = make_run("two", batch_size=2, **flags).run()
-    assert [row["mismatch_db"] for row in one] == ["inf"] * 3
-    assert all(float(row["mismatch_db"]) > 60 for row in two)
-    for row in one:
-        name = f"messages/{row['name']}.dgo"
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-
-
-def test_several_points_make_curves(make_run, tmp_path):
-    run = make_run()
-    config, _ = parse_config(
-        SampleConfig,
-        "",
-        as_arguments(
-            {
-                **TINY,
-                "data_dir": run.config.data_dir,
-                "model_path": run.weights,
-                "results_path": tmp_path / "points",
-                "timestep_respacing": "2",
-                "link": "analog,ideal",
-                "pool": "None,med",
-                "snr": "30,5",
-                "num_samples": 2,
-            }
-        ),
-    )
-    said = []
-    parts = build_link.sampling_parts(config, run.weights, said.append)
-    run_points(config, run.weights, parts, said.append)
-    folders = {"analog_30dB", "analog_5dB", "analog_med_30dB", "analog_med_5dB", "ideal"}
-    assert {path.name for path in (tmp_path / "points").iterdir() if path.is_dir()} == folders
-    for folder in folders:
-        assert (
-            len(table(tmp_path / "points" / folder)) == 2 and (tmp_path / "points" / folder / "summary.json").exists()
-        )
-    lines = (tmp_path / "points" / "curves.csv").read_text().splitlines()
-    assert len(lines) == 6 and lines[0].startswith("line,snr_db,psnr_db") and "curves.csv" in said[-1]
-
-
-@pytest.mark.parametrize("snr", [2, 5.8])
-def test_a_lossy_digital_run_goes_on_as_if_never_interrupted(make_run, tmp_path, snr):
-    pytest.importorskip("sionna")
-    flags = {"link": "digital", "snr": snr, "seed": 3, "edge_levels": 2, "fading": "rayleigh"}
-    straight = make_run("straight", **flags).run()
-    assert any(row["problems"] for row in straight)
-    for count in (1, 2):
-        make_run(f"broken{count}", num_samples=count, **flags).run()
-        rows = make_run(f"broken{count}", **flags).run()
-        assert [row["picture_sha256"] for row in rows] == [row["picture_sha256"] for row in straight]
-        assert [row["problems"] for row in rows] == [row["problems"] for row in straight]
-
-
-def without(*lost):
-    """A crossing that loses the parts `lost[number of the call]`."""
-    calls = iter(lost)
+@pytest.mark.parametrize("stop", [0, 10])
+def test_link_conceals_what_is_lost(sample, tmp_path, monkeypatch, stop):
+    lost = [("labels",), ("header",), ("edges",)]
 
     class Losing:
-        def cross(self, sent, receiver, stream):
-            gone = next(calls)
+        """A channel that loses parts: it knows a picture by its stream, and the first run has all."""
+
+        seeds = {}  # noqa: RUF012
+
+        def send(self, sent, receiver, stream):
+            gone = lost[self.seeds.setdefault(stream.initial_seed(), len(self.seeds))]
             parts = {name: None if name in gone else part for name, part in sent.message.parts().items()}
             return receiver.accept(receive_parts(parts)), {}
 
-    return Losing()
+    monkeypatch.setattr(build_link, "channel", lambda point: Losing())
+    flags = {"link": "digital", "edge_levels": 2, "stop_tol": stop, "stop_patience": 1}
+    sample("alone", **flags)
+    rows = table(tmp_path / "alone")
+    assert [row["problems"] for row in rows] == [" ".join(parts) for parts in lost]
+    assert (pixels(tmp_path / "alone" / "samples")[f"{rows[1]['name']}.png"] == 128).all() and not rows[1]["bank_index"]
+    assert not rows[1]["steps"] and all(float(row["psnr_db"]) > 0 for row in rows)
+    for index in (2, 1, 0):
+        sample("shared", (index, 3), **flags)
+    assert_equal(tmp_path / "shared", tmp_path / "alone")
+
+
+def test_digital_link_loses_the_same_in_any_shares_and_after_a_kill(sample, street, tmp_path):
+    pytest.importorskip("sionna")
+    flags = {"data_dir": street, "link": "digital", "snr": 5.8, "seed": 3, "edge_levels": 2, "fading": "rayleigh"}
+    sample("alone", baseline="jpeg", **flags)
+    assert any(column(tmp_path / "alone", "problems"))
+    for index in (2, 0, 1):
+        sample("shared", (index, 3), baseline="jpeg", **flags)
+    assert_equal(tmp_path / "shared", tmp_path / "alone")
+    sample("broken", num_samples=2, **flags)
+    sample("broken", baseline="jpeg", **flags)
+    assert_equal(tmp_path / "broken", tmp_path / "alone")
+
+
+# -- the receiver alone -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "lost", [((), ("labels",), ("header",)), (("edges",), ("labels",), ("labels",)), (("header",), (), ("header",))]
+    "flags",
+    [
+        {"use_ddim": True, "eta": 0.3, "s": 1.7, "edge_levels": 2, "label_scale": 2},
+        {"noise_index": "best", "candidates": 3, "tail_steps": 1},
+        {"sampler": "dpm++", "noise_index": "best", "candidates": 6, "feedback_steps": 1},
+        {"selection": "both", "candidates": 2, "step_candidates": 8},
+        {"timestep_respacing": 6, "stop_tol": 10, "stop_patience": 1},
+        {"precision": "bf16", "batch_size": 3},
+    ],
 )
-@pytest.mark.parametrize("hole", [1, 2])
-def test_a_receiver_that_goes_on_has_the_last_good_label_map(make_run, monkeypatch, lost, hole):
-    monkeypatch.setattr(build_link, "crossing", lambda point: without(*pending))
-    flags = {"link": "digital", "edge_levels": 2}
-    pending = lost
-    run = make_run(**flags)
-    straight = run.run()
-    assert [row["problems"] for row in straight] == [" ".join(parts) for parts in lost]
-    run.results.file("samples", run.names[hole]).unlink()
-    pending = lost[hole:]
-    again = make_run(**flags).run()
-    assert [row["picture_sha256"] for row in again] == [row["picture_sha256"] for row in straight]
+def test_receive_makes_the_transmitters_pictures(sample, receive, tmp_path, flags):
+    sample("sent", role="transmit", num_samples=2, **flags)
+    receive()
+    sent, received = table(tmp_path / "sent"), table(tmp_path / "received")
+    for name in ("name", "picture_sha256", "steps", "bank_index", "bits_total", "bits_indices", "bpp"):
+        assert [row[name] for row in received] == [row[name] for row in sent], name
+    local, made = pixels(tmp_path / "sent" / "local"), pixels(tmp_path / "received" / "samples")
+    assert local.keys() == made.keys() and all((local[name] == made[name]).all() for name in local)
+    if "label_scale" not in flags:
+        labels, decoded = (pixels(tmp_path / folder / "labels") for folder in ("sent", "received"))
+        assert all((labels[name] == decoded[name]).all() for name in labels)
+    assert (tmp_path / "received" / "panel.png").exists()
 
 
-def test_a_lost_header_of_another_size_leaves_no_picture(make_run, scenes, monkeypatch, tmp_path):
-    folder = tmp_path / "sizes"
-    shutil.copytree(scenes, folder)
-    for path in sorted(folder.rglob("val/*/toytown_00000[12]*.png")):
-        Image.open(path).crop((0, 0, 32, 32)).save(path)
-    monkeypatch.setattr(build_link, "crossing", lambda point: without((), ("header",), ()))
-    rows = make_run(data_dir=folder, link="digital").run()
-    assert [row["problems"] for row in rows] == ["", "header", ""] and not rows[1].get("steps")
+def test_receive_goes_on_in_shares_and_follows_its_messages(sample, receive, tmp_path):
+    sample("sent", role="transmit")
+    receive(folder="alone")
+    receive(share=(1, 2))
+    assert not (tmp_path / "received" / "results.csv").exists()
+    receive(share=(0, 2))
+    assert_equal(tmp_path / "received", tmp_path / "alone")
+    before = stamps(tmp_path / "received")
+    sample("other", role="transmit", noise_index=7)
+    name = sorted((tmp_path / "other" / "messages").iterdir())[1].name
+    shutil.copy(tmp_path / "other" / "messages" / name, tmp_path / "sent" / "messages" / name)
+    receive()
+    after = stamps(tmp_path / "received")
+    assert [k for k in sorted(before) if before[k] != after[k]] == [name.replace(".dgo", ".png")]
+    assert column(tmp_path / "received", "bank_index")[1] == "7"
+    with pytest.raises(InputError, match="seed"):
+        receive(seed=5)
 
 
-def test_the_first_reverse_step_is_told_once(make_run, capsys):
-    run = make_run(num_samples=2)
-    run.start = StartUp()
-    run.run()
-    told = [
-        line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "first reverse step after" in line
-    ]
-    assert len(told) == 1 and "noise bank" in told[0]
-    assert run.bank.seconds > 0  # of the bank that the chain draws from, which is this one
+def test_receive_names_a_bad_message_before_any_picture(sample, receive, tmp_path):
+    sample("sent", role="transmit")
+    bad = sorted((tmp_path / "sent" / "messages").iterdir())[-1]
+    whole = bad.read_bytes()
+    for data in (b"", whole[:40], whole + b"x", whole[:-1] + bytes([whole[-1] ^ 1])):
+        bad.write_bytes(data)
+        with pytest.raises(InputError, match=f"{bad.name}: ") as caught:
+            receive()
+        assert str(caught.value).count(str(bad)) == 1
+    assert not (tmp_path / "received").exists()
+    with pytest.raises(InputError, match=r"--messages .*none: no \.dgo files there"):
+        receive("none")
+
+
+def test_receive_refuses_other_weights(sample, receive, trained, tmp_path):
+    sample("sent", role="transmit", num_samples=1)
+    with pytest.raises(InputError, match=r"\.dgo: the message was made for other weights .*--model_path"):
+        receive(model_path=trained / "model000004.pt")
+    shutil.copy(trained / "ema_0.9_000004.pt", tmp_path)
+    receive(model_path=tmp_path / "ema_0.9_000004.pt")  # the contents count, not where it is
+
+
+# -- real processes ---------------------------------------------------------------------------------------------------
+
+
+def script(**flags):
+    return [sys.executable, str(ROOT / "image_sample.py"), *as_arguments(flags)]
+
+
+@pytest.mark.slow
+def test_receive_in_another_process_with_messages_and_checkpoint_alone(scenes, trained, tmp_path):
+    run = {"check": True, "stderr": subprocess.PIPE, "text": True}
+    flags = {"data_dir": scenes, "model_path": trained, "num_samples": 2, "timestep_respacing": 3, "num_workers": 0}
+    subprocess.run(script(role="transmit", results_path=tmp_path / "sent", **flags), cwd=tmp_path, **run)
+    far = tmp_path / "far"
+    shutil.copytree(tmp_path / "sent" / "messages", far / "messages")
+    (far / "checkpoint").mkdir()
+    for name in ("ema_0.9_000004.pt", "config.json"):
+        shutil.copy(trained / name, far / "checkpoint")
+    flags = {"role": "receive", "messages": "messages", "model_path": "checkpoint", "results_path": "out"}
+    logged = subprocess.run(script(**flags), cwd=far, **run).stderr
+    assert "receiving 2 messages" in logged
+    digests = column(tmp_path / "sent", "picture_sha256")
+    assert column(far / "out", "picture_sha256") == digests and len(digests) == 2 and all(digests)
+
+
+@pytest.mark.slow
+def test_shares_of_an_array_run_at_once_and_survive_kills(sample, street, trained, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the tasks: pictures are equal to the bit
+    flags = {"data_dir": street, "snr": 5, "timestep_respacing": 2, "use_ddim": True}
+    sample("alone", **flags)
+    torch.set_num_threads(threads)
+    command = script(**flags, model_path=trained, results_path=tmp_path / "shared", num_workers=0)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PMI", "OMPI", "RANK"))}
+    plain |= {"OMP_NUM_THREADS": "1", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "5"}
+    plain |= {"SLURM_ARRAY_TASK_COUNT": "2"}
+
+    def start():
+        options = {"stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+        ids = [{**plain, "SLURM_ARRAY_TASK_ID": str(task)} for task in (3, 5)]
+        return [subprocess.Popen(command, env=environment, **options) for environment in ids]
+
+    for task in start():
+        try:
+            task.communicate(timeout=2.5)  # somewhere between the imports and the last picture
+        except subprocess.TimeoutExpired:
+            task.kill()
+            task.communicate()
+    tasks = start()
+    logged = [task.communicate(timeout=200)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], logged
+    assert "share 1 of 2 of 5 pictures" in logged[0] and "share 2 of 2 of 5 pictures" in logged[1]
+    assert_equal(tmp_path / "shared", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_share_out_gives_batches_in_turn(size):
+    alone = [[*batch] for batch in share_out(11, size, Share())]
+    assert [k for batch in alone for k in batch] == [*range(11)] and {*map(len, alone[:-1])} <= {size}
+    for count in (2, 5, 13):
+        shares = [[[*batch] for batch in share_out(11, size, Share(index, count))] for index in range(count)]
+        assert [batch for batches in itertools.zip_longest(*shares) for batch in batches if batch] == alone

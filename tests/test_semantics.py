@@ -41,7 +41,7 @@ def naive_edges(instance):
     return edge
 
 
-def test_one_hot_against_a_loop(scene):
+def test_encode_semantics_one_hot_against_a_loop(scene):
     label = scene[0]
     y = encode_semantics(label, None, None, K)
     expected = torch.zeros(2, K, 5, 7)
@@ -50,6 +50,8 @@ def test_one_hot_against_a_loop(scene):
             for j in range(7):
                 expected[b, label[b, 0, i, j], i, j] = 1
     assert y.dtype == torch.float32 and torch.equal(y, expected)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(encode_semantics(label.to(dtype), None, None, K), expected)
 
 
 def test_instance_edges_against_a_loop(scene):
@@ -57,24 +59,12 @@ def test_instance_edges_against_a_loop(scene):
     assert edge.dtype == torch.float32 and torch.equal(edge, naive_edges(scene[1]))
 
 
-def test_instance_edges_of_two_halves():
-    instance = torch.zeros(1, 1, 4, 6, dtype=torch.int32)
-    instance[..., 3:] = 26_001
-    assert instance_edges(instance)[0, 0].tolist() == [[0, 0, 1, 1, 0, 0]] * 4
-
-
-def test_instances_are_told_apart_beyond_8_bits():
+def test_instance_edges_of_instances_told_apart_beyond_8_bits():
     instance = torch.tensor([[[[26_000, 26_000 + 256]]]], dtype=torch.int32)
     assert instance_edges(instance).flatten().tolist() == [1, 1]
 
 
-def test_diagonal_neighbours_do_not_count():
-    instance = torch.zeros(1, 1, 3, 3, dtype=torch.int32)
-    instance[0, 0, 0, 0] = 1
-    assert instance_edges(instance)[0, 0].tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
-
-
-def test_edge_plane_is_the_sum_of_both_edges(scene):
+def test_encode_semantics_edge_plane_is_the_sum_of_both_edges(scene):
     label, instance, image_edge = scene
     y = encode_semantics(label, instance, image_edge, K)
     assert y.shape == (2, K + 1, 5, 7)
@@ -82,25 +72,21 @@ def test_edge_plane_is_the_sum_of_both_edges(scene):
     assert torch.equal(y[:, :K], encode_semantics(label, None, None, K))
 
 
-def test_edge_plane_from_one_kind_of_edge_alone(scene):
+def test_encode_semantics_edge_plane_from_one_kind_of_edge_alone(scene):
     label, instance, image_edge = scene
+    assert encode_semantics(*scene, K, edge_plane=False).shape[1] == K
     assert torch.equal(encode_semantics(label, instance, None, K)[:, K:], naive_edges(instance))
     assert torch.equal(encode_semantics(label, None, image_edge, K)[:, K:], image_edge)
 
 
-def test_no_edge_plane_when_not_wanted(scene):
-    assert encode_semantics(*scene, K, edge_plane=False).shape[1] == K
-    assert encode_semantics(scene[0], None, None, K).shape[1] == K
-
-
 @pytest.mark.parametrize("one_hot", [True, False])
-def test_zero_edge_plane_when_wanted_but_absent(scene, one_hot):
+def test_encode_semantics_zero_edge_plane_when_wanted_but_absent(scene, one_hot):
     y = encode_semantics(scene[0], None, None, K, one_hot=one_hot, edge_plane=True)
-    assert y.shape[1] == (K if one_hot else 1) + 1
+    assert y.shape[1] == conditioning_channels(K, one_hot) == conditioning_channels(K, one_hot, no_instance=True) + 1
     assert not y[:, -1].any()
 
 
-def test_two_channel_form_is_raw_ids_and_edges(scene):
+def test_encode_semantics_two_channel_form_is_raw_ids_and_edges(scene):
     label, instance, image_edge = scene
     y = encode_semantics(label, instance, image_edge, K, one_hot=False)
     assert y.shape == (2, 2, 5, 7) and y.dtype == torch.float32
@@ -110,36 +96,11 @@ def test_two_channel_form_is_raw_ids_and_edges(scene):
 
 @pytest.mark.parametrize("one_hot", [True, False])
 @pytest.mark.parametrize("bad", [-1, K, 255])
-def test_bad_ids_are_named(scene, bad, one_hot):
+def test_encode_semantics_names_bad_ids(scene, bad, one_hot):
     label = scene[0].clone()
     label[1, 0, 2, 3] = bad
     with pytest.raises(InputError, match=rf"id {bad}\b.*num_classes is {K}\b"):
         encode_semantics(label, None, None, K, one_hot=one_hot)
-
-
-def test_a_map_without_channel_axis_is_refused(scene):
-    with pytest.raises(InputError, match=r"\(N, 1, H, W\), found \(2, 5, 7\)"):
-        encode_semantics(scene[0][:, 0], None, None, K)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "channels"),
-    [
-        ((35, True, False), 36),
-        ((35, True, True), 35),
-        ((35, False, False), 2),
-        ((35, False, True), 1),
-        ((151, True, True), 151),
-    ],
-)
-def test_channel_counts(arguments, channels):
-    assert conditioning_channels(*arguments) == channels
-    label = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
-    num_classes, one_hot, no_instance = arguments
-    assert encode_semantics(label, label, None, num_classes, one_hot, not no_instance).shape[1] == channels
-
-
-# -- source coding ----------------------------------------------------------------------------------------------------
 
 
 def grown(seed=3, height=13, width=18):
@@ -152,14 +113,14 @@ def grown(seed=3, height=13, width=18):
     return label, label * 1000 + part, edge
 
 
-def test_without_loss_the_receiver_has_the_data_sets_semantics():
+def test_received_semantics_without_loss_the_receiver_has_the_data_sets_semantics():
     scene = grown()
     assert torch.equal(received_semantics(*scene, K), encode_semantics(*scene, K))
     assert torch.equal(received_semantics(*scene, K, one_hot=False), encode_semantics(*scene, K, one_hot=False))
     assert torch.equal(received_semantics(*scene, K, edge_plane=False), encode_semantics(*scene, K, edge_plane=False))
 
 
-def test_boundaries_within_classes_are_what_the_label_map_does_not_tell():
+def test_inner_boundaries_within_classes_are_what_the_label_map_does_not_tell():
     label, instance, _ = grown()
     inner = inner_boundaries(label, instance)
     naive = torch.zeros_like(inner)
@@ -172,7 +133,7 @@ def test_boundaries_within_classes_are_what_the_label_map_does_not_tell():
 
 
 @pytest.mark.parametrize("scale", [2, 4, 8])
-def test_small_label_maps_come_from_pixels_of_their_blocks(scale):
+def test_restore_small_label_maps_come_from_pixels_of_their_blocks(scale):
     label = grown()[0]
     coding = SemanticCoding(label_scale=scale)
     small, _, _ = describe(label, None, None, coding)
@@ -184,7 +145,7 @@ def test_small_label_maps_come_from_pixels_of_their_blocks(scale):
     assert torch.equal(restored[:, :, ::scale, ::scale][:, :, : middle.shape[2], : middle.shape[3]], middle)
 
 
-def test_edge_levels():
+def test_edge_symbols_levels():
     edge = grown()[2]
     assert edge_symbols(edge, SemanticCoding(edge_levels=0)) is None
     assert torch.equal(
@@ -198,7 +159,7 @@ def test_edge_levels():
     assert small.shape == (2, 1, 4, 5) and int(small[0, 0, 0, 0]) == round(float(edge[0, 0, :4, :4].max()) * 255)
 
 
-def test_edges_that_are_not_sent_leave_boundaries_alone():
+def test_received_semantics_edges_not_sent_leave_boundaries_alone():
     label, instance, edge = grown()
     y = received_semantics(label, instance, edge, K, coding=SemanticCoding(edge_levels=0))
     assert torch.equal(y, encode_semantics(label, instance, None, K))
@@ -209,6 +170,6 @@ def test_edges_that_are_not_sent_leave_boundaries_alone():
 @pytest.mark.parametrize(
     "bad", [{"label_scale": 3}, {"edge_levels": 1}, {"edge_levels": 257}, {"edge_threshold": 0}, {"edge_scale": 0}]
 )
-def test_bad_source_coding_names_the_flag(bad):
+def test_semantic_coding_bad_source_coding_names_the_flag(bad):
     with pytest.raises(InputError, match=f"--{next(iter(bad))}"):
         SemanticCoding(**bad)

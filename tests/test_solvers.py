@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import sampled
 
-from guided_diffusion import EarlyStop, InputError, sample
+from guided_diffusion import EarlyStop, InputError
 from guided_diffusion.diffusion.gaussian_diffusion import GaussianDiffusion, create_gaussian_diffusion
 from guided_diffusion.diffusion.schedules import beta_schedule
 
@@ -40,7 +41,7 @@ def network_of(diffusion, predict):
 
 def run(diffusion, predict, method="dpm++", n=2, **options):
     noise, y = normals(n, *PICTURE), torch.zeros(n, 1, *PICTURE[1:])
-    return sample(network_of(diffusion, predict), diffusion, y, noise, method, **options)
+    return sampled(network_of(diffusion, predict), diffusion, y, noise, method, **options)
 
 
 def wavy(x, abar):

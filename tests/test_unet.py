@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from guided_diffusion import InputError, create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.diffusion.nn import AttentionBlock
-from guided_diffusion.diffusion.spade import LabelMaps, SPADEGroupNorm
+from guided_diffusion.diffusion.spade import LabelModulation, SPADEGroupNorm
 from guided_diffusion.diffusion.unet import ResBlock, SPADEResBlock, check_size
 
 TINY = {
@@ -303,7 +303,9 @@ def test_spade_equals_the_naive_formula(stride):
     y = torch.randn(2, LABELS, 12, 8)
     x = torch.randn(2, 64, 12 // stride, 8 // stride) * 3 + 1
     parameters = {f"spade.{name}": value for name, value in layer.state_dict().items()}
-    torch.testing.assert_close(layer(x, LabelMaps(y)), naive_spade(parameters, "spade", x, y), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x, LabelModulation(y, [stride])), naive_spade(parameters, "spade", x, y), rtol=1e-5, atol=1e-5
+    )
 
 
 PARTS = ("input_blocks", "middle_block", "output_blocks")
@@ -328,7 +330,7 @@ def test_where_spade_blocks_are(places, expected, updown):
 def test_stored_modulations_equal_the_plain_path(places, updown):
     model, (x, t, y) = build_awake(unet_model=places, resblock_updown=updown), inputs()
     with torch.no_grad():
-        stored = model.modulations(y)
+        stored = model.cached_modulation(y)
     plain = run(model, x, t, y)
     torch.testing.assert_close(run(model, x, t, stored), plain, rtol=0, atol=1e-6)
     torch.testing.assert_close(run(model, x / 2, t + 1, stored), run(model, x / 2, t + 1, y), rtol=0, atol=1e-6)
@@ -341,7 +343,7 @@ def test_stored_modulations_spare_the_label_convolutions():
     model, (x, t, y), calls = build_awake(), inputs(), []
     for layer in (module for module in model.modules() if isinstance(module, SPADEGroupNorm)):
         layer.mlp_shared.register_forward_hook(lambda *_: calls.append(1))
-    stored = model.modulations(y)
+    stored = model.cached_modulation(y)
     once = len(calls)
     run(model, x, t, stored)
     assert once == len(stored.pairs) and len(calls) == once
@@ -499,4 +501,4 @@ def test_conditioning_that_does_not_fit(y, words):
 
 def test_modulations_check_their_labels():
     with pytest.raises(InputError, match=r"found \(2, 3, 8, 16\)"):
-        build().modulations(torch.zeros(2, 3, *SIZE))
+        build().cached_modulation(torch.zeros(2, 3, *SIZE))

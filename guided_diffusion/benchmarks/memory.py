@@ -2,8 +2,7 @@
 
 import torch
 
-from ..training.devices import peak_memory, release_memory, reset_peak_memory
-from ..training.devices import for_sampling
+from ..training.devices import for_sampling, peak_memory, release_memory, reset_peak_memory
 from .sampling import fast_step as fast_reverse_step
 from .sampling import plain_step as plain_reverse_step
 from .setup import inputs, plain_network

@@ -53,7 +53,7 @@ def step(setup):
         row = {"path": path, "precision": precision, **summary(times, name, PLAIN), "gflop": counts[path] / 1e9}
         share = rates.share(counts[path], row["ms"], precision)
         rows.append({**row, "share_of_matmul_rate_%": share, **(apart[precision] if path == "fast" else {})})
-    modulations = (2 if setup.s > 1 else 1) * flops(lambda: plain.modulations(given.y))
+    modulations = (2 if setup.s > 1 else 1) * flops(lambda: plain.cached_modulation(given.y))
     notes += [
         f"SPADE's maps are {modulations / 1e9:.4g} GFLOP of a plain step, {100 * modulations / counts['plain']:.0f} %",
         f"medians of {setup.rounds} alternations; guidance scale {setup.s:g}; differences from the plain path: of one"

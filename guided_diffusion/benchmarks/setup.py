@@ -14,8 +14,7 @@ from ..diffusion.conditioning import Conditioning
 from ..diffusion.gaussian_diffusion import guided_denoiser
 from ..diffusion.solvers import ancestral_step
 from ..training.checkpoint import load_weights
-from ..training.devices import autocast
-from ..training.devices import for_sampling, keep_freed_memory
+from ..training.devices import autocast, for_sampling, keep_freed_memory
 
 
 def _silent(what):

@@ -21,14 +21,11 @@ SMALLEST_CROP = 0.8  # of the picture's short side
 
 
 class View(NamedTuple):
-    """How one scene becomes a sample: resize to `size`, cut `box` out (or None), mirror if `flip`.
+    """How one scene becomes a sample: resize to `size`, cut `box` out, mirror if `flip`."""
 
-    `size` is (width, height); `short` is the side that the halving of the picture aims at.
-    """
-
-    size: tuple[int, int]
-    short: int
-    box: tuple[int, int, int, int] | None = None
+    size: tuple[int, int]  # (width, height)
+    short: int  # side that the halving of the picture aims at
+    box: tuple[int, int, int, int] | None = None  # (left, top, right, bottom)
     flip: bool = False
 
     def of(self, picture):
@@ -83,9 +80,6 @@ class SceneDataset(Dataset):
     def __len__(self):
         return len(self.pairs)
 
-    def __getitem__(self, index):
-        return self.item(index)
-
     @property
     def crops(self):
         """Whether samples are random parts of their scenes."""
@@ -113,6 +107,8 @@ class SceneDataset(Dataset):
         sample["path"] = self.path(index)
         sample["position"] = index if position is None else position
         return sample
+
+    __getitem__ = item
 
     def batch(self, indices):
         """Return the samples at `indices`, not augmented, as one batch (see `load_data`)."""

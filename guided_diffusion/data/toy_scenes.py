@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from ..console import InputError
 
@@ -109,8 +110,8 @@ class Street:
         self.fill([self.at(x0, y0, d), self.at(x1, y0, d), self.at(x1, y1, d), self.at(x0, y1, d)], colour, ident)
 
 
-def draw_sky(street):
-    """Gradient from the top colour to the horizon colour, with soft clouds."""
+def draw_background(street):
+    """Sky with soft clouds, the ground up to the horizon, and the houses and trees behind the far end of the street."""
     rows = np.linspace(0, 1, 48)[:, None, None]
     sky = street.sky_top * (1 - rows) + street.sky_low * rows + np.zeros((48, 96, 1))  # (48, 96, 3)
     seeds = Image.fromarray(street.rng.integers(0, 256, (7, 9), dtype=np.uint8))
@@ -118,10 +119,6 @@ def draw_sky(street):
     sky += (street.sky_low * 0.4 + 150 - sky) * street.clouds * np.clip(2 * cover - 0.9, 0, 1)
     small = Image.fromarray(np.clip(sky, 0, 255).astype(np.uint8))
     street.image.paste(small.resize((street.width, int(street.horizon) + 2), Image.Resampling.BILINEAR), (0, 0))
-
-
-def draw_skyline(street):
-    """The ground up to the horizon, and the houses and trees that close the street behind its far end."""
     rng, x = street.rng, -8 * street.front
     street.ground(-2000, 2000, 1, 4 * FAR, street.lit((104, 134, 70), 20), TERRAIN)
     while x < 8 * street.front:
@@ -134,7 +131,7 @@ def draw_skyline(street):
 
 
 def draw_ground(street):
-    """Pavements with slabs and kerbs, then the road, in bands that fade with distance."""
+    """Pavements with slabs and kerbs, the road in bands that fade with distance, and its lane marks and crossings."""
     r, sun, tone = street.half_road, street.sun, street.rng.uniform(-10, 10, 2)
     road, slab = np.array((94, 94, 97)) + tone[0], np.array((170, 163, 155)) + tone[1]
     for d0, d1 in itertools.pairwise(np.geomspace(1.0, 1.5 * FAR, 24)):
@@ -146,11 +143,7 @@ def draw_ground(street):
         street.ground(sun * r * 0.72, sun * r, d0, d1, street.lit(road, d0, 0.86))
     for d, side in itertools.product(np.arange(3, 32, 2.0), (-1, 1)):
         street.ground(side * (r + 0.3), side * street.front, d, d * 1.012 + 0.03, street.lit(slab, d, 0.78))
-
-
-def draw_lane_marks(street):
-    """Dashed middle line, sometimes edge lines and a zebra crossing."""
-    r, rng, white = street.half_road, street.rng, (228, 228, 222)
+    rng, white = street.rng, (228, 228, 222)
     for d in np.arange(rng.uniform(2, 6), 60, 7.0):
         street.ground(-0.1, 0.1, d, d + 3.5, street.lit(white, d))
     for x in (0.4 - r, r - 0.4) if rng.random() < 0.6 else ():
@@ -158,19 +151,6 @@ def draw_lane_marks(street):
     d = rng.uniform(8, 18)
     for x in np.arange(0.5 - r, r - 0.6, 1.1) if rng.random() < 0.3 else ():
         street.ground(x, x + 0.6, d, d + 3, street.lit(white, d))
-
-
-def draw_windows(street, x, height, d0, d1):
-    """Rows of windows on the front of a house; the ground floor has doors or shop windows."""
-    rng = street.rng
-    floor, bays, width = rng.uniform(2.8, 3.4), int((d1 - d0) / rng.uniform(2.2, 3.2)), rng.uniform(0.42, 0.6)
-    step, glass = (d1 - d0) / bays, (62, 76, 96)
-    first = (0.15, 0.8, 0.8, glass) if rng.random() < 0.5 else (0.0, 0.7, 0.35, (84, 62, 48))
-    for i, j in itertools.product(range(int(height / floor)), range(bays)):
-        low, high, share, colour = (0.3, 0.85, width, glass) if i else first
-        a = d0 + step * (j + 0.5 - share / 2)
-        colour = street.lit((255, 224, 140), a, 1.15) if rng.random() < street.lamps else street.lit(colour, a)
-        street.wall(x, (i + low) * floor, (i + high) * floor, a, a + step * share, colour)
 
 
 def draw_building(street, side, d0, d1):
@@ -186,7 +166,15 @@ def draw_building(street, side, d0, d1):
     street.face(x, x + side * 30, 0, top, d0, street.lit(wall, d0, 0.92), BUILDING)
     street.wall(x, 0, top, d0, d1, street.lit(wall, d0, shade), BUILDING)
     street.wall(x, top - 0.35, top, d0, d1, street.lit(wall, d0, shade * 0.8))
-    draw_windows(street, x, top - 0.3, d0, d1)
+    rng, glass = street.rng, (62, 76, 96)  # windows in rows; the ground floor has doors or shop windows
+    floor, bays, width = rng.uniform(2.8, 3.4), int((d1 - d0) / rng.uniform(2.2, 3.2)), rng.uniform(0.42, 0.6)
+    step = (d1 - d0) / bays
+    first = (0.15, 0.8, 0.8, glass) if rng.random() < 0.5 else (0.0, 0.7, 0.35, (84, 62, 48))
+    for i, j in itertools.product(range(int((top - 0.3) / floor)), range(bays)):
+        low, high, share, colour = (0.3, 0.85, width, glass) if i else first
+        a = d0 + step * (j + 0.5 - share / 2)
+        colour = street.lit((255, 224, 140), a, 1.15) if rng.random() < street.lamps else street.lit(colour, a)
+        street.wall(x, (i + low) * floor, (i + high) * floor, a, a + step * share, colour)
 
 
 def draw_buildings(street):
@@ -295,21 +283,15 @@ def draw_person(street, x, d, riding=False):
         street.bar(px - 0.34 * s, base - 1.06 * s, px + 0.34 * s, base - 0.98 * s, street.lit((30, 30, 34), d), bicycle)
 
 
-def place_cars(street):
-    """(distance, drawer, x, oncoming) of the cars: two lanes, and parked rows where the road is wide."""
+def place_things(street):
+    """(distance, drawer, x, ...) of the cars, parked ones where the road is wide, and of what is on the pavements."""
     rng, r, density = street.rng, street.half_road, street.rng.uniform(0.1, 1.0)
     parking, lane = r > 4.3, r * (0.3 if r > 4.3 else 0.48)
     rows = [(lane, 7.5, density * 0.6), (-lane, 6.0, density * 0.8), (r - 1.15, 5.5, density), (1.15 - r, 5.5, density)]
-    cars = []
+    things = []
     for x, start, chance in rows if parking else rows[:2]:
         stops = start + rng.uniform(0, 6) + np.cumsum(rng.uniform(5.4, 10.4, 6)) - 5.4
-        cars += [(d, draw_car, x + rng.uniform(-0.12, 0.12), x < 0) for d in stops if rng.random() < chance]
-    return cars
-
-
-def place_things(street):
-    """(distance, drawer, x, ...) of everything that stands on the pavements or rides along the kerb."""
-    rng, r, things = street.rng, street.half_road, []
+        things += [(d, draw_car, x + rng.uniform(-0.12, 0.12), x < 0) for d in stops if rng.random() < chance]
     for side in (-1, 1):
         trees, lamps, riders = rng.random(3) < (0.7, 0.7, 0.35)  # which of them this side has
         if trees:
@@ -328,23 +310,17 @@ def place_things(street):
 def draw_scene(seed, height=128, width=256):
     """Draw one street scene; a function of (seed, height, width) alone.
 
-    Args:
-        seed: integer >= 0.
-        height, width: size in pixels, each at least 32. The street is fitted to the height; 2:1 shows it best.
-
-    Returns:
-        image (H, W, 3) uint8, RGB; label (H, W) uint8, Cityscapes label ids; instance (H, W) int32, label * 1000 + k
-        for the countable classes (person, rider, car, bicycle; k from 0 per class) and the label id elsewhere.
-
-    Raises:
-        InputError: a size below 32 or a negative seed.
+    :param seed: integer >= 0.
+    :param height, width: size in pixels, each at least 32. The street is fitted to the height; 2:1 shows it best.
+    :return: image (H, W, 3) uint8; label (H, W) uint8, Cityscapes ids; instance (H, W) int32, label * 1000 + k for
+        the countable classes (person, rider, car, bicycle; k from 0 per class) and the label id elsewhere.
     """
     if min(height, width) < MIN_SIZE or seed < 0:
         raise InputError(f"toy scene: seed {seed}, {height}x{width}; need seed >= 0, at least {MIN_SIZE}x{MIN_SIZE}")
     street = Street(np.random.default_rng(seed), height, width)
-    for draw in (draw_sky, draw_skyline, draw_ground, draw_lane_marks, draw_buildings):
+    for draw in (draw_background, draw_ground, draw_buildings):
         draw(street)
-    for d, draw, x, *kind in sorted(place_cars(street) + place_things(street), key=lambda thing: -thing[0]):
+    for d, draw, x, *kind in sorted(place_things(street), key=lambda thing: -thing[0]):
         draw(street, x, d, *kind)
 
     instance = np.array(street.ids, dtype=np.int32)[::SUPERSAMPLE, ::SUPERSAMPLE].copy()  # (H, W)
@@ -358,39 +334,26 @@ def draw_scene(seed, height=128, width=256):
 
 
 def write_toy_scenes(data_dir, train=200, val=16, height=128, width=256, seed=0, progress=True):
-    """Write a toy data set in the Cityscapes layout: all of it, or nothing.
+    """Write a toy data set in the Cityscapes layout, all of it or nothing; return data_dir.
 
-    Args:
-        data_dir: folder to create (an empty one is replaced).
-        train, val: number of scenes per split, up to 500,000; the two splits share no scene.
-        height, width, seed: as in draw_scene; other seeds give other scenes.
-        progress: show a progress bar on stderr.
-
-    Returns:
-        data_dir, which now holds leftImg8bit/{train,val}/toytown/*_leftImg8bit.png and, in gtFine/{train,val}/toytown/,
-        *_gtFine_labelIds.png (8 bits) and *_gtFine_instanceIds.png (16 bits).
-
-    Raises:
-        InputError: data_dir is a file or not empty; a size, count or seed out of range.
+    :param data_dir: folder to create; it may be there if it is empty.
+    :param train, val: number of scenes per split, up to 500,000; the two splits share no scene.
+    :param height, width, seed: as in `draw_scene`; other seeds give other scenes.
+    :raises InputError: data_dir is a file or not empty; a size, count or seed out of range.
     """
     target = Path(data_dir).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{data_dir}: exists and is not an empty folder; name a new folder or remove it first")
     if not (0 <= train <= VAL_OFFSET and 0 <= val <= VAL_OFFSET):
         raise InputError(f"toy scenes: train={train}, val={val}; each must be from 0 to {VAL_OFFSET}")
-    first = {"train": seed * SEED_STRIDE, "val": seed * SEED_STRIDE + VAL_OFFSET}
-    jobs = [(split, k) for split, count in (("train", train), ("val", val)) for k in range(count)]
-    if progress:
-        from tqdm import tqdm
-
-        jobs = tqdm(jobs, desc="toy scenes", unit="scene")
+    jobs = [("train", k, 0) for k in range(train)] + [("val", k, VAL_OFFSET) for k in range(val)]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         root = Path(temporary) / "scenes"  # one level down: the temporary folder itself is closed to other users
         for kind, split in itertools.product(("leftImg8bit", "gtFine"), ("train", "val")):
             (root / kind / split / "toytown").mkdir(parents=True)
-        for split, k in jobs:
-            image, label, instance = draw_scene(first[split] + k, height, width)
+        for split, k, offset in tqdm(jobs, desc="toy scenes", unit="scene", disable=not progress):
+            image, label, instance = draw_scene(seed * SEED_STRIDE + offset + k, height, width)
             name = f"{split}/toytown/toytown_{k:06d}_000000"
             Image.fromarray(image).save(root / f"leftImg8bit/{name}_leftImg8bit.png")
             Image.fromarray(label).save(root / f"gtFine/{name}_gtFine_labelIds.png")

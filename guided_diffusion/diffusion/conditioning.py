@@ -1,10 +1,10 @@
-"""What a reverse chain needs of a label map, made ready once."""
+"""What a reverse chain needs of a label map, computed once."""
 
 import torch
 
 from ..console import InputError
-from .gaussian_diffusion import check_scale, guide, guided_denoiser
-from .spade import GuidedMaps, StoredMaps
+from .gaussian_diffusion import guide, guided_denoiser
+from .spade import CachedModulation, GuidedModulation
 
 CACHE_BYTES = 2**32  # memory that a chain may take for what it computes once from the label map (--label_memory)
 
@@ -21,43 +21,40 @@ class Conditioning:
 
     @torch.no_grad()
     def __init__(self, model, y, s=1.0, cache_bytes=CACHE_BYTES):
-        check_scale(s)
-        self.model, self.s, self.y = model, s, y
-        self.maps = self.empty = None
-        if not hasattr(model, "modulations"):
+        self.model, self.s, self.y, self.shape = model, s, y, y.shape
+        self.modulation = self.null = None
+        if not hasattr(model, "cached_modulation"):
             return
         itemsize = 2 if torch.is_autocast_enabled(y.device.type) else 4
-        fits = model.modulation_bytes(len(y), *y.shape[2:], itemsize) <= cache_bytes
-        self.maps = model.modulations(y) if fits else model.label_maps(y)
+
+        def cached(modulation, maps):
+            fits = model.modulation_bytes(maps, *y.shape[2:], itemsize) <= cache_bytes
+            return model.cached_modulation(modulation) if fits else modulation
+
+        self.modulation = cached(model.label_modulation(y), len(y))
         if s > 1:
-            self.empty = model.empty_maps(y)  # the same for all samples, and cheap to compute again
-            if model.modulation_bytes(len(y) + 1, *y.shape[2:], itemsize) <= cache_bytes:
-                self.empty = model.modulations(self.empty)
+            self.null = cached(model.null_modulation(y), len(y) + 1)
 
     @property
-    def shape(self):
-        """Shape of the conditioning, (N, C, H, W)."""
-        return self.y.shape
-
-    @property
-    def is_stored(self):
+    def is_cached(self):
         """Whether the label maps' work is kept, and not done at every step."""
-        return isinstance(self.maps, StoredMaps)
+        return isinstance(self.modulation, CachedModulation)
 
     def denoiser(self, diffusion, s, n, rows=None):
         """Return the denoiser of n samples, those at `rows` (n,) where not all are left."""
         if s != self.s:
             raise InputError(f"--s {s:g}: this conditioning was made ready for {self.s:g}")
-        some = rows is not None and len(self.y) > 1
-        if self.maps is None:
-            y = self.y.expand(n, -1, -1, -1) if len(self.y) == 1 else self.y[rows] if some else self.y
-            return guided_denoiser(self.model, diffusion, y, s)
-        maps = self.maps.rows(rows) if some else self.maps
+        y, modulation = self.y, self.modulation
+        if rows is not None and len(y) > 1:
+            rows = rows.to(y.device)  # once: not at every step and layer
+            y, modulation = y[rows], modulation and modulation.rows(rows)
+        if modulation is None:
+            return guided_denoiser(self.model, diffusion, y.expand(n, -1, -1, -1), s)
         if s == 1:
-            return guided_denoiser(self.model, diffusion, maps)
-        maps = GuidedMaps(maps, self.empty)
+            return guided_denoiser(self.model, diffusion, modulation)
+        both = GuidedModulation(modulation, self.null)
 
         def guided(x, t):
-            return guide(*self.model(x, diffusion.model_timesteps(t), maps).chunk(2), s)
+            return guide(*self.model(x, diffusion.model_timesteps(t), both).chunk(2), s)
 
         return guided

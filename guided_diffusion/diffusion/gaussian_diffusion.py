@@ -11,9 +11,9 @@ from torch import nn
 from ..console import InputError
 from .losses import discretized_gaussian_log_likelihood, mean_flat, nats_to_bits, normal_kl
 from .schedules import beta_schedule, respaced_betas, space_timesteps
+from .solvers import SamplerSettings
 
 PREDICTIONS = ("eps", "x0", "v")
-LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 
 
 class GaussianDiffusion(nn.Module):
@@ -21,7 +21,7 @@ class GaussianDiffusion(nn.Module):
 
     :param betas: (T,) float64 of the original process.
     :param kept: which original steps this chain uses, ascending; all of them by default.
-    :param prediction: what the network predicts: "eps", "x0" or "v" (progressive distillation, arXiv 2202.00512, app. D).
+    :param prediction: what the network predicts: "eps", "x0" or "v" (progressive distillation, arXiv 2202.00512).
     :param learn_sigma: the network gives 3 more channels that place log variance between posterior and beta
         (improved diffusion, eq. 15); otherwise the variance is beta_t, and the posterior's at t = 0.
     :param loss_type: "mse", "rescaled_mse", "kl" or "rescaled_kl".
@@ -32,13 +32,10 @@ class GaussianDiffusion(nn.Module):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise InputError(f"--prediction {prediction}: unknown; choose one of {', '.join(PREDICTIONS)}")
-        if loss_type not in LOSS_TYPES:
-            raise InputError(f"loss type {loss_type}: unknown; choose one of {', '.join(LOSS_TYPES)}")
         self.prediction, self.learn_sigma, self.loss_type = prediction, learn_sigma, loss_type
         self.kept = kept = list(range(len(betas))) if kept is None else list(kept)
         self.num_timesteps = len(kept)
-        scale = 1000.0 / len(betas) if rescale_timesteps else 1
-        self._table("timestep_map", np.asarray(kept) * scale)
+        self._table("timestep_map", np.asarray(kept) * (1000.0 / len(betas) if rescale_timesteps else 1))
         betas = respaced_betas(betas, kept)
         alphas_cumprod = np.cumprod(1 - betas)
         previous = np.append(1.0, alphas_cumprod[:-1])
@@ -71,7 +68,7 @@ class GaussianDiffusion(nn.Module):
         return self.at("timestep_map", t).flatten()
 
     def q_sample(self, x_start, t, noise):
-        """Forward process: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (DDPM eq. 4; Diff-GOn's NR-FD with noise = NB[i]).
+        """Forward process: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (DDPM eq. 4; Diff-GOn's NR-FD, noise NB[i]).
 
         :param x_start: (N, 3, H, W) in [-1, 1].
         :param t: (N,) steps.
@@ -126,12 +123,6 @@ class GaussianDiffusion(nn.Module):
 
     def _split(self, output):
         """Return the mean part (N, 3, H, W) and, with a learned variance, the raw variance part."""
-        channels = 6 if self.learn_sigma else 3
-        if output.shape[1] != channels:
-            raise InputError(
-                f"the network gives {output.shape[1]} channels, this process expects {channels}: --learn_sigma is"
-                f" {self.learn_sigma}"
-            )
         return output.chunk(2, dim=1) if self.learn_sigma else (output, None)
 
     def p_mean_variance(self, model, x, t, y, s=1.0, clip_denoised=True):
@@ -144,7 +135,8 @@ class GaussianDiffusion(nn.Module):
         :param s: guidance scale, at least 1.
         :return: dict of mean, variance, log_variance and pred_xstart, each (N, 3, H, W).
         """
-        return self.posterior(guided_denoiser(model, self, y, s)(x, t), x, t, clip_denoised)
+        settings = SamplerSettings(s=s, clip_denoised=clip_denoised)  # checks them
+        return self.posterior(guided_denoiser(model, self, y, settings.s)(x, t), x, t, settings.clip_denoised)
 
     def training_losses(self, model, x_start, t, y, noise):
         """Losses of one batch (Diff-GOn eq. for NR-FD; the variational term as improved diffusion, section 3.1).
@@ -181,53 +173,34 @@ class GaussianDiffusion(nn.Module):
 
 
 def guided_denoiser(model, diffusion, y, s=1.0):
-    """Close over conditioning and guidance (classifier-free guidance, arXiv 2207.12598, towards the empty label map).
+    """Close over conditioning and guidance (classifier-free guidance, arXiv 2207.12598, towards the null conditioning).
 
-    The mean output is out(0) + s (out(m) - out(0)); the variance channels stay the conditional ones. Prediction "x0" and
-    "v" are affine in eps, so guiding them is guiding eps.
+    Prediction "x0" and "v" are affine in eps, so guiding them is guiding eps.
 
-    :param y: (N, C, H, W) conditioning m, or whatever else the model takes for it.
+    :param y: (N, C, H, W) conditioning m, or whatever else the model takes for it where s is 1.
     :param s: guidance scale; 1 is plain conditional denoising and costs one evaluation instead of two.
     :return: denoiser(x, t) -> (N, 3 or 6, H, W).
     """
-    check_scale(s)
-    empty = torch.zeros_like(y) if s > 1 else None
 
     def conditional(x, t):
         return model(x, diffusion.model_timesteps(t), y)
 
     def guided(x, t):
-        return guide(conditional(x, t), model(x, diffusion.model_timesteps(t), empty), s)
+        return guide(conditional(x, t), model(x, diffusion.model_timesteps(t), torch.zeros_like(y)), s)
 
     return guided if s > 1 else conditional
 
 
-def check_scale(s):
-    """Raise InputError unless s is a guidance scale."""
-    if not s >= 1:
-        raise InputError(f"--s {s}: the guidance scale must be at least 1")
-
-
-def guide(output, baseline, s):
+def guide(output, null_output, s):
     """Return out(0) + s (out(m) - out(0)) for the mean channels, and the variance channels of out(m).
 
-    :param output, baseline: (N, 3 or 6, H, W), the network's outputs for m and for the empty label map.
+    :param output, null_output: (N, 3 or 6, H, W), the network's outputs for m and for the null conditioning.
     """
-    mean = torch.lerp(baseline[:, :3], output[:, :3], s)
-    return torch.cat([mean, output[:, 3:]], dim=1) if output.shape[1] > 3 else mean
+    mean = torch.lerp(null_output[:, :3], output[:, :3], s)
+    return torch.cat([mean, output[:, 3:]], dim=1)
 
 
-def create_gaussian_diffusion(
-    *,
-    diffusion_steps,
-    noise_schedule,
-    timestep_respacing="",
-    prediction="eps",
-    learn_sigma=False,
-    loss_type="mse",
-    rescale_timesteps=False,
-):
-    """Build a process from a named schedule and a respacing (see `schedules`)."""
+def create_gaussian_diffusion(*, diffusion_steps, noise_schedule, timestep_respacing="", **options):
+    """Build a process from a named schedule and a respacing (see `schedules`); options: as `GaussianDiffusion`."""
     betas = beta_schedule(noise_schedule, diffusion_steps)
-    kept = space_timesteps(betas, timestep_respacing)
-    return GaussianDiffusion(betas, kept, prediction, learn_sigma, loss_type, rescale_timesteps)
+    return GaussianDiffusion(betas, space_timesteps(betas, timestep_respacing), **options)

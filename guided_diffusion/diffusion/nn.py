@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def timestep_embedding(timesteps, dim, max_period=10000):
+def timestep_embedding(timesteps, dim):
     """Sinusoidal embedding, cosines first (Vaswani et al. 2017, in the order that guided-diffusion weights expect).
 
     :param timesteps: (N,) original timesteps; may be fractional.
@@ -14,9 +14,8 @@ def timestep_embedding(timesteps, dim, max_period=10000):
     :return: (N, dim) float32 in [-1, 1].
     """
     half = dim // 2
-    frequencies = torch.exp(
-        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    )
+    powers = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(-math.log(10000) * powers / half)
     angles = timesteps[:, None].float() * frequencies  # (N, half)
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return nn.functional.pad(embedding, (0, dim % 2))
@@ -35,10 +34,7 @@ def normalization(channels):
 
 
 class Upsample(nn.Module):
-    """Double both sides by nearest neighbour, then an optional 3x3 convolution.
-
-    :param channels: width; the convolution keeps it.
-    """
+    """Double both sides by nearest neighbour, then an optional 3x3 convolution that keeps the width `channels`."""
 
     def __init__(self, channels, use_conv):
         super().__init__()
@@ -52,10 +48,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve both sides, by a strided 3x3 convolution or by 2x2 averages.
-
-    :param channels: width; the convolution keeps it.
-    """
+    """Halve both sides, by a strided 3x3 convolution that keeps the width `channels`, or by 2x2 averages."""
 
     def __init__(self, channels, use_conv):
         super().__init__()

@@ -7,10 +7,7 @@ from ..console import InputError
 
 
 class UniformSampler(nn.Module):
-    """Every step equally often.
-
-    :param steps: number of steps T.
-    """
+    """Each of T `steps` equally often."""
 
     def __init__(self, steps):
         super().__init__()
@@ -39,7 +36,7 @@ class UniformSampler(nn.Module):
 class LossSecondMomentSampler(UniformSampler):
     """Steps in proportion to sqrt(E[loss^2]) over the last losses seen at each (improved diffusion, eq. 18).
 
-    Uniform until every step has been seen `history` times. All state is in buffers, so it is saved with a state dict and
+    Uniform until every step has been seen `history` times. All state is in buffers: it is saved with a state dict, and
     never leaves the device.
     """
 
@@ -64,10 +61,11 @@ class LossSecondMomentSampler(UniformSampler):
             self.counts[step] += 1
 
 
+SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentSampler}
+
+
 def create_schedule_sampler(name, steps):
     """Return the sampler called `name`: "uniform" or "loss-second-moment"."""
-    if name == "uniform":
-        return UniformSampler(steps)
-    if name == "loss-second-moment":
-        return LossSecondMomentSampler(steps)
-    raise InputError(f"--schedule_sampler {name}: unknown; choose uniform or loss-second-moment")
+    if name not in SAMPLERS:
+        raise InputError(f"--schedule_sampler {name}: unknown; choose {' or '.join(SAMPLERS)}")
+    return SAMPLERS[name](steps)

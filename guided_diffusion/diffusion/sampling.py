@@ -1,10 +1,8 @@
-"""The reverse process: any of the step rules of `solvers`, with guidance, seeded noise and early stopping per sample."""
+"""The reverse process: the step rules of `solvers`, with guidance, seeded noise and early stopping per sample."""
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from ..console import InputError
 from ..random_streams import generator
@@ -38,48 +36,15 @@ class SampleResult:
     steps: torch.Tensor
 
 
-class _Settled:
-    """Counts, per sample, for how many consecutive steps x_0 has moved less than the tolerance."""
-
-    def __init__(self, rule, n, device):
-        self.rule, self.previous = rule, None
-        self.count = torch.zeros(n, dtype=torch.int64, device=device)
-
-    def update(self, pred_xstart, taken):
-        """Return a mask (n,), on the host, of the samples that are done after `taken` steps."""
-        if self.previous is not None:
-            moved = (pred_xstart - self.previous).flatten(1).square().mean(1).sqrt()
-            self.count = torch.where(moved < self.rule.tol, self.count + 1, 0)
-        self.previous = pred_xstart
-        return ((self.count >= self.rule.patience) & (taken >= self.rule.min_steps)).cpu()
-
-    def keep(self, rows):
-        self.count, self.previous = self.count[rows], self.previous[rows]
-
-
-def sample(
-    model,
-    diffusion,
-    y,
-    noise,
-    method="ddpm",
-    s=1.0,
-    eta=0.0,
-    seeds=None,
-    step_noise=None,
-    early_stop=None,
-    clip_denoised=True,
-    on_step=None,
-    cache_bytes=CACHE_BYTES,
-):
+def sample(model, diffusion, y, noise, method="ddpm", s=1.0, eta=0.0, clip_denoised=True, **options):
     """Run the reverse chain from x_T = noise: `run_chain` with its most used settings as arguments.
 
-    :param method, s, eta, clip_denoised: see `SamplerSettings`. The others: see `run_chain`.
+    :param method, s, eta, clip_denoised: see `SamplerSettings`.
+    :param options: seeds, step_noise, early_stop, on_step and cache_bytes: see `run_chain`.
     :return: `SampleResult`.
     """
-    settings = SamplerSettings(method=method, s=s, eta=eta, clip_denoised=clip_denoised)
-    options = {"seeds": seeds, "step_noise": step_noise, "early_stop": early_stop, "on_step": on_step}
-    return run_chain(model, diffusion, y, noise, settings, cache_bytes=cache_bytes, **options)
+    settings = SamplerSettings(method, s=s, eta=eta, clip_denoised=clip_denoised)
+    return run_chain(model, diffusion, y, noise, settings, **options)
 
 
 @torch.no_grad()
@@ -101,8 +66,8 @@ def run_chain(
 
     :param model: callable (x, timesteps, y) -> (N, 3 or 6, H, W); a module is put in evaluation mode for the run.
     :param diffusion: the (respaced) `GaussianDiffusion`.
-    :param y: (N, C, H, W) conditioning, as received; (1, C, H, W) serves all samples, with the label-map work done once;
-        or a `Conditioning`, to share that work between calls.
+    :param y: (N, C, H, W) conditioning, as received; (1, C, H, W) serves all samples, with the label-map work done
+        once; or a `Conditioning`, to share that work between calls.
     :param noise: (N, 3, H, W) standard normal, such as bank entries.
     :param settings: the `SamplerSettings`; the respacing in them is the diffusion's.
     :param seeds: (N,) integers. Sample k's fresh noise at a step follows from seeds[k] and the original timestep alone,
@@ -111,93 +76,96 @@ def run_chain(
         running; out["rows"] (n,), on the host, says which they are.
     :param early_stop: an `EarlyStop`: finished samples leave the batch with their predicted x_0 as the answer.
     :param on_step: function (t, x, out), called at every step with the step number, x_t and the prediction.
-    :param cache_bytes: compute what depends on the conditioning alone once for the whole chain if it takes no more memory
-        than this; 0 computes it at every step.
-    :param network_steps: run the network at so many of the steps only, evenly spread, and hold the predicted x_0 between
-        them ("dpm++": its extrapolation). The noises stay those of the whole chain: a cheap look at the same picture.
+    :param cache_bytes: see `Conditioning`.
+    :param network_steps: run the network at so many steps only, evenly spread, and hold the predicted x_0 between them
+        (not with early stopping). The noises stay those of the whole chain: a cheap look at its picture.
     :return: `SampleResult`.
     """
-    _check_arguments(noise, y, seeds)
-    evaluated = _network_steps(diffusion.num_timesteps, network_steps, early_stop)
-    update = StepRule(diffusion, settings, evaluated)
-    draw = _noise_source(diffusion, seeds, step_noise)
-    x, rows = noise, torch.arange(len(noise))  # rows on the host: asking the device would wait for it at every step
-    images, steps = torch.zeros_like(noise), torch.zeros(len(noise), dtype=torch.int64, device=noise.device)
-    times = torch.arange(diffusion.num_timesteps, device=noise.device)
-    settled = _Settled(early_stop, len(x), x.device) if early_stop else None
-    with _evaluating(model):
+    if y.shape[0] not in (1, len(noise)) or noise.shape[2:] != y.shape[2:]:
+        raise InputError(f"noise {tuple(noise.shape)} and conditioning {tuple(y.shape)} differ in N, H or W")
+    if seeds is not None and len(seeds) != len(noise):
+        raise InputError(f"seeds: {len(seeds)} for {len(noise)} samples; one per sample is needed")
+    rule, batch = StepRule(diffusion, settings, network_steps), _Batch(noise, early_stop)
+
+    def draw(step, x, out):
+        z = step_noise(step, x, out) if step_noise is not None else None
+        return fresh_noise(x, batch.rows, seeds, diffusion.kept[step]) if z is None else z
+
+    training = getattr(model, "training", False)
+    try:
+        if training:
+            model.eval()
         condition = y if isinstance(y, Conditioning) else Conditioning(model, y, settings.s, cache_bytes)
-        denoiser = condition.denoiser(diffusion, settings.s, len(x))
-        for taken, step in enumerate(reversed(range(diffusion.num_timesteps)), 1):
-            t = times[step].expand(len(x))
-            if step in evaluated:
-                output, held = denoiser(x, t), None
-            out = update.posterior(output, x, t, held)
-            held, out["rows"] = out["pred_xstart"], rows
-            if on_step is not None:
-                on_step(step, x, out)
-            if settled is not None and (done := settled.update(out["pred_xstart"], taken)).any():
-                images[rows[done]], steps[rows[done]] = out["pred_xstart"][done], taken
-                x, t, rows, out = x[~done], t[~done], rows[~done], {k: v[~done] for k, v in out.items()}
-                if not len(x):
-                    break
-                settled.keep(~done)
-                update.keep(~done)
-                denoiser = condition.denoiser(diffusion, settings.s, len(x), rows)
-            z = draw(step, x, out) if update.is_noisy(step) else None
-            x = update(step, out, x, t, z)
-    images[rows], steps[rows] = x, taken
-    return SampleResult(images, steps)
+        _reverse_process(condition, rule, noise, batch, draw, on_step)
+    finally:
+        if training:
+            model.train()
+    return batch.result
 
 
-def _noise_source(diffusion, seeds, step_noise):
-    """Return a function (t, x, out) -> z (n, 3, H, W): what `step_noise` gives, or else the usual noise."""
-    seeds = seeds.tolist() if isinstance(seeds, torch.Tensor) else seeds
+def _reverse_process(condition, rule, noise, batch, draw, on_step):
+    """Run all steps from x_T = noise; the pictures are then in the batch's result."""
+    diffusion, s, x = rule.diffusion, rule.settings.s, noise
+    times = torch.arange(diffusion.num_timesteps, device=x.device)
+    denoiser = condition.denoiser(diffusion, s, len(x))
+    for step in reversed(range(diffusion.num_timesteps)):
+        t = times[step].expand(len(x))
+        if step in rule.evaluated:
+            output, held = denoiser(x, t), None
+        out = rule.posterior(output, x, t, held)
+        held, out["rows"] = out["pred_xstart"], batch.rows
+        if on_step is not None:
+            on_step(step, x, out)
+        left = batch.step(out["pred_xstart"])
+        if left is not None:
+            x, t, out = x[left], t[left], {name: value[left] for name, value in out.items()}
+            if not len(x):
+                return
+            rule.keep(left)
+            denoiser = condition.denoiser(diffusion, s, len(x), batch.rows)
+        z = draw(step, x, out) if rule.is_noisy(step) else None
+        x = rule(step, out, x, t, z)
+    batch.finish(x)
 
-    def draw(t, x, out):
-        z = step_noise(t, x, out) if step_noise is not None else None
-        return fresh_noise(x, out["rows"], seeds, diffusion.kept[t]) if z is None else z
 
-    return draw
+class _Batch:
+    """The samples of a chain that still run, and the answers of those that are done."""
+
+    def __init__(self, noise, early_stop):
+        self.early_stop, self.previous, self.taken = early_stop, None, 0
+        self.rows = torch.arange(len(noise))  # on the host: asking the device would wait for it at every step
+        self.calm = torch.zeros(len(noise), dtype=torch.int64, device=noise.device)  # consecutive steps below tol
+        self.result = SampleResult(torch.zeros_like(noise), torch.zeros_like(self.calm))
+
+    def step(self, x_start):
+        """Note a step's x_0 (n, 3, H, W); once samples are done, return the places (m,) of the others, on the host."""
+        self.taken += 1
+        if self.early_stop is None:
+            return None
+        if self.previous is not None:
+            moved = (x_start - self.previous).flatten(1).square().mean(1).sqrt()
+            self.calm = torch.where(moved < self.early_stop.tol, self.calm + 1, 0)
+        self.previous = x_start
+        runs_on = ((self.calm < self.early_stop.patience) | (self.taken < self.early_stop.min_steps)).cpu()
+        if runs_on.all():
+            return None
+        self.finish(x_start)  # those that run on get another answer later
+        left = runs_on.nonzero().flatten()
+        self.rows, self.calm, self.previous = self.rows[left], self.calm[left], self.previous[left]
+        return left
+
+    def finish(self, images):
+        """Note pictures (n, 3, H, W) as the answers."""
+        self.result.images[self.rows], self.result.steps[self.rows] = images, self.taken
 
 
 def fresh_noise(x, rows, seeds, timestep):
-    """Return the usual noise (n, 3, H, W) of one step for the samples at `rows` (n,) of a chain (see `sample`)."""
+    """Return the usual noise (n, 3, H, W) of one step for the samples at `rows` (n,) of a chain (see `run_chain`)."""
     # Addressed by the original timestep, not drawn in sequence: other steps' choices cannot shift it.
     if seeds is None:
         return torch.randn_like(x)
     streams = (generator(int(seeds[row]), "chain", timestep) for row in rows.tolist())
     noise = torch.stack([torch.randn(x.shape[1:], generator=stream) for stream in streams])
     if not x.is_cpu:  # the next step's noise is drawn while the device still works
-        return noise.pin_memory().to(x, non_blocking=True)
-    return noise.to(x)
-
-
-def _check_arguments(noise, y, seeds):
-    if y.shape[0] not in (1, len(noise)) or noise.shape[2:] != y.shape[2:]:
-        raise InputError(f"noise {tuple(noise.shape)} and conditioning {tuple(y.shape)} differ in N, H or W")
-    if seeds is not None and len(seeds) != len(noise):
-        raise InputError(f"seeds: {len(seeds)} for {len(noise)} samples; one per sample is needed")
-
-
-def _network_steps(steps, count, early_stop):
-    """Return the step numbers t at which the network runs: all, or `count` of them, the first among them."""
-    if count is None:
-        return set(range(steps))
-    if not 1 <= count <= steps:
-        raise InputError(f"network_steps {count}: expected 1 to {steps}, the chain's steps")
-    if early_stop and count < steps:
-        raise InputError("early stopping needs the network at every step: drop it or network_steps")
-    return {steps - 1 - k * steps // count for k in range(count)}
-
-
-@contextmanager
-def _evaluating(model):
-    training = isinstance(model, nn.Module) and model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
+        noise = noise.pin_memory()
+    return noise.to(x, non_blocking=True)

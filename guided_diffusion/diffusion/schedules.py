@@ -35,23 +35,24 @@ def space_timesteps(betas, respacing):
 
     :param betas: (T,) of the original process.
     :param respacing: "" (all of them), "250" (evenly spaced), "10,20,30" (so many in each of three equal sections),
-        "ddim50" (a fixed whole stride from step 0, as in the DDIM paper) or "logsnr20" (evenly spaced in the logarithm of
-        the signal-to-noise ratio, as DPM-Solver's steps are, arXiv 2206.00927, section 3.4).
+        "ddim50" (a fixed whole stride from step 0, as in the DDIM paper) or "logsnr20" (evenly spaced in the logarithm
+        of the signal-to-noise ratio, as DPM-Solver's steps are, arXiv 2206.00927, section 3.4).
     :return: ascending list of original step numbers.
     """
-    steps = len(betas)
-    text = str(respacing).strip()
+    steps, text = len(betas), str(respacing).strip()
     if not text:
         return list(range(steps))
     kind = next((kind for kind in ("ddim", "logsnr") if text.startswith(kind)), "")
     try:
         counts = [int(text[len(kind) :])] if kind else [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(
-            f'--timestep_respacing {text}: expected a count ("250"), counts per section ("10,20,30"), "ddim50" or "logsnr20"'
-        ) from None
+        forms = 'a count ("250"), counts per section ("10,20,30"), "ddim50" or "logsnr20"'
+        raise InputError(f"--timestep_respacing {text}: expected {forms}") from None
     if kind == "ddim":
-        return _fixed_stride(steps, counts[0])
+        strides = [stride for stride in range(1, steps + 1) if len(range(0, steps, stride)) == counts[0]]
+        if not strides:
+            raise InputError(f"--timestep_respacing {text}: no whole stride takes {counts[0]} of {steps} steps")
+        return list(range(0, steps, strides[0]))
     if min(counts) < 1:
         raise InputError(f"--timestep_respacing {text}: every count must be at least 1")
     if kind == "logsnr":
@@ -62,16 +63,12 @@ def space_timesteps(betas, respacing):
         if size < count:
             raise InputError(f"--timestep_respacing {text}: a section of {size} steps cannot give {count}")
         stride = (size - 1) / (count - 1) if count > 1 else 1
-        chosen += [start + round(k * stride) for k in range(count)]
+        place = 0.0
+        for _ in range(count):
+            chosen.append(start + round(place))
+            place += stride  # added up, as guided-diffusion does: a product would round some ties the other way
         start += size
     return chosen
-
-
-def _fixed_stride(steps, wanted):
-    for stride in range(1, steps + 1):
-        if len(range(0, steps, stride)) == wanted:
-            return list(range(0, steps, stride))
-    raise InputError(f"--timestep_respacing ddim{wanted}: no whole stride takes {wanted} of {steps} steps")
 
 
 def _even_in_logsnr(betas, count, text):

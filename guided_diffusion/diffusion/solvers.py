@@ -1,42 +1,39 @@
-"""Steps of the reverse chain: ancestral (DDPM, algorithm 2), DDIM (arXiv 2010.02502), DPM-Solver++(2M) (arXiv 2211.01095)."""
+"""Steps of the reverse chain: ancestral (DDPM), DDIM (arXiv 2010.02502), DPM-Solver++(2M) (arXiv 2211.01095)."""
 
 import math
 from dataclasses import dataclass
 
-import torch
-
 from ..console import InputError
 
 METHODS = ("ddpm", "ddim", "dpm++")
-VARIANCES = ("model", "posterior")
 
 
-def ancestral_step(diffusion, out, x, t, z):
-    """x_{t-1} = mean + sigma z, with no noise at t = 0 (DDPM, algorithm 2, line 4)."""
+def ancestral_step(diffusion, out, x, t, z=None):
+    """x_{t-1} = mean + sigma z (DDPM, algorithm 2, line 4); no noise at t = 0, or where z is None."""
+    if z is None:
+        return out["mean"]
     noisy = (t != 0).float()[:, None, None, None]
     return out["mean"] + noisy * (0.5 * out["log_variance"]).exp() * z
 
 
-def ddim_step(diffusion, out, x, t, z, eta=0.0):
-    """One DDIM step (arXiv 2010.02502, eq. 12); eta = 0 is deterministic, eta = 1 has the posterior's variance."""
+def ddim_step(diffusion, out, x, t, z=None, eta=0.0):
+    """One DDIM step (arXiv 2010.02502, eq. 12): deterministic without z; eta = 1 has the posterior's variance."""
     x_start = out["pred_xstart"]
     eps = diffusion.predict_eps(x_start, x, t)  # from the clipped x_0
     abar, previous = diffusion.at("alphas_cumprod", t), diffusion.at("alphas_cumprod_prev", t)
-    sigma = eta * ((1 - previous) / (1 - abar) * (1 - abar / previous)).sqrt()
-    mean = previous.sqrt() * x_start + (1 - previous - sigma**2).clamp(min=0).sqrt() * eps
-    return mean if z is None else mean + sigma * z  # sigma is 0 at t = 0
+    if z is None:
+        return previous.sqrt() * x_start + (1 - previous).sqrt() * eps
+    sigma = eta * ((1 - previous) / (1 - abar) * (1 - abar / previous)).sqrt()  # 0 at t = 0
+    return previous.sqrt() * x_start + (1 - previous - sigma**2).clamp(min=0).sqrt() * eps + sigma * z
 
 
 class DPMSolver:
     """DPM-Solver++(2M): the probability-flow ODE by second-order steps, each with one prediction (algorithm 2).
 
-    x_{t-1} = (sigma_{t-1} / sigma_t) x_t + alpha_{t-1} (1 - e^{-h}) D, where h is the step in lambda = log(alpha / sigma) and
-    D extrapolates x_0's predictions to the middle of the step. The first and the last step are of first order: they are
-    DDIM's, and the last one ends at x_0 itself.
+    x_{t-1} = (sigma_{t-1} / sigma_t) x_t + alpha_{t-1} (1 - e^{-h}) D, where h is the step in log(alpha / sigma) and D
+    extrapolates x_0's predictions to the middle of the step. The first and the last step are DDIM's: of first order.
 
-    :param diffusion: the (respaced) `GaussianDiffusion`.
-    :param evaluated: step numbers at which the network runs; D is held between them, so that the chain goes through the same
-        points as the one of these steps alone.
+    :param evaluated: steps at which the network runs. D is held between them: the chain is that of these steps alone.
     """
 
     def __init__(self, diffusion, evaluated):
@@ -62,7 +59,7 @@ class DPMSolver:
         return keep * x + pull * self.direction
 
     def keep(self, rows):
-        """Keep the history of the samples at `rows`, a mask (N,), alone."""
+        """Keep the history of the samples at `rows` (n,) alone."""
         if self.previous is not None:
             self.previous = self.previous[rows]
 
@@ -94,56 +91,50 @@ class SamplerSettings:
         if not self.s >= 1:
             raise InputError(f"--s {self.s}: the guidance scale must be at least 1")
         if self.eta and self.method != "ddim":
-            noise = "ancestral sampling has its own noise" if self.method == "ddpm" else "DPM-Solver++ takes no noise"
-            raise InputError(f"eta {self.eta}: it belongs to DDIM; {noise}")
+            raise InputError(f"--eta {self.eta} belongs to DDIM, not to {self.method}")
         if not 0 <= self.eta <= 1:
             raise InputError(f"--eta {self.eta}: expected 0 (deterministic) to 1 (as much noise as ancestral sampling)")
-        if self.variance not in VARIANCES:
-            raise InputError(f"variance {self.variance!r}: unknown; choose one of {', '.join(VARIANCES)}")
-        if self.variance == "posterior" and self.method != "ddpm":
-            raise InputError(f"variance 'posterior' belongs to ancestral sampling, not to {self.method}")
 
 
 class StepRule:
     """One step of the chosen sampler: which posterior, whether there is noise, and x_{t-1}.
 
     :param settings: the `SamplerSettings`.
-    :param evaluated: step numbers at which the network runs.
+    :param network_steps: at how many steps the network runs, evenly spread, the first among them; None: at all.
     """
 
-    def __init__(self, diffusion, settings, evaluated):
-        if not 0 <= settings.tail_steps <= diffusion.num_timesteps:
-            raise InputError(
-                f"--tail_steps {settings.tail_steps}: expected 0 to {diffusion.num_timesteps}, the chain's steps"
-            )
-        self.diffusion, self.method, self.eta = diffusion, settings.method, settings.eta
-        self.variance, self.tail_steps = settings.variance, settings.tail_steps
-        self.clip_denoised = settings.clip_denoised
-        self.solver = DPMSolver(diffusion, evaluated) if self.method == "dpm++" else None
+    def __init__(self, diffusion, settings, network_steps=None):
+        steps, tail = diffusion.num_timesteps, settings.tail_steps
+        if not 0 <= tail <= steps:
+            raise InputError(f"--tail_steps {tail}: expected 0 to {steps}, the chain's steps")
+        count = network_steps or steps
+        self.evaluated = {steps - 1 - k * steps // count for k in range(count)}
+        self.diffusion, self.settings = diffusion, settings
+        self.solver = DPMSolver(diffusion, self.evaluated) if settings.method == "dpm++" else None
 
     def posterior(self, output, x, t, held=None):
-        """Turn a denoiser's output into p(x_{t-1} | x_t); with the x_0 `held` from an earlier step in place of its own."""
-        out = self.diffusion.posterior(output, x, t, self.clip_denoised)
+        """Turn a denoiser's output into p(x_{t-1} | x_t); x_0 is the one `held` from an earlier step, where given."""
+        out = self.diffusion.posterior(output, x, t, self.settings.clip_denoised)
         if held is not None:
             out["pred_xstart"], out["mean"] = held, self.diffusion.q_posterior(held, x, t)[0]
-        if self.variance == "posterior":
-            out["variance"] = self.diffusion.at("posterior_variance", t).expand_as(x)
-            out["log_variance"] = self.diffusion.at("posterior_log_variance", t).expand_as(x)
+        if self.settings.variance == "posterior":
+            for name in ("variance", "log_variance"):
+                out[name] = self.diffusion.at(f"posterior_{name}", t).expand_as(x)
         return out
 
     def is_noisy(self, step):
         """Whether step number `step` takes a noise; the last one never does."""
-        return step >= max(1, self.tail_steps) and (self.method == "ddpm" or self.eta > 0)
+        return (self.settings.method == "ddpm" or self.settings.eta > 0) and step >= max(1, self.settings.tail_steps)
 
     def keep(self, rows):
-        """Go on with the samples at `rows`, a mask (N,), alone."""
+        """Go on with the samples at `rows` (n,) alone."""
         if self.solver is not None:
             self.solver.keep(rows)
 
     def __call__(self, step, out, x, t, z):
-        """Return x_{t-1} (N, 3, H, W) from step number `step`, the posterior `out`, x_t, t (N,) and a noise z or None."""
+        """Return x_{t-1} (N, 3, H, W) from the posterior `out` of step `step`, x_t, t (N,) and a noise z or None."""
         if self.solver is not None:
             return self.solver.step(x, out["pred_xstart"], step)
-        if self.method == "ddim" or step < self.tail_steps:
-            return ddim_step(self.diffusion, out, x, t, z, self.eta if z is not None else 0.0)
-        return ancestral_step(self.diffusion, out, x, t, torch.zeros_like(x) if z is None else z)
+        if self.settings.method == "ddim" or step < self.settings.tail_steps:
+            return ddim_step(self.diffusion, out, x, t, z, self.settings.eta)
+        return ancestral_step(self.diffusion, out, x, t, z)

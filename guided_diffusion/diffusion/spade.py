@@ -1,7 +1,7 @@
-"""SPADE normalisation (arXiv 1903.07291), and the ways in which a network is given its label map.
+"""SPADE normalisation (arXiv 1903.07291), and the forms in which a network is given its conditioning.
 
-A network's SPADE layers ask their `maps` to modulate: `LabelMaps` computes scale and shift there and then, `StoredMaps`
-looks them up, `GuidedMaps` serves both halves of guidance. All three give the same result.
+A network's SPADE layers ask a modulation for their scale and shift: `LabelModulation` computes them there and then,
+`CachedModulation` looks them up, `GuidedModulation` serves both halves of guidance. All give the same result.
 """
 
 import torch
@@ -21,7 +21,7 @@ class SPADEGroupNorm(nn.Module):
     def __init__(self, channels, label_channels, stride):
         super().__init__()
         self.stride = stride
-        self.number = 0  # the network counts its layers: the place in StoredMaps
+        self.number = 0  # the network counts its layers: the place in CachedModulation
         self.norm = nn.GroupNorm(32, channels, affine=False)
         self.mlp_shared = nn.Sequential(nn.Conv2d(label_channels, self.hidden, 3, padding=1), nn.ReLU())
         self.mlp_gamma = nn.Conv2d(self.hidden, channels, 3, padding=1)
@@ -32,12 +32,12 @@ class SPADEGroupNorm(nn.Module):
         hidden = self.mlp_shared(y)
         return 1 + self.mlp_gamma(hidden), self.mlp_beta(hidden)
 
-    def forward(self, x, maps):
-        return maps.modulate(self, self.norm(x))
+    def forward(self, x, modulation):
+        return modulation.modulate(self, self.norm(x))
 
 
-class _Maps:
-    """What the kinds of maps share: a subclass has scale_shift(spade) -> (1 + gamma, beta)."""
+class Modulation:
+    """What a network takes in place of y: gives every SPADE layer its scale_shift(spade) -> (1 + gamma, beta)."""
 
     def modulate(self, spade, x):
         """Return x (N, channels, h, w), already normalised, times the layer's scale plus its shift."""
@@ -45,79 +45,78 @@ class _Maps:
         return torch.addcmul(shift, x.to(scale.dtype), scale)
 
 
-class LabelMaps(_Maps):
-    """Label maps y (N, C, H, W), whose modulation is computed whenever it is asked for."""
+class LabelModulation(Modulation):
+    """The modulation by label maps y (N, C, H, W), computed whenever a layer asks.
 
-    def __init__(self, y):
-        self.at_stride = {1: y}
+    :param strides: those of the network's SPADE layers. All sizes of y are made here: a layer that changed this object
+        would break the graph of torch.compile.
+    """
+
+    def __init__(self, y, strides):
+        self.y = y
+        # Nearest resizing by a whole factor takes the first pixel of each block.
+        self.resized = {stride: y[..., ::stride, ::stride].contiguous() for stride in strides}
 
     def scale_shift(self, spade):
-        """Return the layer's (1 + gamma, beta)."""
-        stride = spade.stride
-        if stride not in self.at_stride:
-            # Nearest resizing by a whole factor takes the first pixel of each block.
-            self.at_stride[stride] = self.at_stride[1][..., ::stride, ::stride].contiguous()
-        return spade.scale_shift(self.at_stride[stride])
+        return spade.scale_shift(self.resized[spade.stride])
 
     def rows(self, rows):
-        """Return the label maps of some samples."""
-        return LabelMaps(self.at_stride[1][rows])
+        """Return the modulation of the samples at `rows` (n,)."""
+        return LabelModulation(self.y[rows], self.resized)
 
 
-class EmptyMaps(LabelMaps):
-    """The empty label map of one picture size, as `LabelMaps` of zeros (1, C, H, W), at next to no cost.
+class NullModulation(Modulation):
+    """The modulation by the null conditioning, all zeros, of the size of y (N, C, H, W), at next to no cost.
 
     Two 3x3 convolutions of a constant are constant but for the two outermost rows and columns: a 5x5 map says it all.
     """
 
+    def __init__(self, y):
+        self.y = y
+
     def scale_shift(self, spade):
-        """Return the layer's (1 + gamma, beta)."""
-        y, stride = self.at_stride[1], spade.stride
-        sizes = [-(-side // stride) for side in y.shape[2:]]
-        pair = spade.scale_shift(y.new_zeros(1, y.shape[1], *(min(side, 5) for side in sizes)))
-        rows, columns = (self._spread(side, y.device) for side in sizes)
-        pixels = (values.permute(0, 2, 3, 1)[:, rows][:, :, columns] for values in pair)
+        sizes = [-(-side // spade.stride) for side in self.y.shape[2:]]
+        zeros = self.y.new_zeros(1, self.y.shape[1], *(min(side, 5) for side in sizes))
+        rows, columns = (_spread(side, self.y.device) for side in sizes)
+        pixels = (values.permute(0, 2, 3, 1)[:, rows][:, :, columns] for values in spade.scale_shift(zeros))
         return tuple(values.permute(0, 3, 1, 2) for values in pixels)  # channels last
 
-    @staticmethod
-    def _spread(side, device):
-        """Return where each of `side` rows is found among the at most five that were computed."""
-        place = torch.arange(side, device=device)
-        return torch.where(place < side - 2, place.clamp(max=2), place - side + 5) if side > 5 else place
+
+def _spread(side, device):
+    """Return where each of `side` rows is found among the at most five that were computed."""
+    place = torch.arange(side, device=device)
+    return torch.where(place < side - 2, place.clamp(max=2), place - side + 5) if side > 5 else place
 
 
-class StoredMaps(_Maps):
-    """The (1 + gamma, beta) of every SPADE layer, in the layers' order: all that follows from the label map alone.
+class CachedModulation(Modulation):
+    """Every SPADE layer's (1 + gamma, beta): all that follows from the label maps alone.
 
-    :param pairs: list of (1 + gamma, beta), each (N, channels, h, w).
-    :param chosen: the samples to use, a mask or indices; None: all.
+    :param pairs: list of (1 + gamma, beta), each (N, channels, h, w), in the layers' order.
+    :param chosen: (n,) the samples to use; None: all. They are picked layer by layer: no second set is in memory.
     """
 
     def __init__(self, pairs, chosen=None):
         self.pairs, self.chosen = pairs, chosen
 
     def scale_shift(self, spade):
-        """Return the layer's (1 + gamma, beta)."""
         pair = self.pairs[spade.number]
         return pair if self.chosen is None else tuple(values[self.chosen] for values in pair)
 
     def rows(self, rows):
-        """Return the maps of some samples; they are picked layer by layer, so that no second set is in memory."""
-        return StoredMaps(self.pairs, rows)
+        """Return the modulation of the samples at `rows` (n,)."""
+        return CachedModulation(self.pairs, rows)
 
 
-class GuidedMaps:
-    """Two kinds of maps for a batch of 2N: the first N rows are conditional, the others see the empty label map."""
+class GuidedModulation(Modulation):
+    """Two modulations for a batch of 2N: the first N samples are conditional, the others see the null conditioning."""
 
-    def __init__(self, conditional, empty):
-        self.halves = conditional, empty
+    def __init__(self, conditional, null):
+        self.halves = conditional, null
 
     def modulate(self, spade, x):
-        """Return x (2N, channels, h, w), already normalised, times the layer's scales plus its shifts."""
-        parts = x.chunk(2)
-        pairs = [maps.scale_shift(spade) for maps in self.halves]
+        pairs = [half.scale_shift(spade) for half in self.halves]
         # Into one tensor, where joining two would copy them; guidance has no backward pass.
         out = torch.empty_like(x, dtype=pairs[0][0].dtype)
-        for target, part, (scale, shift) in zip(out.chunk(2), parts, pairs, strict=True):
+        for target, part, (scale, shift) in zip(out.chunk(2), x.chunk(2), pairs, strict=True):
             torch.addcmul(shift, part.to(scale.dtype), scale, out=target)
         return out

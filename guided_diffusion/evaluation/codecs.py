@@ -7,47 +7,37 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, features
 
+from ..config import CODECS
 from ..console import InputError
-from ..flags import CODECS
 
 SCALES = (1, 2, 4, 8)  # the picture is coded at 1/scale of its size and enlarged by the receiver
+NEAR = 12  # qualities around the best so far among which slow settings look
 
+_JPEG = {"optimize": True, "subsampling": "4:2:0"}
+_AVIF = {"subsampling": "4:2:0", "max_threads": 1}
+_JXL = {"num_threads": 1, "use_container": False}
 # Pillow's options: what is tried at every scale, and what has a last word at the best scale because it is slow. Higher
 # efforts of JPEG XL are tuned for the eye: on street scenes of 64x128, effort 3 beats 7 by 0.3-0.9 dB at equal bytes.
-_SEARCHED = {
-    "jpeg": (
-        {"optimize": True, "subsampling": "4:2:0"},
-        {"optimize": True, "progressive": True, "subsampling": "4:2:0"},
-        {"optimize": True, "subsampling": "4:4:4"},
-    ),
+SEARCHED = {
+    "jpeg": (_JPEG, _JPEG | {"progressive": True}, _JPEG | {"subsampling": "4:4:4"}),
     "webp": ({"method": 6},),
-    "avif": ({"speed": 6, "subsampling": "4:2:0", "max_threads": 1},),
-    "jxl": ({"effort": 3, "num_threads": 1, "use_container": False},),
+    "avif": (_AVIF | {"speed": 6},),
+    "jxl": (_JXL | {"effort": 3},),
 }
-_LAST_WORD = {
-    "avif": ({"speed": 4, "subsampling": "4:2:0", "max_threads": 1},),
-    "jxl": ({"effort": 9, "num_threads": 1, "use_container": False},),
-}
-_HIGHEST = {
-    "jpeg": 95,
-    "webp": 100,
-    "avif": 99,
-    "jxl": 99,
-}  # qualities are 0 (jpeg: 1) to this; above, pictures are lossless
-_NEAR = 12
+LAST_WORD = {"avif": (_AVIF | {"speed": 4},), "jxl": (_JXL | {"effort": 9},)}
+QUALITIES = {"jpeg": (1, 95), "webp": (0, 100), "avif": (0, 99), "jxl": (0, 99)}  # above, pictures are lossless
 
 
 class Coded(NamedTuple):
     """A picture coded within a budget: the file, 1/scale it was coded at, quality, and what the receiver sees.
 
-    `picture` is (H, W, 3) uint8 at full size; `container_bytes` is what the codec spends on a flat grey picture.
+    `picture` is (H, W, 3) uint8 at full size.
     """
 
     data: bytes
     scale: int
     quality: int
     picture: np.ndarray
-    container_bytes: int
 
 
 def available(codec):
@@ -63,23 +53,6 @@ def available(codec):
     return codec == "jpeg" or bool(features.check(codec))
 
 
-def _encode(codec, picture, quality, variant):
-    buffer = io.BytesIO()
-    picture.save(buffer, codec.upper(), quality=quality, **variant)
-    return buffer.getvalue()
-
-
-@functools.lru_cache
-def container_bytes(codec):
-    """Return the size in bytes of a flat grey 8x8 picture at the lowest quality: what a file costs before it says anything."""
-    check_installed(codec)
-    return len(_encode(codec, Image.new("RGB", (8, 8), (128, 128, 128)), _lowest(codec), _SEARCHED[codec][0]))
-
-
-def _lowest(codec):
-    return 1 if codec == "jpeg" else 0
-
-
 def check_installed(codec):
     """Raise InputError unless a codec of `CODECS` is installed."""
     if not available(codec):
@@ -87,25 +60,25 @@ def check_installed(codec):
         raise InputError(f"--baseline {codec}: not installed; {package}, or leave it out")
 
 
-def decode(codec, data, height, width):
-    """Decode a file of `best_within` and enlarge it (bicubic) to (height, width, 3) uint8.
+def encode(codec, picture, quality, options):
+    """Return the file of a Pillow picture."""
+    buffer = io.BytesIO()
+    picture.save(buffer, codec.upper(), quality=quality, **options)
+    return buffer.getvalue()
 
-    :raises InputError: damaged data, another format, or a picture larger than height x width.
-    """
+
+@functools.lru_cache
+def container_bytes(codec):
+    """Return what a file costs before it says anything: the bytes of a flat grey 8x8 picture at the lowest quality."""
     check_installed(codec)
-    try:
-        with Image.open(io.BytesIO(data), formats=[codec.upper()]) as image:
-            if image.width > width or image.height > height:
-                raise InputError(
-                    f"{codec} picture of {image.width}x{image.height} where at most {width}x{height} was agreed"
-                )
-            image = image.convert("RGB")
-    except InputError:
-        raise
-    except Exception as error:  # decoders raise many kinds for damaged data
-        reason = str(error).split("\n")[0][:100]
-        raise InputError(f"{codec} data of {len(data)} bytes cannot be decoded ({reason}); it was damaged") from None
-    return np.asarray(_resized(image, width, height, Image.Resampling.BICUBIC))
+    flat = Image.new("RGB", (8, 8), (128, 128, 128))
+    return len(encode(codec, flat, QUALITIES[codec][0], SEARCHED[codec][0]))
+
+
+def decode(codec, data, height, width):
+    """Decode a file and enlarge it (bicubic) to (height, width, 3) uint8."""
+    with Image.open(io.BytesIO(data), formats=[codec.upper()]) as image:
+        return np.asarray(_resized(image.convert("RGB"), width, height, Image.Resampling.BICUBIC))
 
 
 def _resized(image, width, height, method):
@@ -118,23 +91,18 @@ def _psnr(picture, original):
     return 10 * np.log10(255**2 / error) if error else np.inf
 
 
-def _fitting(codec, small, budget, variant, around=None):
-    """Return (quality, data) of the highest quality that fits, by bisection; None where none does.
+def _fitting(codec, small, budget, options, low, high):
+    """Return (quality, data) of the highest quality in low...high that fits, by bisection; None where none does.
 
     Size grows with quality but for a few bytes, so a step off the true best is possible, a file over budget is not.
-
-    :param around: look only within _NEAR of this quality.
     """
-    low, high = _lowest(codec), _HIGHEST[codec]
-    if around is not None:
-        low, high = max(low, around - _NEAR), min(high, around + _NEAR)
-    data = _encode(codec, small, low, variant)
+    data = encode(codec, small, low, options)
     if len(data) > budget:
         return None
     best = (low, data)
     while low < high:
         middle = (low + high + 1) // 2
-        data = _encode(codec, small, middle, variant)
+        data = encode(codec, small, middle, options)
         if len(data) <= budget:
             low, best = middle, (middle, data)
         else:
@@ -142,43 +110,40 @@ def _fitting(codec, small, budget, variant, around=None):
     return best
 
 
-def best_within(codec, picture, budget_bytes, score=None):
-    """Return the `Coded` with the best score whose whole file fits a budget, or None where not even the smallest does.
+def best_within(codec, picture, budget_bytes):
+    """Return the `Coded` with the best PSNR whose whole file fits a budget, or None where not even the smallest does.
 
-    Searches every scale of `SCALES` (Lanczos down, bicubic up) and the quality by bisection; slow settings at the best
-    scale only.
+    Searches every scale of `SCALES` (Lanczos down, bicubic up) and the quality; slow settings at the best scale only.
 
     :param codec: of `CODECS`.
     :param picture: (H, W, 3) uint8.
-    :param budget_bytes: the size that the file may have.
-    :param score: function of (decoded, original), both (H, W, 3) uint8; larger is better. None: PSNR.
     :raises InputError: an unknown codec, or one that is not installed.
     """
     check_installed(codec)
-    score = score or _psnr
     height, width = picture.shape[:2]
-    whole = Image.fromarray(picture)
-    best, best_score = None, -np.inf
+    lowest, highest = QUALITIES[codec]
+    smaller, best, best_psnr = {}, None, -np.inf
 
-    def consider(scale, variant, around=None):
-        nonlocal best, best_score
-        found = _fitting(codec, smaller[scale], budget_bytes, variant, around)
+    def consider(scale, options, low, high):
+        nonlocal best, best_psnr
+        found = _fitting(codec, smaller[scale], budget_bytes, options, low, high)
         if found:
             decoded = decode(codec, found[1], height, width)
-            value = score(decoded, picture)
-            if best is None or value > best_score:
-                best, best_score = Coded(found[1], scale, found[0], decoded, container_bytes(codec)), value
+            value = _psnr(decoded, picture)
+            if best is None or value > best_psnr:
+                best, best_psnr = Coded(found[1], scale, found[0], decoded), value
 
-    smaller = {}
     for scale in SCALES:
         size = max(1, round(width / scale)), max(1, round(height / scale))
-        smaller[scale] = _resized(whole, *size, Image.Resampling.LANCZOS)
+        smaller[scale] = _resized(Image.fromarray(picture), *size, Image.Resampling.LANCZOS)
         # What this scale would give without any coding loss: where that is beaten already, coding it is in vain.
-        ceiling = score(np.asarray(_resized(smaller[scale], width, height, Image.Resampling.BICUBIC)), picture)
-        if best is None or ceiling > best_score:
-            for variant in _SEARCHED[codec]:
-                consider(scale, variant)
-    scale, around = (best.scale, best.quality) if best else (SCALES[-1], None)  # another setting may fit where none did
-    for variant in _LAST_WORD.get(codec, ()):
-        consider(scale, variant, around)
+        uncoded = np.asarray(_resized(smaller[scale], width, height, Image.Resampling.BICUBIC))
+        if best is None or _psnr(uncoded, picture) > best_psnr:
+            for options in SEARCHED[codec]:
+                consider(scale, options, lowest, highest)
+    if best:
+        lowest, highest = max(lowest, best.quality - NEAR), min(highest, best.quality + NEAR)
+    scale = best.scale if best else SCALES[-1]  # another setting may fit where none did
+    for options in LAST_WORD.get(codec, ()):
+        consider(scale, options, lowest, highest)
     return best

@@ -3,8 +3,9 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..data.pictures import to_uint8
+from ..data.pictures import save_picture, to_uint8
 from .metrics import colour_error
+from .results import read_picture_file
 
 # Colours of the Cityscapes ids 0...34, as rrggbb (as the data set's own tools show them).
 _CITYSCAPES = """
@@ -65,6 +66,20 @@ def picture_grid(rows, captions, gap=4):
                 tile = Image.fromarray(picture).resize((width, height), Image.NEAREST)
                 canvas.paste(tile, (gap + column * (width + gap), head + gap // 2 + i * (height + gap)))
     return np.asarray(canvas)
+
+
+def write_panel(results, rows, columns):
+    """Write panel.png of a `ResultsFolder`, a line for each of some rows of its table.
+
+    :param columns: caption -> kind of picture file, or a function from a row's name to a picture (H, W, 3) uint8.
+    """
+
+    def picture_of(kind, name):
+        return kind(name) if callable(kind) else read_picture_file(results.file(kind, name))
+
+    lines = [[picture_of(kind, row["name"]) for kind in columns.values()] for row in rows]
+    if any(picture is not None for line in lines for picture in line):
+        save_picture(picture_grid(lines, list(columns)), results.path / "panel.png")
 
 
 def preview_panel(images, y, regenerated, num_classes, one_hot=True):

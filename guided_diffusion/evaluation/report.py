@@ -248,7 +248,7 @@ def codec_lines(summary):
     for codec, found in summary.get("baselines", {}).items():
         if "psnr_db" in found["mean"]:
             without = f"{found['without_picture']} of {summary['pictures']} without a picture (counted as grey)"
-            lines.append(f"{codec} within the same bits: PSNR {found['mean']['psnr_db']:.2f} dB, {without}")
+            lines.append(f"{codec} within the same bits: PSNR {float(found['mean']['psnr_db']):.2f} dB, {without}")
     return lines
 
 

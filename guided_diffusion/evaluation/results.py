@@ -70,9 +70,11 @@ class ResultsFolder:
 
     def _compare(self, path, settings):
         try:
-            earlier = dict(json.loads(path.read_text()))
-        except (TypeError, ValueError):
-            raise InputError(f"{path}: not the JSON of a sampling run; choose another --results_path") from None
+            earlier = json.loads(path.read_text())
+        except ValueError:
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise InputError(f"{path}: no JSON object; choose another --results_path")
         for name, value in settings.items():
             if earlier.get(name) != value:
                 found = f"--results_path {self.path} holds results with {name} {earlier.get(name)!r}, now {value!r}"

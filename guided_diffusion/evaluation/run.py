@@ -4,7 +4,6 @@ Each finished picture leaves a row file. Run again, a run goes on with what is m
 pictures out without speaking to each other, and whoever finds all rows there joins them to results.csv.
 """
 
-import dataclasses
 import os
 import sys
 import time
@@ -14,18 +13,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..config import points
+from ..config import results_settings, sweep
 from ..console import STARTED, InputError, StandardError, bar_options
 from ..data.pictures import save_picture, to_uint8
-from ..files import atomic_write, digest_once
+from ..files import atomic_write, file_digest
 from ..link.message import Message, receive_parts
 from ..link.source_coding import pack_choices
 from ..random_streams import generator, text_number
 from ..training.distributed import Share
 from .metrics import psnr
-from .panels import palette, picture_grid, show_semantics
+from .panels import palette, show_semantics, write_panel
 from .report import BITS, CHANNEL, MEASURED, PARTS, codec_lines, cost_lines, score_lines, write_curves
-from .results import ResultsFolder, picture_digest, read_picture_file, share_out, unique_names
+from .results import ResultsFolder, picture_digest, share_out, unique_names
 
 _POINT = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool")
 _COST = ("seconds", "transmit_seconds", "evaluations", "distance", *BITS, "bpp")
@@ -33,23 +32,11 @@ COLUMNS = (*_POINT, *_COST, *CHANNEL, "problems", *MEASURED, "mismatch_db", "pic
 MESSAGE = ".dgo"  # ending of a message's file
 ALONE = Share()
 
-# Flags that may change between two runs into the same folder.
-FREE = """
-    results_path num_samples batch_size num_workers device dry_run preset panel_items use_fp16 noise_bank_cache dropout
-    use_checkpoint use_kl rescale_learned_sigmas add_noise noise_to messages share_array label_memory cache_dir metrics
-    fid_weights features baseline segmenter model_path
-"""
-
-
-def results_settings(config):
-    """Return the flags that identify a results folder."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE.split()}
-
 
 class SceneRun:
     """Sends the scenes of a split over the channel and regenerates them; --role transmit: only writes their messages.
 
-    :param config: a `SampleConfig` of one point (see `config.points`).
+    :param config: a `SampleConfig` of one point (see `config.sweep`).
     :param weights: path of the weights file.
     :param parts: what `build_link.sampling_parts` returns.
     :param results: the `ResultsFolder`.
@@ -73,18 +60,15 @@ class SceneRun:
         self.channel = None if self.transmitting else parts["channel"](config)
 
     def settings(self):
-        """Return what identifies the results: flags, the data's place, digests of the files that decide the pictures."""
+        """Return what identifies the results: flags, the data's place, digests of files that decide the pictures."""
         config, files = self.config, {"weights": self.weights}
         if config.extractor != "gt":
             files["extractor"] = config.extractor
         if config.segmenter and config.distance == "segmenter":
             files["segmenter"] = config.segmenter
         place = config.data_dir if "://" in config.data_dir else os.path.abspath(config.data_dir)
-        digests = {f"{name}_sha256": digest_once(path).hex() for name, path in files.items()}
+        digests = {f"{name}_sha256": file_digest(path).hex() for name, path in files.items()}
         return results_settings(config) | {"data_dir": place} | digests
-
-    def check(self):
-        """Refuse what cannot be made, before the long work."""
 
     def is_current(self, k, row):
         """Whether a row is of picture k."""
@@ -217,20 +201,21 @@ class SceneRun:
         return summary, [*lines, f"{len(rows)} pictures; {what} are in {self.results.path}"]
 
     def _write_panel(self, rows, codecs):
-        config, pictures = self.config, []
-        kinds = ["images", "local"] if self.transmitting else ["images", "received", "samples"]
-        kinds += [f"baseline_{codec}" for codec in codecs]
-        for name in [row["name"] for row in rows]:
-            scene = self.dataset.batch([self.names.index(name)])
-            sent = show_semantics(self.transmitter.describe(scene)[1], config.num_classes, config.one_hot_label)[0]
-            found = [read_picture_file(self.results.file(kind, name)) for kind in kinds]
-            pictures.append([found[0], sent, *found[1:]])
+        config = self.config
+
+        def sent_semantics(name):
+            y = self.transmitter.describe(self.dataset.batch([self.names.index(name)]))[1]
+            return show_semantics(y, config.num_classes, config.one_hot_label)[0]
+
+        columns = {"original": "images", "sent semantics": sent_semantics}
         channel = "" if config.link == "ideal" else f" {config.snr:g} dB"
         channel += f", {config.pool}" if config.link == "analog" and config.pool != "None" else ""
-        made = ["local picture"] if self.transmitting else [f"received, {config.link}{channel}", "regenerated"]
-        captions = ["original", "sent semantics", *made, *(f"{codec}, same bits" for codec in codecs)]
-        if pictures:
-            save_picture(picture_grid(pictures, captions), self.results.path / "panel.png")
+        if self.transmitting:
+            columns["local picture"] = "local"
+        else:
+            columns |= {f"received, {config.link}{channel}": "received", "regenerated": "samples"}
+        columns |= {f"{codec}, same bits": f"baseline_{codec}" for codec in codecs}
+        write_panel(self.results, rows, columns)
 
 
 class MessageRun:
@@ -244,7 +229,7 @@ class MessageRun:
 
     def __init__(self, config, weights, parts, results):
         self.config, self.weights, self.results = config, weights, results
-        self.make_chain, self.receiver = parts["make_chain"], parts["receiver"]()
+        self.receiver = parts["receiver"]()
         folder = Path(config.messages)
         self.files = sorted(path for path in folder.rglob(f"*{MESSAGE}") if path.is_file())
         if not self.files:
@@ -253,23 +238,16 @@ class MessageRun:
         self.names = [str(path.relative_to(folder).with_suffix("")).replace("/", "__") for path in self.files]
         if len({*self.names}) < len(self.names):
             raise InputError(f"--messages {folder}: two files would give pictures of one name; rename one of them")
+        for path in self.files[: config.num_samples]:  # what cannot be received is refused before the long work
+            read_message(path, parts["make_chain"])
 
     def settings(self):
         """Return what identifies the results: flags, and the weights' digest."""
-        return results_settings(self.config) | {"weights_sha256": digest_once(self.weights).hex()}
-
-    def check(self):
-        """Read all messages, and refuse those that were not made for this receiver, before the long work."""
-        for path in self.files[: self.config.num_samples]:
-            message = read_message(path)
-            try:
-                self.make_chain(message.header)
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from None
+        return results_settings(self.config) | {"weights_sha256": file_digest(self.weights).hex()}
 
     def is_current(self, k, row):
         """Whether a row is of message k, and the message still the same."""
-        return row["path"] == self.paths[k] and row["message_sha256"] == digest_once(self.files[k]).hex()
+        return row["path"] == self.paths[k] and row["message_sha256"] == file_digest(self.files[k]).hex()
 
     def make(self, numbers, on_step):
         """Make the picture of one message, write its files, and return its row in a list."""
@@ -289,24 +267,21 @@ class MessageRun:
         row |= {f"bits_{part}": bits[part] for part in PARTS}
         row["bpp"] = f"{bits['total'] / (header.height * header.width):.4f}"
         row["picture_sha256"] = picture_digest(image[0])
-        return [row | {"message_sha256": digest_once(self.files[k]).hex()}]
+        return [row | {"message_sha256": file_digest(self.files[k]).hex()}]
 
     def sum_up(self, rows):
         """Write panel.png; return (None, lines to log)."""
-        names = [row["name"] for row in rows][: self.config.panel_items]
-        kinds = ("received", "samples")
-        pictures = [[read_picture_file(self.results.file(kind, name)) for kind in kinds] for name in names]
-        same_size = [row for row in pictures if row[0].shape == pictures[0][0].shape]
-        if same_size:
-            panel = picture_grid(same_size, ["received semantics", "regenerated"])
-            save_picture(panel, self.results.path / "panel.png")
+        columns = {"received semantics": "received", "regenerated": "samples"}
+        write_panel(self.results, rows[: self.config.panel_items], columns)
         return None, [f"{len(rows)} pictures; results.csv, panel.png and pictures are in {self.results.path}"]
 
 
-def read_message(path):
-    """Read one message file; InputError, naming it, where it is damaged."""
+def read_message(path, check=lambda header: None):
+    """Read one message file; InputError, naming it, where it is damaged or `check` refuses its header."""
     try:
-        return Message.from_bytes(path.read_bytes())
+        message = Message.from_bytes(path.read_bytes())
+        check(message.header)
+        return message
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -327,7 +302,6 @@ class Run:
 
     def run(self):
         """Make what is missing of this share; return how many pictures that were."""
-        self.work.check()
         self.results.claim(self.work.settings())
         batches, done = share_out(self.count, self.work.batch_size, self.share), self._finished()
         todo = [left for batch in batches if (left := [k for k in batch if k not in done])]
@@ -377,7 +351,7 @@ class _StepCounter:
 
 
 def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
-    """Run every point of a sampling config (see `config.points`), sum each up, and draw curves where there are several.
+    """Run every point of a sampling config (see `config.sweep`), sum each up, and draw curves where there are several.
 
     Of several shares, one that finds all pictures of all points there sums up; the others end before.
 
@@ -386,7 +360,7 @@ def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
     :param share: the `Share` of each point's pictures that this process makes.
     :param quiet: show no progress bar.
     """
-    found, runs, summaries, made = points(config) if config.role != "receive" else [config], [], [], 0
+    found, runs, summaries, made = sweep(config) if config.role != "receive" else [config], [], [], 0
     for number, point in enumerate(found, 1):
         run = Run(point, weights, parts, share, quiet)
         place = f" ({number} of {len(found)})" if len(found) > 1 else ""

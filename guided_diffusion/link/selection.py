@@ -69,7 +69,7 @@ class Chain:
         return list(reversed(noisy[: self.selected_steps or None]))
 
     def evaluations(self, result, network_steps=None):
-        """Network evaluations that a `SampleResult` of this chain took."""
+        """NFE: network function evaluations that a `SampleResult` of this chain took; a guided step counts twice."""
         steps = int(result.steps.sum()) if network_steps is None else network_steps * len(result.steps)
         return steps * (2 if self.sampler.s > 1 else 1)
 
@@ -123,7 +123,7 @@ class Choice:
     :param index: bank index of x_T.
     :param codewords: one per selected step, in the chain's order: (indices, ascending; signs, each 1 or -1), M each.
     :param score: distance of the picture from the original; None where none was asked for.
-    :param evaluations: network evaluations spent, the picture's own among them; a guided step counts twice.
+    :param evaluations: NFE spent, those of the picture itself among them.
     :param picture: (3, H, W) in [-1, 1], the local picture, made alone as the receiver makes it.
     :param steps: how many steps its chain took.
     """
