@@ -34,6 +34,6 @@ if [ ! -f "$here/guided_diffusion/job.sh" ]; then echo "sample.sh: $here is not 
 cd "$here"
 source guided_diffusion/job.sh
 
-# No time limit after the first process: shares may differ in length.
-run_job --wait=0 image_sample.py --preset cityscapes --data_dir "$DATA_DIR" --model_path "$MODEL_PATH" \
+# Each process has pictures of its own: one that fails leaves the others alone.
+run_job --kill-on-bad-exit=0 image_sample.py --preset cityscapes --data_dir "$DATA_DIR" --model_path "$MODEL_PATH" \
   --results_path "$RESULTS_PATH" "$@"

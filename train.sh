@@ -33,6 +33,6 @@ if [ ! -f "$here/guided_diffusion/job.sh" ]; then echo "train.sh: $here is not t
 cd "$here"
 source guided_diffusion/job.sh
 
-# Processes that fail end the others within a minute; should one hang, the run ends 15 minutes after the first (a save may take long).
-run_job --wait=900 image_train.py --preset cityscapes --data_dir "$DATA_DIR" --checkpoint_dir "$CHECKPOINT_DIR" \
+# A process that fails or is lost ends the others; one that hangs is noticed after --dist_timeout seconds.
+run_job --kill-on-bad-exit=1 image_train.py --preset cityscapes --data_dir "$DATA_DIR" --checkpoint_dir "$CHECKPOINT_DIR" \
   --resume_checkpoint auto "$@"

@@ -200,7 +200,7 @@ def join_group(config, ranks):
         problem = str(error)
     own = {"data_dir", "cache_dir", "num_workers"}  # may differ
     flags = {name: value for name, value in vars(config).items() if name not in own}
-    return Group(ranks, device, flags, problem, getattr(config, "dist_timeout", 600.0)), device
+    return Group(ranks, device, flags, problem, config.dist_timeout), device
 
 
 def training_loop(config, given, log, group=None, device=None):

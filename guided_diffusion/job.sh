@@ -36,7 +36,7 @@ requeue() {
 
 # run_job SRUN_FLAG SCRIPT [FLAG ...]: run a Python script, in a SLURM job as one step with all its tasks; exit with its code.
 run_job() {
-  local flag=$1 run='' signalled='' code=75
+  local flag=$1 run='' signalled='' asked='' code=75
   shift
   if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then # srun does not take it over by itself
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
@@ -48,10 +48,10 @@ run_job() {
   fi
 
   # srun passes USR1 on to its tasks; TERM would make it kill them.
-  trap 'signalled=1; if [ -n "$run" ]; then kill -USR1 "$run" 2>/dev/null || true; fi' USR1 TERM
+  trap 'signalled=1 asked=1; if [ -n "$run" ]; then kill -USR1 "$run" 2>/dev/null || true; fi' USR1 TERM
   use_environment
   if [ -z "$signalled" ]; then
-    srun --export=ALL --kill-on-bad-exit=0 "$flag" "$PYTHON" "$@" &
+    srun --export=ALL --wait=0 "$flag" "$PYTHON" "$@" &
     run=$!
     signalled=1
     while [ -n "$signalled" ]; do # a signal ends `wait`, not the run
@@ -59,7 +59,7 @@ run_job() {
       wait "$run" || code=$?
     done
   fi
-  # 75: saved and stopped; 138 and 143: ended by USR1 or TERM before Python could listen.
-  case $code in 75 | 138 | 143) requeue "$code" ;; esac
+  # 75: saved and stopped; 138 and 143: ended by USR1 or TERM before Python could listen; 137: killed because another task was.
+  case $code$asked in 75* | 138* | 143* | 1371) requeue "$code" ;; esac
   exit "$code"
 }

@@ -16,11 +16,17 @@ from pathlib import Path
 
 import torch
 from conftest import tiny_network
-from guided_diffusion.training.checkpoint_choice import newest_ema, resume_point
-from guided_diffusion.training.manifest import manifest_name, noted_config
 
 from guided_diffusion.console import InputError
-from guided_diffusion.training.checkpoint import file_name, load_parts, load_weights, save_parts
+from guided_diffusion.training.checkpoint import (
+    file_name,
+    find_weights,
+    load_checkpoint,
+    load_weights,
+    resume_point,
+    save_checkpoint,
+    trained_config,
+)
 
 STEPS = (2, 4, 6)
 RATE = "0.9999"
@@ -41,6 +47,26 @@ def equal(a, b):
 
 def _raw(tensor):
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+class Part:
+    """A part of a checkpoint: whatever torch.save takes."""
+
+    def __init__(self, contents=None):
+        self.contents = contents
+
+    def state_dict(self):
+        return self.contents
+
+    def load_state_dict(self, contents):
+        self.contents = contents
+
+
+def loaded(directory, step):
+    """Return the contents of a step's parts."""
+    parts = {kind: Part() for kind in KINDS if kind != "manifest"}
+    load_checkpoint(directory, step, parts)
+    return {kind: part.contents for kind, part in parts.items()}
 
 
 class Folder:
@@ -71,8 +97,8 @@ class Folder:
                     f"ema_{RATE}_": average,
                 }
                 facts = {"config": {"lr": 0.1, "data_dir": "scenes"}, "val_score": 1 / step}
-                save_parts(self.path, step, parts, facts)
-                self.truth[step], _ = load_parts(self.path, step, [RATE])
+                save_checkpoint(self.path, step, {kind: Part(contents) for kind, contents in parts.items()}, facts)
+                self.truth[step] = loaded(self.path, step)
                 self.config = facts["config"]
                 if not all(equal(self.truth[step][kind], _as_saved(contents)) for kind, contents in parts.items()):
                     raise AssertionError(f"step {step} does not read back as it was saved")
@@ -100,30 +126,32 @@ def damage(path, way, draws):
 
 def resumed(folder, hurt):
     """Resume by itself after step `hurt` was damaged; return the outcome, which begins with WRONG if it is not allowed."""
-    told = []
+    logged = []
     try:
-        directory, step = resume_point(folder.path, "auto", log=told.append)
-        parts, missing = load_parts(directory, step, [RATE])
+        directory, step = resume_point(folder.path, "auto", log=logged.append)
+        parts = loaded(directory, step)
     except InputError as error:
         return f"WRONG: refused though whole steps were there ({error})"
-    if missing or not equal(parts, folder.truth.get(step)):
+    if not equal(parts, folder.truth.get(step)):
         return f"WRONG: step {step} differs from what was saved"
     if hurt < max(STEPS):
-        return "newest step untouched" if step == max(STEPS) and not told else f"WRONG: took {step}, said {told}"
+        return "newest step untouched" if step == max(STEPS) and not logged else f"WRONG: took {step}, logged {logged}"
     if step == hurt:
         return f"WRONG: a damaged file of step {hurt} was not recognised"
     return (
-        "fell back" if any(f"checkpoint {hurt} " in line for line in told) else f"WRONG: fell back to {step} in silence"
+        "fell back"
+        if any(f"checkpoint {hurt} " in line for line in logged)
+        else f"WRONG: fell back to {step} in silence"
     )
 
 
 def sampled(folder, hurt, kind):
     """Load the newest averages after `kind` of step `hurt` was damaged; return the outcome, as `resumed`."""
-    told = []
+    logged = []
     try:
-        path = newest_ema(folder.path, told.append)
+        path = Path(find_weights(str(folder.path), log=logged.append))
         load_weights(folder.model, path)
-        config = noted_config(path)
+        config, _ = trained_config(path)
     except InputError as error:
         return f"WRONG: refused though whole averages were there ({error})"
     step = int(path.name[-9:-3])
@@ -134,9 +162,11 @@ def sampled(folder, hurt, kind):
     concerned = hurt == max(STEPS) and kind in (f"ema_{RATE}_", "manifest")
     if not concerned:
         return (
-            "newest averages untouched" if step == max(STEPS) and not told else f"WRONG: took {path.name}, said {told}"
+            "newest averages untouched"
+            if step == max(STEPS) and not logged
+            else f"WRONG: took {path.name}, logged {logged}"
         )
-    return "fell back" if step < hurt and told else f"WRONG: took {path.name} in silence"
+    return "fell back" if step < hurt and logged else f"WRONG: took {path.name} in silence"
 
 
 def direct(folder, hurt, kind):
@@ -156,7 +186,7 @@ def run(folder, cases, seed):
     for case in range(cases):
         kind, way = KINDS[case % len(KINDS)], WAYS[case // len(KINDS) % len(WAYS)]
         hurt = max(STEPS) if draws.random() < 0.7 else draws.choice(STEPS[:-1])
-        path = folder.path / (manifest_name(hurt) if kind == "manifest" else file_name(kind, hurt))
+        path = folder.path / (file_name(kind, hurt))
         before = path.read_bytes()
         damage(path, way, draws)
         attempts = {

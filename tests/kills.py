@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from conftest import TINY, TRAIN, as_arguments
-from guided_diffusion.training.manifest import problem_of
 
 from guided_diffusion.data.toy_scenes import write_toy_scenes
+from guided_diffusion.training.checkpoint import problem_of
 
 SCRIPT = str(Path(__file__).resolve().parent.parent / "image_train.py")
 SAVE_EVERY = 3

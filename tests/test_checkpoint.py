@@ -1,51 +1,61 @@
-"""Checkpoint files: names, whole writes, safe reads, and the family's state dicts."""
+"""Checkpoints: whole writes, which are resumed, sampled and kept, and the weights of the family."""
 
+import hashlib
+import json
 import os
 import resource
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from corruption import Folder, Part, run
 
 from guided_diffusion import create_model_and_diffusion, load_weights, model_and_diffusion_defaults
 from guided_diffusion.console import InputError
 from guided_diffusion.diffusion.unet import ResBlock, SPADEResBlock
 from guided_diffusion.training.checkpoint import (
+    file_name,
+    find_weights,
+    load_checkpoint,
     load_file,
-    load_parts,
     problem_of,
-    save_parts,
-    sweep_temporary_files,
+    prune_checkpoints,
+    read_manifest,
+    remove_temporary_files,
+    resume_point,
+    save_checkpoint,
+    trained_config,
     with_legacy_keys,
 )
-from guided_diffusion.training.checkpoint_choice import newest_checkpoint, parse_checkpoint_path, resume_point
-from guided_diffusion.training.manifest import file_name, manifest_name
 
-RATES = ("0.9999", "0.99")
 KINDS = ("model", "opt", "state", "ema_0.9999_", "ema_0.99_")
-
-
-TINY_FLAGS = {
-    "num_channels": 32,
-    "channel_mult": "1,1",
-    "num_res_blocks": 1,
-    "num_classes": 4,
-    "attention_resolutions": "32",
-}
+FACTS = {"config": {"lr": 1e-4, "preset": ""}, "val_score": 0.25}
 
 
 def tiny_model(seed=0, **flags):
     torch.manual_seed(seed)
-    return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **TINY_FLAGS, **flags})[0]
+    small = {"num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1, "num_classes": 4}
+    small["attention_resolutions"] = "32"
+    return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **small, **flags})[0]
 
 
-def parts(value=1.0, kinds=KINDS):
-    return {kind: {"w": torch.full((2, 3), value)} for kind in kinds}
+def save(directory, step, value=1.0, kinds=KINDS, facts=FACTS):
+    """Save a checkpoint whose parts are a tensor each."""
+    save_checkpoint(directory, step, {kind: Part({"w": torch.full((50,), value)}) for kind in kinds}, facts)
+
+
+def load(directory, step, partial=False):
+    """Return the parts of a checkpoint, and the kinds that were left out."""
+    parts = {kind: Part() for kind in KINDS}
+    missing = load_checkpoint(directory, step, parts, partial)
+    return {kind: part.contents["w"] for kind, part in parts.items() if part.contents}, missing
 
 
 def names(step, kinds=KINDS):
-    return sorted([manifest_name(step), *(file_name(kind, step) for kind in kinds)])
+    return sorted(file_name(kind, step) for kind in ("manifest", *kinds))
 
 
 def flip(path):
@@ -64,62 +74,44 @@ def weights():
     return tiny_model(1).state_dict()
 
 
-# -- names ------------------------------------------------------------------------------------------------------------
+# -- saving -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("kind", "step", "name"),
     [
         ("model", 0, "model000000.pt"),
-        ("opt", 12, "opt000012.pt"),
-        ("state", 999_999, "state999999.pt"),
+        ("manifest", 12, "manifest000012.json"),
         ("ema_0.9999_", 100_000, "ema_0.9999_100000.pt"),
         ("model", 1_234_567, "model1234567.pt"),
     ],
 )
-def test_file_names(kind, step, name):
+def test_file_name_of_parts(kind, step, name):
     assert file_name(kind, step) == name
 
 
-def test_saved_files_have_their_names_and_nothing_else_is_left(tmp_path):
-    save_parts(tmp_path, 7, parts())
-    assert sorted(os.listdir(tmp_path)) == names(7)
+def test_save_writes_files_and_a_manifest_with_sizes_digests_and_facts(tmp_path):
+    save(tmp_path, 4)
+    assert sorted(os.listdir(tmp_path)) == names(4)
+    manifest = json.loads((tmp_path / "manifest000004.json").read_text())
+    assert {key: manifest[key] for key in ("step", "config", "val_score")} == {"step": 4, **FACTS}
+    assert manifest["files"].keys() == {file_name(kind, 4) for kind in KINDS}
+    for name, entry in manifest["files"].items():
+        raw = (tmp_path / name).read_bytes()
+        assert entry == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    del manifest["sha256"]
+    assert read_manifest(tmp_path, 4) == manifest and read_manifest(tmp_path, 5) is None
 
 
-@pytest.mark.parametrize("name", ["model000012.pt", "model1234567.pt"])
-def test_parse_checkpoint_path(name):
-    assert parse_checkpoint_path(f"runs/a.b/{name}") == (Path("runs/a.b"), int(name[5:-3]))
-
-
-@pytest.mark.parametrize(
-    "name", ["ema_0.9999_000012.pt", "opt000012.pt", "model12.pt", "model000012.pt.tmp", "model.pt", ""]
-)
-def test_other_names_are_refused(name):
-    with pytest.raises(InputError, match=r"--resume_checkpoint .*: expected a file called model<step>\.pt, or auto"):
-        parse_checkpoint_path(f"runs/{name}")
-
-
-# -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_manifest_appears_last_and_the_state_before_it(tmp_path, monkeypatch):
-    order, replace = [], os.replace
-
-    def note(source, target):
-        order.append(Path(target).name)
-        assert len(list(tmp_path.glob("*.tmp"))) == 8 - len(
-            order
-        )  # everything was written before the first took its name
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", note)
-    save_parts(tmp_path, 7, parts())
-    assert order[-2:] == ["state000007.pt", "manifest000007.json"] and len(order) == 7
-    assert order[0] == "manifest000007.json"  # one that says that the rest is coming
+def test_load_reads_back_what_save_wrote(tmp_path):
+    save(tmp_path, 4, value=2.5)
+    parts, missing = load(tmp_path, 4)
+    assert not missing and parts.keys() == {*KINDS}
+    assert all(torch.equal(value, torch.full((50,), 2.5)) for value in parts.values())
 
 
 @pytest.mark.parametrize("renames", range(1, 7))
-def test_a_first_save_that_is_cut_short_is_no_checkpoint_yet(tmp_path, monkeypatch, renames):
+def test_save_that_is_cut_short_first_is_no_checkpoint_yet(tmp_path, monkeypatch, renames):
     def killed(source, target, count=[0], replace=os.replace):  # noqa: B006 - counts
         count[0] += 1
         if count[0] > renames:
@@ -129,43 +121,39 @@ def test_a_first_save_that_is_cut_short_is_no_checkpoint_yet(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            save_parts(tmp_path, 7, parts())
-    said = []
-    assert resume_point(tmp_path, "auto", log=said.append) is None and "starting afresh" in said[0]
-    save_parts(tmp_path, 7, parts())
+            save(tmp_path, 7)
+    logged = []
+    assert resume_point(tmp_path, "auto", log=logged.append) is None and "starting afresh" in logged[0]
+    save(tmp_path, 7)
     assert resume_point(tmp_path, "auto") == (str(tmp_path), 7)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
-@pytest.mark.parametrize("fails_at", range(5))
-def test_a_failed_save_leaves_the_earlier_files_and_nothing_else(tmp_path, monkeypatch, error, fails_at):
-    save_parts(tmp_path, 7, parts(1.0))
-    save, calls = torch.save, []
+@pytest.mark.parametrize("fails_at", [0, 4])
+def test_save_that_fails_leaves_the_earlier_files_and_nothing_else(tmp_path, monkeypatch, error, fails_at):
+    save(tmp_path, 7)
+    write, calls = torch.save, []
 
     def fill_the_disk(contents, f):
         calls.append(f)
         if len(calls) <= fails_at:
-            return save(contents, f)
+            return write(contents, f)
         f.write(b"half a check")
         raise error
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
     for step in (7, 8):  # over a whole checkpoint, and a new one
         calls.clear()
-        with pytest.raises(
-            OSError, match=rf"{KINDS[fails_at]}00000{step}\.pt: cannot be written .*change --checkpoint_dir"
-        ):
-            save_parts(tmp_path, step, parts(2.0))
-    monkeypatch.undo()
+        with pytest.raises(OSError, match=rf"{KINDS[fails_at]}00000{step}\.pt: cannot be written .*--checkpoint_dir"):
+            save(tmp_path, step, 2.0)
     assert sorted(os.listdir(tmp_path)) == names(7)
-    assert problem_of(tmp_path, 7) == "" and newest_checkpoint(tmp_path) == 7
-    for kind in KINDS:
-        assert same(load_file(tmp_path / file_name(kind, 7)), parts(1.0)[kind])
+    assert problem_of(tmp_path, 7) == "" and resume_point(tmp_path, "auto")[1] == 7
+    assert all(torch.equal(value, torch.ones(50)) for value in load(tmp_path, 7)[0].values())
 
 
-def test_a_disk_that_is_full_at_the_last_moment(tmp_path, monkeypatch):
+def test_save_on_a_disk_that_is_full_at_the_last_moment(tmp_path, monkeypatch):
     """Some disks say so only when asked whether all has arrived."""
-    save_parts(tmp_path, 7, parts())
+    save(tmp_path, 7)
     sync, calls = os.fsync, []
 
     def refuse_the_sixth(number):
@@ -176,29 +164,28 @@ def test_a_disk_that_is_full_at_the_last_moment(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", refuse_the_sixth)
     with pytest.raises(OSError, match=r"manifest000008\.json: cannot be written .*No space left"):
-        save_parts(tmp_path, 8, parts())
-    monkeypatch.undo()
+        save(tmp_path, 8)
     assert sorted(os.listdir(tmp_path)) == names(7)
 
 
-def test_a_real_limit_on_file_sizes(tmp_path):
+def test_save_reports_a_real_limit_on_file_sizes(tmp_path):
     """torch writes from C++: its error must come through as ours."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
         with pytest.raises(OSError, match=r"opt000007\.pt: cannot be written \(.*File too large"):
-            save_parts(tmp_path, 7, {**parts(), "opt": {"w": torch.zeros(100_000)}})
+            save_checkpoint(tmp_path, 7, {"model": Part({}), "opt": Part({"w": torch.zeros(100_000)})}, FACTS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("killed_at", range(6))
-def test_a_save_that_is_killed_is_no_checkpoint(tmp_path, monkeypatch, killed_at):
-    save_parts(tmp_path, 7, parts())
-    save_parts(tmp_path, 8, parts(1.0))
+@pytest.mark.parametrize("killed_at", [0, 1, 3, 6])
+def test_save_that_is_killed_is_no_checkpoint(tmp_path, monkeypatch, killed_at):
+    save(tmp_path, 7)
+    save(tmp_path, 8)
     flip(tmp_path / "opt000008.pt")  # a damaged step is saved again as the run comes to it
     replace, done = os.replace, []
 
@@ -211,15 +198,288 @@ def test_a_save_that_is_killed_is_no_checkpoint(tmp_path, monkeypatch, killed_at
     monkeypatch.setattr(os, "replace", die)
     child = os.fork()
     if child == 0:
-        save_parts(tmp_path, 8, parts(2.0))
+        save(tmp_path, 8, 2.0)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     monkeypatch.undo()
-    assert newest_checkpoint(tmp_path) == 7
-    sweep_temporary_files(tmp_path)
+    assert resume_point(tmp_path, "auto")[1] == 7
+    remove_temporary_files(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(names(7) + names(8))
-    save_parts(tmp_path, 8, parts(2.0))
-    assert newest_checkpoint(tmp_path) == 8
+    save(tmp_path, 8, 2.0)
+    assert resume_point(tmp_path, "auto")[1] == 8
+
+
+def test_remove_temporary_files_leaves_all_others(tmp_path):
+    save(tmp_path, 5)
+    kinds = (
+        "model000006.pt",
+        "opt000006.pt",
+        "ema_0.9999_000006.pt",
+        "manifest000006.json",
+        "config.json",
+        "progress.csv",
+    )
+    for name in kinds:
+        (tmp_path / f"{name}.0123abcd.tmp").write_bytes(b"half")
+    others = ["notes.pt.tmp", "flags.json.01234567.tmp", "progress.csv"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"kept")
+    remove_temporary_files(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names(5) + others)
+
+
+# -- a disk that is full for a while ----------------------------------------------------------------------------------
+
+
+def mount(*options):
+    """Run mount; return whether it worked."""
+    return bool(shutil.which("mount")) and subprocess.run(["mount", *options], capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder of 64 MiB, room for one checkpoint of the tiny network and not for two."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if not mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)):
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_full_disk_is_survived_until_there_is_room_again(make_loop, small_disk, capsys):
+    straight = make_loop("straight", total_steps=7)
+    straight.run()
+    loop = make_loop("run", total_steps=7, save_interval=1, save_failures=10, keep_checkpoints=1)
+    train_step, whole = loop.train_step, []
+
+    def step(batch):
+        whole.append(problem_of(small_disk, 1) if loop.step else "")
+        if loop.step == 4:
+            assert mount("-o", "remount,size=160m", str(small_disk))
+        return train_step(batch)
+
+    loop.train_step = step
+    assert loop.run() == 7
+    logged = capsys.readouterr().err
+    assert all(f"step {k} could not be saved" in logged for k in (2, 3, 4)) and "No space left" in logged
+    assert "(3 of 10 failures in a row)" in logged and "saved step 5" in logged
+    assert whole[:5] == [""] * 5  # the checkpoint of step 1, all the while
+    assert problem_of(small_disk, 7) == "" and [path.name for path in small_disk.glob("model*")] == ["model000007.pt"]
+    assert same(torch.load(small_disk / "model000007.pt", weights_only=True), straight.model.state_dict())
+
+
+@pytest.mark.slow
+def test_full_disk_that_stays_full_ends_the_run_and_keeps_the_last_checkpoint(make_loop, small_disk):
+    loop = make_loop("run", total_steps=9, save_interval=1, save_failures=3)
+    with pytest.raises(OSError, match="No space left"):
+        loop.run()
+    assert loop.step == 4 and problem_of(small_disk, 1) == "" and not list(small_disk.glob("*.tmp"))
+    assert make_loop("run", resume_checkpoint="auto").step == 1
+
+
+# -- manifests and damage ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw.replace(b'"val_score": 0.25', b'"val_score": 0.1'),
+        lambda raw: raw.replace(b'"step": 4', b'"step": 5'),
+        lambda raw: raw[:-1],
+        lambda raw: b"",
+        lambda raw: b"\xff" * 50,
+        lambda raw: b"[1]",
+        lambda raw: b"{}",
+    ],
+)
+def test_read_manifest_refuses_any_other_text(tmp_path, change):
+    save(tmp_path, 4)
+    path = tmp_path / file_name("manifest", 4)
+    path.write_bytes(change(path.read_bytes()))
+    assert "the manifest cannot be read (" in problem_of(tmp_path, 4)
+    with pytest.raises(InputError, match=r"manifest000004\.json: the manifest cannot be read \(") as caught:
+        read_manifest(tmp_path, 4)
+    assert "\n" not in str(caught.value)
+
+
+def test_problem_of_names_the_file(tmp_path):
+    save(tmp_path, 4)
+    path = tmp_path / "opt000004.pt"
+    raw = path.read_bytes()
+    assert problem_of(tmp_path, 4) == ""
+    path.write_bytes(raw[:812])
+    assert problem_of(tmp_path, 4) == f"opt000004.pt has 812 bytes, the manifest says {len(raw):,}"
+    path.write_bytes(raw[:812] + bytes([raw[812] ^ 1]) + raw[813:])
+    assert problem_of(tmp_path, 4) == "opt000004.pt differs from its SHA-256"
+    assert problem_of(tmp_path, 4, digests=False) == problem_of(tmp_path, 4, partial=True) == ""
+    path.unlink()
+    assert "opt000004.pt is missing" in problem_of(tmp_path, 4)
+    save(tmp_path, 5, kinds=("model", "opt"))
+    assert problem_of(tmp_path, 5) == "the manifest lists no state000005.pt"
+    (tmp_path / "manifest000005.json").unlink()
+    assert problem_of(tmp_path, 5) == "it has no manifest" and problem_of(tmp_path, 5, partial=True) == ""
+
+
+def test_damage_is_recognised_every_time(tmp_path):
+    """A short run of the script `corruption.py`."""
+    outcomes = run(Folder(tmp_path, small=True), 30, seed=0)
+    assert not [key for key in outcomes if key[3].startswith("WRONG")]
+    seen = {(attempt, outcome) for _, _, attempt, outcome in outcomes}
+    assert {("resume", "fell back"), ("newest averages", "fell back"), ("named averages", "refused")} <= seen
+
+
+def test_load_verifies_every_part(tmp_path):
+    for kind in KINDS:
+        save(tmp_path, 4)
+        flip(tmp_path / file_name(kind, 4))
+        with pytest.raises(InputError, match=rf"{kind}000004\.pt: it is damaged \(.*differs from its SHA-256\)"):
+            load(tmp_path, 4)
+        if kind != "model":
+            parts, missing = load(tmp_path, 4, partial=True)
+            assert missing == [kind] and kind not in parts
+    save(tmp_path, 4, kinds=KINDS[:4])
+    assert (tmp_path / "ema_0.99_000004.pt").exists()  # left over from the save before
+    with pytest.raises(InputError, match=r"ema_0\.99_000004\.pt: the manifest does not list it"):
+        load(tmp_path, 4)
+    (tmp_path / file_name("manifest", 4)).write_bytes(b"{}")
+    with pytest.raises(InputError, match="the manifest cannot be read"):
+        load(tmp_path, 4)
+    assert load(tmp_path, 4, partial=True)[1] == []
+
+
+def test_load_needs_the_model(tmp_path):
+    save(tmp_path, 4)
+    (tmp_path / "model000004.pt").unlink()
+    with pytest.raises(InputError, match=r"model000004\.pt: no such file"):
+        load(tmp_path, 4, partial=True)
+
+
+# -- where to resume --------------------------------------------------------------------------------------------------
+
+
+def test_resume_point_of_auto_is_the_newest_whole_step(tmp_path):
+    assert resume_point(tmp_path, "auto") is None and resume_point(tmp_path / "gone", "auto") is None
+    for step in (2, 999_999, 1_000_000):
+        save(tmp_path, step)
+    logged = []
+    assert resume_point(tmp_path, "auto", log=logged.append) == (str(tmp_path), 1_000_000) and not logged
+    flip(tmp_path / "state1000000.pt")
+    (tmp_path / "manifest999999.json").unlink()
+    assert resume_point(tmp_path, "auto", log=logged.append) == (str(tmp_path), 2)
+    assert (
+        "checkpoint 1000000 in" in logged[0]
+        and "state1000000.pt differs" in logged[0]
+        and "going back to 2" in logged[0]
+    )
+    assert resume_point(tmp_path, "auto", partial=True) == (str(tmp_path), 1_000_000)
+    flip(tmp_path / "model1000000.pt")
+    assert resume_point(tmp_path, "auto", partial=True) == (str(tmp_path), 999_999)
+    flip(tmp_path / "opt000002.pt")
+    with pytest.raises(InputError, match="checkpoint 1000000 is damaged|no older one is whole.*--resume_partial True"):
+        resume_point(tmp_path, "auto")
+
+
+def test_resume_point_of_a_path_must_be_whole(tmp_path):
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    run.mkdir()
+    save(run, 4)
+    flip(run / "state000004.pt")
+    for folder in (run, branch):
+        with pytest.raises(InputError, match=r"model000004\.pt: .*\(state000004\.pt differs.*; use an older one"):
+            resume_point(folder, str(run / "model000004.pt"))
+    assert resume_point(run, str(run / "model000004.pt"), partial=True) == (str(run), 4)
+
+
+@pytest.mark.parametrize(
+    "name", ["ema_0.9999_000012.pt", "opt000012.pt", "model12.pt", "model000012.pt.tmp", "model.pt"]
+)
+def test_resume_point_refuses_other_names(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"--resume_checkpoint .*: expected a file called model<step>\.pt, or auto"):
+        resume_point(tmp_path / "new", str(tmp_path / name))
+
+
+def test_resume_point_never_lets_a_run_be_overwritten_or_mixed_with_another(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    for step in (2, 4):
+        save(run, step)
+    with pytest.raises(InputError, match=r"reached step 4.*--resume_checkpoint auto"):
+        resume_point(run, "")
+    with pytest.raises(InputError, match="no such file"):
+        resume_point(other, str(run / "model000003.pt"))
+    with pytest.raises(InputError, match="steps up to 4"):
+        resume_point(run, str(run / "model000002.pt"))
+    assert resume_point(run, str(run / "model000004.pt")) == (str(run), 4)
+    assert resume_point(other, str(run / "model000002.pt")) == (str(run), 2)
+    assert resume_point(other, "") is None
+    other.mkdir()
+    save(other, 1)
+    with pytest.raises(InputError, match="another run"):
+        resume_point(other, str(run / "model000002.pt"))
+
+
+# -- which weights are sampled ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "newest"),
+    [
+        (["ema_0.9999_000010.pt", "ema_0.9999_000009.pt", "model000011.pt"], "ema_0.9999_000010.pt"),
+        (["ema_0.9999_999999.pt", "ema_0.9999_1000000.pt"], "ema_0.9999_1000000.pt"),
+        (["ema_.9999_000010.pt", "ema_0.99_000010.pt"], "ema_.9999_000010.pt"),
+        (["ema_0.99_000020.pt", "ema_best_000030.pt", "ema_0.9_000030.pt.tmp"], "ema_0.99_000020.pt"),
+    ],
+)
+def test_find_weights_takes_the_newest_of_a_foreign_folder(tmp_path, files, newest):
+    for name in files:
+        (tmp_path / name).touch()
+    assert find_weights(str(tmp_path)) == str(tmp_path / newest)
+
+
+def test_find_weights_passes_over_damaged_averages(tmp_path):
+    for step in (4, 6, 8):
+        save(tmp_path, step)
+
+    def found(log=None):
+        return Path(find_weights(str(tmp_path), log=log)).name
+
+    logged = []
+    assert found(logged.append) == "ema_0.9999_000008.pt" and not logged
+    flip(tmp_path / "ema_0.9999_000008.pt")
+    assert found(logged.append) == "ema_0.99_000008.pt"
+    assert "ema_0.9999_000008.pt differs from its SHA-256); going back to ema_0.99_000008.pt" in logged[0]
+    (tmp_path / "manifest000008.json").unlink()  # a save cut short
+    (tmp_path / "ema_0.9999_000006.pt").unlink()
+    (tmp_path / "ema_0.99_000006.pt").write_bytes(b"short")
+    (tmp_path / "ema_0.999_000006.pt").write_bytes(b"left over, and in no manifest")
+    assert found() == "ema_0.9999_000004.pt"
+    (tmp_path / "manifest000004.json").write_bytes(b"{}")
+    with pytest.raises(InputError, match=r"no ema_\*\.pt file is whole \(newest: no readable manifest lists ema_"):
+        found()
+
+
+@pytest.mark.parametrize(("path", "words"), [("none.pt", "no such file"), ("", "the folder has no ema_")])
+def test_find_weights_names_what_is_lacking(tmp_path, path, words):
+    with pytest.raises(InputError, match=f"--model_path .*{words}"):
+        find_weights(str(tmp_path / path))
+    with pytest.raises(InputError, match="--model_path : it is empty"):
+        find_weights("")
+    assert find_weights("none.pt", may_lack=True) == "none.pt"
+
+
+def test_trained_config_is_in_config_json_or_else_in_the_manifest(trained, tmp_path):
+    weights = str(trained / "ema_0.9_000004.pt")
+    beside, where = trained_config(weights)
+    assert beside["num_channels"] == 32 and where == str(trained / "config.json")
+    for name in ("ema_0.9_000004.pt", "manifest000004.json"):
+        shutil.copy(trained / name, tmp_path)
+    noted, where = trained_config(str(tmp_path / "ema_0.9_000004.pt"))
+    assert noted == beside and "manifest" in where
+    (tmp_path / "manifest000004.json").unlink()
+    assert trained_config(str(tmp_path / "ema_0.9_000004.pt"))[0] == {}
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -235,7 +495,7 @@ class Burglar:
         return (open, (str(self.path), "w"))
 
 
-def test_code_in_a_file_is_refused_and_not_run(tmp_path):
+def test_load_file_refuses_code_and_does_not_run_it(tmp_path):
     torch.save({"w": torch.zeros(1), "x": Burglar(tmp_path / "trace")}, tmp_path / "evil.pt")
     with pytest.raises(InputError, match=r"evil\.pt: cannot be read as a checkpoint of plain tensors") as caught:
         load_weights(tiny_model(), tmp_path / "evil.pt")
@@ -244,14 +504,14 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
-def test_garbage_is_refused(tmp_path, content):
+def test_load_file_refuses_garbage(tmp_path, content):
     path = tmp_path / "model000001.pt"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"model000001\.pt: cannot be read"):
         load_weights(tiny_model(), path)
 
 
-def test_a_torn_file_is_refused(tmp_path, weights):
+def test_load_file_refuses_a_torn_file(tmp_path, weights):
     path = tmp_path / "model000001.pt"
     torch.save(weights, path)
     path.write_bytes(path.read_bytes()[:-500])
@@ -259,7 +519,7 @@ def test_a_torn_file_is_refused(tmp_path, weights):
         load_file(path)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+def test_load_file_refuses_a_missing_file_and_a_folder(tmp_path):
     with pytest.raises(InputError, match=r"gone\.pt: no such file"):
         load_weights(tiny_model(), tmp_path / "gone.pt")
     with pytest.raises(InputError, match="cannot be read"):
@@ -267,7 +527,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("contents", [[1, 2], torch.zeros(3), {0: torch.zeros(1)}])
-def test_a_file_without_a_state_dict_is_refused(tmp_path, contents):
+def test_load_weights_needs_a_state_dict(tmp_path, contents):
     torch.save(contents, tmp_path / "odd.pt")
     with pytest.raises(InputError, match=r"odd\.pt: expected a state dict, found "):
         load_weights(tiny_model(), tmp_path / "odd.pt")
@@ -276,7 +536,7 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path, contents):
 # -- load_weights -----------------------------------------------------------------------------------------------------
 
 
-def test_weights_from_a_dict_and_from_paths(tmp_path, weights):
+def test_load_weights_from_a_dict_and_from_paths(tmp_path, weights):
     torch.save(weights, tmp_path / "w.pt")
     for source in (weights, tmp_path / "w.pt", str(tmp_path / "w.pt")):
         model = tiny_model(2)
@@ -285,7 +545,7 @@ def test_weights_from_a_dict_and_from_paths(tmp_path, weights):
         assert same(model.state_dict(), weights)
 
 
-def test_spade_norm_extras_are_ignored(weights):
+def test_load_weights_ignores_spade_norm_extras(weights):
     extras = {
         f"input_blocks.{k}.0.spade_norm.mlp_{m}.weight": torch.zeros(3) for k in (1, 12) for m in ("gamma", "shared.0")
     }
@@ -297,30 +557,24 @@ def test_spade_norm_extras_are_ignored(weights):
 @pytest.mark.parametrize(
     "key", ["middle_block.0.spade_norm.mlp_gamma.weight", "input_blocks.1.spade_norm.w", "ema.out.2.bias"]
 )
-def test_other_extras_are_named(weights, key):
+def test_load_weights_names_other_extras(weights, key):
     with pytest.raises(InputError, match=f"unexpected key {key};"):
         load_weights(tiny_model(), {**weights, key: torch.zeros(1)})
 
 
-def test_a_missing_key_is_named(tmp_path, weights):
-    torch.save({k: v for k, v in weights.items() if k != "out.2.weight"}, tmp_path / "w.pt")
-    with pytest.raises(InputError, match=r"w\.pt: missing key out\.2\.weight;"):
-        load_weights(tiny_model(), tmp_path / "w.pt")
-
-
-def test_many_missing_keys_are_counted(weights):
+def test_load_weights_counts_missing_keys(weights):
     fewer = {k: v for k, v in weights.items() if not k.startswith("out.")}
     with pytest.raises(InputError, match=r"state dict: missing key out\.0\.bias and 3 more"):
         load_weights(tiny_model(), fewer)
 
 
 @pytest.mark.parametrize(("value", "found"), [(torch.zeros(3, 32, 1, 1), r"\(3, 32, 1, 1\)"), (1.5, "float")])
-def test_a_wrong_shape_is_named(weights, value, found):
+def test_load_weights_names_a_wrong_shape(weights, value, found):
     with pytest.raises(InputError, match=rf"key out\.2\.weight has shape {found}, the network expects \(3, 32, 3, 3\)"):
         load_weights(tiny_model(), {**weights, "out.2.weight": value})
 
 
-def test_refused_weights_leave_the_model_alone(weights):
+def test_load_weights_leaves_the_model_alone_when_it_refuses(weights):
     model = tiny_model(2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(InputError):
@@ -328,7 +582,7 @@ def test_refused_weights_leave_the_model_alone(weights):
     assert same(model.state_dict(), before)
 
 
-def test_half_precision_weights_keep_the_models_precision(weights):
+def test_load_weights_keeps_the_models_precision(weights):
     model = tiny_model(2)
     load_weights(model, {k: v.half() for k, v in weights.items()})
     assert all(v.dtype == torch.float32 for v in model.state_dict().values())
@@ -348,7 +602,7 @@ LEGACY_SHAPES = {
 
 
 @pytest.mark.parametrize("flags", [{}, {"resblock_updown": True, "channel_mult": "1,2", "num_res_blocks": 2}])
-def test_legacy_keys_for_every_plain_block_of_the_encoder(flags):
+def test_with_legacy_keys_adds_them_to_every_plain_block_of_the_encoder(flags):
     model = tiny_model(1, **flags)
     extended = with_legacy_keys(model.state_dict(), model)
     added = {k: v for k, v in extended.items() if k not in model.state_dict()}
@@ -367,99 +621,43 @@ def test_legacy_keys_for_every_plain_block_of_the_encoder(flags):
             assert tuple(value.shape) == tuple(channels if n is None else n for n in shape) and not value.any()
 
 
-def test_legacy_weights_load_back(tmp_path, weights):
+def test_with_legacy_keys_loads_back(tmp_path, weights):
     torch.save(with_legacy_keys(weights, tiny_model()), tmp_path / "w.pt")
     model = tiny_model(2)
     load_weights(model, tmp_path / "w.pt")
     assert same(model.state_dict(), weights)
 
 
-def test_no_legacy_keys_where_the_encoder_has_spade_blocks():
+def test_with_legacy_keys_adds_none_to_spade_blocks():
     model = tiny_model(1, unet_model="spadeboth")
     assert any(isinstance(m, SPADEResBlock) for m in model.input_blocks.modules())
     assert with_legacy_keys(model.state_dict(), model).keys() == model.state_dict().keys()
 
 
-def test_legacy_keys_leave_weights_and_the_global_stream_alone(weights):
+def test_with_legacy_keys_leaves_weights_and_the_global_stream_alone(weights):
     model, keys, before = tiny_model(), set(weights), torch.get_rng_state()
     with_legacy_keys(weights, model)
     assert set(weights) == keys
     assert torch.equal(before, torch.get_rng_state())
 
 
-# -- all parts ---------------------------------------------------------------------------------------------------------
-
-
-def test_weights_that_differ_from_their_manifest_are_refused(tmp_path, weights):
-    save_parts(tmp_path, 4, {"ema_0.99_": weights, "model": weights, "opt": {}, "state": {}})
-    path = tmp_path / "ema_0.99_000004.pt"
-    model = tiny_model(2)
+def test_load_weights_verifies_by_the_manifest_beside(tmp_path, weights):
+    save_checkpoint(tmp_path, 4, {"ema_0.99_": Part(weights)}, FACTS)
+    path, model = tmp_path / "ema_0.99_000004.pt", tiny_model(2)
     load_weights(model, path)
     assert same(model.state_dict(), weights)
     flip(path)
-    with pytest.raises(
-        InputError, match=r"ema_0\.99_000004\.pt: it is damaged \(.*differs from its SHA-256\); restore it"
-    ):
+    with pytest.raises(InputError, match=r"ema_0\.99_000004\.pt: it is damaged \(.*differs from its SHA-256\)"):
         load_weights(model, path)
-    (tmp_path / "elsewhere").mkdir()
-    path.rename(tmp_path / "elsewhere" / path.name)  # as files from elsewhere, it cannot be verified
-    load_weights(model, tmp_path / "elsewhere" / path.name)
-
-
-def test_load_parts_reads_everything_back(tmp_path):
-    saved = {kind: {"w": torch.rand(2), "n": 3, "x": [1.5, None, float("inf")]} for kind in KINDS}
-    save_parts(tmp_path, 4, saved)
-    loaded, missing = load_parts(tmp_path, 4, RATES)
-    assert missing == [] and loaded.keys() == saved.keys()
-    for kind in KINDS:
-        assert torch.equal(loaded[kind]["w"], saved[kind]["w"]) and loaded[kind]["x"] == saved[kind]["x"]
-
-
-def test_every_part_is_verified_as_it_is_read(tmp_path):
-    for kind in KINDS:
-        save_parts(tmp_path, 4, parts())
-        flip(tmp_path / file_name(kind, 4))
-        with pytest.raises(InputError, match=rf"{kind}000004\.pt: it is damaged \(.*differs from its SHA-256\)"):
-            load_parts(tmp_path, 4, RATES)
-        if kind != "model":
-            loaded, missing = load_parts(tmp_path, 4, RATES, partial=True)
-            assert missing == [file_name(kind, 4)] and kind not in loaded
-    save_parts(tmp_path, 4, parts(kinds=("model", "opt", "state", "ema_0.9999_")))
-    assert (tmp_path / "ema_0.99_000004.pt").exists()  # left over from the save before
-    with pytest.raises(InputError, match=r"lacks ema_0\.99_000004\.pt"):
-        load_parts(tmp_path, 4, RATES)
-    (tmp_path / manifest_name(4)).write_bytes(b"{}")
-    with pytest.raises(InputError, match="the manifest cannot be read"):
-        load_parts(tmp_path, 4, RATES)
-    assert load_parts(tmp_path, 4, RATES, partial=True)[1] == []
-
-
-def test_missing_parts_are_named_unless_asked_for(tmp_path):
-    save_parts(tmp_path, 4, parts(kinds=("model", "state", "ema_0.9999_")))
-    with pytest.raises(
-        InputError, match=r"checkpoint 4 lacks opt000004\.pt, ema_0\.99_000004\.pt;.*--resume_partial True"
-    ):
-        load_parts(tmp_path, 4, RATES)
-    loaded, missing = load_parts(tmp_path, 4, RATES, partial=True)
-    assert missing == ["opt000004.pt", "ema_0.99_000004.pt"]
-    assert loaded.keys() == {"model", "state", "ema_0.9999_"}
-
-
-def test_a_missing_model_is_always_an_error(tmp_path):
-    save_parts(tmp_path, 4, parts(kinds=("opt", "state")))
-    with pytest.raises(InputError, match=r"model000004\.pt: no such file"):
-        load_parts(tmp_path, 4, (), partial=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_model_without_values_takes_over_those_of_the_file(tmp_path, dtype):
+def test_load_weights_assigns_to_a_model_without_values(tmp_path, dtype):
     trained = tiny_model(seed=3)
     torch.save({key: value.to(dtype) for key, value in trained.state_dict().items()}, tmp_path / "w.pt")
-    before = torch.get_rng_state()
     with torch.device("meta"):
-        model = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **TINY_FLAGS})[0]
+        model = tiny_model()
     load_weights(model, tmp_path / "w.pt")
-    assert torch.equal(before, torch.get_rng_state())
     assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
     assert {value.dtype for value in model.parameters()} == {torch.float32}
     load_weights(trained, tmp_path / "w.pt")
@@ -467,9 +665,65 @@ def test_a_model_without_values_takes_over_those_of_the_file(tmp_path, dtype):
     assert torch.equal(model.eval()(*inputs), trained.eval()(*inputs))
 
 
-def test_a_model_without_values_takes_no_others(tmp_path):
-    torch.save({"w": torch.zeros(1)}, tmp_path / "w.pt")
-    with torch.device("meta"):
-        model = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **TINY_FLAGS})[0]
-    with pytest.raises(InputError, match="missing key"):
-        load_weights(model, tmp_path / "w.pt")
+# -- old checkpoints --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep", "scores", "kept"),
+    [
+        (0, [5, 4, 3, 2, 1], [1, 2, 3, 4, 5]),
+        (2, [5, 4, 3, 2, 1], [4, 5]),
+        (2, [5, 1, 3, 2, 4], [2, 4, 5]),
+        (1, [None, 4, None, 4, None], [4, 5]),
+        (1, [None] * 5, [5]),
+        (2, [float("nan"), 3, float("inf"), None, None], [2, 4, 5]),
+        (9, [5, 4, 3, 2, 1], [1, 2, 3, 4, 5]),
+    ],
+)
+def test_prune_keeps_the_newest_and_the_best(tmp_path, keep, scores, kept):
+    for step, score in enumerate(scores, 1):
+        save(tmp_path, step, facts={"val_score": score})
+    assert prune_checkpoints(tmp_path, keep) == [step for step in range(1, 6) if step not in kept]
+    assert sorted(os.listdir(tmp_path)) == sorted(name for step in kept for name in names(step))
+    assert prune_checkpoints(tmp_path, keep) == []
+
+
+def test_prune_does_not_count_damaged_checkpoints(tmp_path):
+    for step in range(1, 8):
+        save(tmp_path, step, facts={"val_score": 1 if step == 4 else 2})
+    (tmp_path / "opt000004.pt").write_bytes(b"torn")  # the best, had it been whole
+    (tmp_path / "opt000005.pt").unlink()
+    (tmp_path / "opt000007.pt").unlink()  # newer than every whole one: a resumed run saves it again
+    assert prune_checkpoints(tmp_path, 2) == [1, 2, 4, 5]
+    assert problem_of(tmp_path, 3) == problem_of(tmp_path, 6) == "" and (tmp_path / "model000007.pt").exists()
+
+
+def test_prune_leaves_other_files(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    (tmp_path / "manifest000001.json").unlink()
+    (tmp_path / "manifest000002.json").write_bytes(b"{}")
+    others = {"ema_mine_000003.pt", "config.json", "model000003.pt.bak"}
+    for name in others:
+        (tmp_path / name).touch()
+    assert prune_checkpoints(tmp_path, 1) == [3]
+    assert {file_name(kind, step) for kind in KINDS for step in (1, 2, 4)} | others <= set(os.listdir(tmp_path))
+
+
+def test_prune_finishes_an_interrupted_deletion(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step)
+    unlink, calls = Path.unlink, []
+
+    def stop_at_the_third(path, missing_ok=False):
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stop_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoints(tmp_path, 1)
+    assert prune_checkpoints(tmp_path, 1) == [1]
+    assert sorted(os.listdir(tmp_path)) == names(2)

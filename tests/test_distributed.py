@@ -1,101 +1,256 @@
-"""Devices and precisions."""
+"""Which process of a job this is, its share of the work, and what processes agree on (see also test_processes)."""
 
-import contextlib
+import itertools
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from guided_diffusion.console import InputError
-from guided_diffusion.training.distributed import (
-    autocast,
-    grad_scaler,
-    pins_memory,
-    select_device,
-    to_device,
-    usable_precision,
-)
+from guided_diffusion.training import distributed
+from guided_diffusion.training.distributed import Group, LostPeer, Ranks, Share, difference, find_ranks, find_share
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-
-
-@pytest.fixture
-def two_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "1234",
+    "SLURM_JOB_NODELIST": "node9",
+}
+BATCH_SHELL = {
+    "SLURM_PROCID": "0",
+    "SLURM_NTASKS": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_NODELIST": "node9",
+    "SLURM_JOB_ID": "1234",
+}
 
 
-def test_cpu(no_gpu):
-    assert select_device("cpu") == CPU and select_device("auto") == CPU and select_device() == CPU
+def without(environment, name):
+    return {key: value for key, value in environment.items() if key != name}
 
 
-def test_gpus(two_gpus):
-    assert select_device("auto").type == "cuda" and select_device("cuda").type == "cuda"
-    assert select_device("cuda:1") == torch.device("cuda:1")
-    assert select_device("cpu") == CPU
+def test_find_ranks_alone():
+    assert find_ranks({}) == Ranks(0, 1, 0)
+    assert find_ranks({"PATH": "/bin", "MASTER_ADDR": "node7", "MASTER_PORT": "1"}) == Ranks()
 
 
-@pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "mps", "meta", "cpu,cuda", "CUDA"])
-def test_unknown_devices_are_named(two_gpus, name):
-    with pytest.raises(InputError, match=f"--device {name}: unknown; choose auto, cpu or cuda"):
-        select_device(name)
+def test_find_ranks_of_torchrun():
+    assert find_ranks(TORCHRUN) == Ranks(3, 4, 1, "node7", 29500)
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:3"])
-def test_absent_devices_are_counted(no_gpu, name):
-    with pytest.raises(InputError, match=f"--device {name}: this machine shows 0 CUDA devices"):
-        select_device(name)
+def test_find_ranks_takes_torchrun_before_slurm_and_mpi():
+    assert find_ranks({**STEP, "PMI_SIZE": "8", **TORCHRUN}) == find_ranks(TORCHRUN)
 
 
-@pytest.mark.parametrize("name", ["cuda:2", "cuda:128", "cuda:99999999999"])
-def test_numbers_too_high(two_gpus, name):
-    with pytest.raises(InputError, match=f"--device {name}: (this machine shows 2 CUDA devices|unknown)"):
-        select_device(name)
+@pytest.mark.parametrize("missing", TORCHRUN)
+def test_find_ranks_names_the_variable_that_torchrun_lacks(missing):
+    with pytest.raises(InputError, match=f"environment variable {missing} is not set"):
+        find_ranks(without(TORCHRUN, missing))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_precisions_a_cpu_has(precision):
-    assert usable_precision(CPU, precision) == (precision, None)
+@pytest.mark.parametrize("missing", ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"])
+def test_find_ranks_names_the_variable_that_a_step_lacks(missing):
+    with pytest.raises(InputError, match=f"environment variable {missing} is not set"):
+        find_ranks(without(STEP, missing))
 
 
-def test_fp16_on_a_cpu_becomes_bf16_and_says_so():
-    precision, why = usable_precision(CPU, "fp16")
-    assert precision == "bf16" and "fp16" in why and "CPU" in why and "bf16" in why
+@pytest.mark.parametrize(("name", "value"), [("RANK", "x"), ("WORLD_SIZE", ""), ("LOCAL_RANK", "-1")])
+def test_find_ranks_refuses_values_that_cannot_be(name, value):
+    with pytest.raises(InputError, match=name):
+        find_ranks({**TORCHRUN, name: value})
+    with pytest.raises(InputError, match="rank 4 of 4"):
+        find_ranks({**TORCHRUN, "RANK": "4"})
 
 
-@pytest.mark.parametrize(("supported", "used"), [(True, "bf16"), (False, "fp16")])
-def test_bf16_on_a_gpu(monkeypatch, supported, used):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
-    precision, why = usable_precision(torch.device("cuda"), "bf16")
-    assert precision == used and (why is None) == supported
-    assert usable_precision(torch.device("cuda"), "fp16") == ("fp16", None)
+def test_find_ranks_of_an_srun_step():
+    found = find_ranks(STEP)
+    assert found[:4] == (5, 8, 1, "node9") and 20000 <= found.port < 30000
+    # Every process of the step finds the same place; another step another one.
+    assert find_ranks({**STEP, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})[3:5] == found[3:5]
+    assert find_ranks({**STEP, "SLURM_STEP_ID": "1"}).port != found.port
+    assert find_ranks({**STEP, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"})[3:5] == ("10.0.0.1", 7)
+    assert find_ranks({**STEP, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).world_size == 1
+
+
+def test_find_ranks_in_a_batch_or_interactive_shell_is_alone():
+    assert find_ranks(BATCH_SHELL) == Ranks()
+    assert find_ranks({**STEP, "SLURM_STEP_ID": str(2**32 - 6)}) == Ranks()
+
+
+def test_find_ranks_takes_the_first_host_of_a_list(monkeypatch):
+    asked = []
+
+    def scontrol(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="gpu003\ngpu004\n")
+
+    monkeypatch.setattr(subprocess, "run", scontrol)
+    assert find_ranks({**STEP, "SLURM_JOB_NODELIST": "gpu[003-004]"}).address == "gpu003"
+    assert asked == [["scontrol", "show", "hostnames", "gpu[003-004]"]]
+
+
+def test_find_ranks_needs_scontrol_for_a_host_list(monkeypatch):
+    def missing(command, **_):
+        raise FileNotFoundError("scontrol")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    with pytest.raises(InputError, match="MASTER_ADDR"):
+        find_ranks({**STEP, "SLURM_JOB_NODELIST": "gpu[003-004]"})
+
+
+def test_find_ranks_of_one_process_needs_no_mpi(monkeypatch):
+    monkeypatch.setattr(distributed, "_from_mpi", lambda size: pytest.fail("MPI was asked"))
+    assert find_ranks({"PMI_SIZE": "1", "PMI_RANK": "0"}) == Ranks()
+
+
+def test_find_ranks_of_mpiexec_within_slurm(monkeypatch):
+    # mpiexec starts one helper per node by srun; the processes below it inherit that step's variables.
+    monkeypatch.setattr(distributed, "_from_mpi", lambda size: Ranks(1, size, 0, "mpi"))
+    helper = {**STEP, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert find_ranks({**helper, "PMI_SIZE": "4"}).address == "mpi"
+    assert find_ranks({**STEP, "PMI_SIZE": "8"}).address == "node9"  # srun's own PMI
+    assert find_ranks({"OMPI_COMM_WORLD_SIZE": "2"}) == Ranks(1, 2, 0, "mpi")
+
+
+def test_find_ranks_needs_an_mpi_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(InputError, match="mpi4py finds no MPI library"):
+        find_ranks({"PMI_SIZE": "2"})
+
+
+def test_find_share_of_ranks():
+    assert find_share(Ranks(), environment={}) == Share(0, 1)
+    assert find_share(Ranks(2, 3), environment={}) == Share(2, 3)
+
+
+def array(task, least, most, count):
+    return {
+        f"SLURM_ARRAY_TASK_{name}": str(value)
+        for name, value in (("ID", task), ("MIN", least), ("MAX", most), ("COUNT", count))
+    }
+
+
+@pytest.mark.parametrize(("tasks", "ranks"), [(range(4), 1), (range(1, 4), 2), (range(3, 12, 4), 1), (range(5, 6), 3)])
+def test_find_share_of_array_tasks_and_ranks_has_no_gaps(tasks, ranks):
+    found = [
+        find_share(Ranks(rank, ranks), environment=array(task, tasks[0], tasks[-1], len(tasks)))
+        for task, rank in itertools.product(tasks, range(ranks))
+    ]
+    assert found == [Share(k, len(tasks) * ranks) for k in range(len(tasks) * ranks)]
+
+
+def test_find_share_of_arrays_with_works_of_their_own():
+    assert find_share(Ranks(1, 2), arrays=False, environment=array(3, 0, 3, 4)) == Share(1, 2)
+
+
+@pytest.mark.parametrize("task", [0, 1, 4])
+def test_find_share_refuses_a_list_of_tasks(task):
+    with pytest.raises(InputError, match="use --array=0-2"):
+        find_share(Ranks(), environment=array(task, 0, 4, 3) | {"SLURM_ARRAY_TASK_STEP": "1"})
+
+
+@pytest.mark.parametrize("tasks", [(0, 2, 5), (0, 1, 3)])
+def test_find_share_refuses_uneven_arrays(tasks):
+    with pytest.raises(InputError, match="use --array=0-2"):
+        find_share(Ranks(), environment=array(tasks[1], tasks[0], tasks[-1], len(tasks)))
+
+
+# -- the group --------------------------------------------------------------------------------------------------------
+
+
+def test_group_of_one_agrees_with_itself():
+    group, tensor = Group(), torch.arange(3.0)
+    assert (group.rank, group.world_size, group.main) == (0, 1, True)
+    assert group.gather("x") == ["x"] and group.largest(7) == 7 and group.joined(tensor) is tensor
+    assert group.run_on_main(lambda: "done") == group.main_first(lambda: "done") == "done"
+    with pytest.raises(InputError, match=r"^no GPU$"):
+        Group(problem="no GPU")
+
+
+@pytest.mark.parametrize("error", [InputError("bad flag"), OSError("disk"), RuntimeError("gloo"), KeyboardInterrupt()])
+def test_guarded_leaves_errors_of_one_process_alone(error):
+    with pytest.raises(type(error)) as found, Group().guarded():
+        raise error
+    assert found.value is error
+
+
+FACTS = {"device": "cuda", "batch_size": 4}
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+    "found, words",
+    [
+        ([(FACTS, "a 1", ""), (FACTS, "a 2", ""), (FACTS, "b 1", "")], ""),
+        ([({"device": "cpu"}, None, ""), ({"device": "cpu"}, None, "")], ""),
+        ([(FACTS, "a 1", ""), (FACTS | {"batch_size": 8}, "a 2", "")], "--batch_size is 8 in rank 1 and 4 in rank 0"),
+        (
+            [(FACTS, "a 1", ""), (FACTS | {"device": "cpu"}, None, "")],
+            "--device is 'cpu' in rank 1 and 'cuda' in rank 0",
+        ),
+        ([(FACTS, "a 1", ""), (FACTS, "b 1", ""), (FACTS, "a 1", "")], "ranks 0 and 2 have the same GPU (a 1)"),
+        ([(FACTS, "a 1", ""), (FACTS | {"device": "cpu"}, None, "no GPU")], "rank 1: no GPU"),
+    ],
 )
-def test_autocast_dtype(precision, dtype):
-    a = torch.ones(2, 2)
-    with autocast(CPU, precision):
-        assert (a @ a).dtype == dtype
-    assert (a @ a).dtype == torch.float32
+def test_difference_keeps_processes_from_training_together(found, words):
+    assert difference(found).startswith(words) and bool(difference(found)) == bool(words)
 
 
-def test_fp32_is_no_autocast():
-    assert isinstance(autocast(CPU, "fp32"), contextlib.nullcontext)
+def one_of_two(rank):
+    """A group of two without the other, which always has 0 to say."""
+    group = Group()
+    group.rank, group.world_size, group.main, group.beat = rank, 2, rank == 0, 0.05
+    group.meetings = []
+    group.largest = lambda number: group.meetings.append(number) or number
+    return group
 
 
-@pytest.mark.parametrize(("precision", "enabled"), [("fp32", False), ("bf16", False), ("fp16", True)])
-def test_only_fp16_scales_its_gradients(precision, enabled):
-    assert grad_scaler(CPU, precision).is_enabled() == enabled
+def test_run_on_main_meets_while_the_work_goes_on():
+    group = one_of_two(0)
+    assert group.run_on_main(lambda: time.sleep(0.5) or "saved") == "saved"
+    assert 5 <= len(group.meetings) <= 12 and group.meetings == [1] * (len(group.meetings) - 1) + [0]
+    with pytest.raises(OSError, match="full"):
+        group.run_on_main(lambda: (_ for _ in ()).throw(OSError("full")))
+    assert one_of_two(1).run_on_main(lambda: pytest.fail("this is rank 1")) is None
 
 
-def test_memory():
-    assert not pins_memory(CPU) and pins_memory(torch.device("cuda"))
-    tensor = torch.arange(3)
-    assert torch.equal(to_device(tensor, CPU), tensor)
+def test_run_on_main_finishes_a_save_although_a_rank_is_lost():
+    group, saved = one_of_two(0), []
+    group.largest = lambda number: (_ for _ in ()).throw(RuntimeError("gloo: Connection closed by peer"))
+    with pytest.raises(RuntimeError, match="gloo"):
+        group.run_on_main(lambda: time.sleep(0.3) or saved.append(1))
+    assert saved
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(InputError("no data"), InputError), (FileNotFoundError("no data"), OSError)]
+)
+def test_guarded_names_the_rank_of_an_error(error, kind):
+    with pytest.raises(kind, match=r"^rank 1: no data$"), one_of_two(1).guarded():
+        raise error
+
+
+def test_guarded_leaves_a_bug_its_traceback():
+    with pytest.raises(ZeroDivisionError), one_of_two(1).guarded():
+        raise ZeroDivisionError("division")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection closed by peer"),
+        RuntimeError("NCCL error: remote process exited"),
+        dist.DistNetworkError("Broken pipe"),
+    ],
+)
+def test_guarded_turns_a_lost_connection_into_lost_peer(error):
+    with (
+        pytest.raises(LostPeer, match="rank 1 ends because it lost another one: was it killed?"),
+        one_of_two(1).guarded(),
+    ):
+        raise error

@@ -15,8 +15,7 @@ from guided_diffusion.console import InputError, Interrupted, Interrupts
 from guided_diffusion.training import loop as loop_module
 from guided_diffusion.training.checkpoint import file_name, manifest_text, read_manifest
 from guided_diffusion.training.distributed import Group
-from guided_diffusion.training.logger import RunningMeans
-from guided_diffusion.training.loop import MAX_SKIPPED, MAX_SKIPPED_SCALED
+from guided_diffusion.training.loop import MAX_SKIPPED, MAX_SKIPPED_SCALED, RunningMeans
 
 
 def weights_of(loop):

@@ -182,7 +182,7 @@ class Run:
 def is_rank(pid):
     """Whether a process is Python running the script itself, not the launcher or a proxy of it."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return len(words) > 1 and words[1].endswith(b"image_train.py")
+    return b"python" in words[0] and b"torch.distributed.run" not in words
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -192,7 +192,7 @@ def test_killed_rank_ends_the_job(scenes, tmp_path, launcher, killed):
         run.wait_for(tmp_path / "run" / "manifest000002.json")
         os.kill(run.ranks()[killed], signal.SIGKILL)
         assert run.codes()[0] != 0
-    assert "Traceback (most recent call last)" not in run.said().split("ChildFailedError")[0]
+    assert re.search(r"error: rank \d ends because it lost another one", run.said())
 
 
 @pytest.mark.parametrize("bad", [0, 1])
@@ -202,7 +202,7 @@ def test_rank_without_data_ends_both_with_the_reason(scenes, tmp_path, bad):
     with Run(scenes, tmp_path / "run", per_rank=per_rank) as run:
         codes = run.codes()
     assert codes[bad] == 2 and codes[1 - bad] == 1
-    assert f"error: rank {bad}: --data_dir {tmp_path / 'nowhere'} does not exist" in run.said()
+    assert re.search(rf"error: rank {bad}: --data_dir .*{tmp_path / 'nowhere'}", run.said())
     assert f"error: rank {1 - bad} ends because it lost another one" in run.said() and "Traceback" not in run.said()
 
 
@@ -229,9 +229,8 @@ def test_ranks_that_differ_are_refused_by_both(scenes, tmp_path, flag, words):
     assert run.said().count(words) == 2
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_stopped_rank_ends_the_job_after_dist_timeout(scenes, tmp_path, launcher):
-    with Run(scenes, tmp_path / "run", LAUNCHERS[launcher], save_interval=2, dist_timeout=20) as run:
+def test_stopped_rank_ends_the_job_after_dist_timeout(scenes, tmp_path):
+    with Run(scenes, tmp_path / "run", TORCHRUN, save_interval=2, dist_timeout=20) as run:
         run.wait_for(tmp_path / "run" / "manifest000002.json")
         started = time.monotonic()
         os.kill(run.ranks()[1], signal.SIGSTOP)

@@ -2,7 +2,9 @@
 
 import contextlib
 import csv
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +27,10 @@ print("started", sys.argv[-1], flush=True)
 while "SLURM_RESTART_COUNT" not in os.environ and not told:
     time.sleep(0.02)
 if told:
-    time.sleep(1)
     print("saved", flush=True)
-    sys.exit(int(sys.argv[-1]))
+    rank = int(os.environ.get("SLURM_PROCID", 0))
+    time.sleep(0 if rank else 2)
+    sys.exit(0 if rank else int(sys.argv[-1]))
 print("resumed", os.environ["OMP_NUM_THREADS"], flush=True)
 """
 
@@ -64,7 +67,7 @@ def log_of(facts):
     return path.read_text() if path.exists() else ""
 
 
-def test_what_signals_do_to_a_job(cluster, project):
+def test_job_by_signals(cluster, project):
     cases = {  # name: (options of sbatch, exit code when told to stop, options of scancel, final state)
         "steps": ([TWO], 75, ["--signal=USR1"], "COMPLETED"),
         "batch": ([TWO], 75, ["--signal=USR1", "--batch"], "COMPLETED"),
@@ -104,7 +107,7 @@ def test_what_signals_do_to_a_job(cluster, project):
     cluster.await_end(jobs["other"], "CANCELLED")
 
 
-def test_a_job_outside_of_the_project_says_so(cluster, project, tmp_path):
+def test_job_outside_of_the_project_is_refused(cluster, project, tmp_path):
     job = cluster.submit(project / "train.sh", options=[f"--output={tmp_path}/log"], cwd=tmp_path)
     facts = cluster.await_end(job, "FAILED")
     assert facts["ExitCode"] == "2:0"
@@ -126,7 +129,7 @@ def progress(folder):
         return list(csv.DictReader(f))
 
 
-def test_training_in_two_tasks(cluster, scenes, tmp_path):
+def test_train_in_two_tasks_equals_one_and_is_requeued(cluster, scenes, tmp_path):
     flags = {
         **TINY,
         **TRAIN,
@@ -177,7 +180,28 @@ def test_training_in_two_tasks(cluster, scenes, tmp_path):
     assert facts["Restarts"] == "0" and "stopped: step" in log_of(facts) and "not requeued" in log_of(facts)
 
 
-def test_sampling_in_an_array(cluster, trained, tmp_path):
+def test_train_ends_where_a_task_fails_or_is_lost(cluster, scenes, tmp_path):
+    """A task without data, and one that is killed: the job fails at once, with the reason in its log."""
+    shutil.copytree(scenes, tmp_path / "scenes")
+    flags = as_arguments({**TINY, **TRAIN, "device": "cpu", "total_steps": 10**6, "save_interval": 10**6})
+    jobs = {}
+    for name in ("lost", "killed"):
+        places = {"DATA_DIR": str(tmp_path / "scenes"), "CHECKPOINT_DIR": str(tmp_path / name)}
+        options = [TWO, f"--job-name={name}", f"--output={tmp_path}/%x.out"]
+        jobs[name] = cluster.submit("train.sh", *flags, options=options, cwd=ROOT, env={**JOBS, **places})
+    for name, job in jobs.items():
+        cluster.await_that(job, lambda _, name=name: progress(tmp_path / name), "take a step")
+    pids = subprocess.run(["pgrep", "-f", f"image_train.py .*{tmp_path}/killed"], capture_output=True, text=True)
+    ranks = [pid for pid in map(int, pids.stdout.split()) if Path(f"/proc/{pid}/comm").read_text().startswith("python")]
+    os.kill(ranks[-1], signal.SIGKILL)
+    facts = cluster.await_end(jobs["killed"], "FAILED", seconds=60)
+    assert facts["Restarts"] == "0" and "ends because it lost another one" in log_of(facts)
+    shutil.rmtree(tmp_path / "scenes")
+    facts = cluster.await_end(jobs["lost"], "FAILED", seconds=60)
+    assert facts["Restarts"] == "0" and "toytown_" in log_of(facts) and "error: rank" in log_of(facts)
+
+
+def test_sample_in_an_array_equals_one_process(cluster, trained, tmp_path):
     from guided_diffusion.data.toy_scenes import write_toy_scenes
 
     write_toy_scenes(str(tmp_path / "scenes"), train=1, val=6, height=32, width=64, progress=False)

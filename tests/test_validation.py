@@ -1,12 +1,16 @@
 """The validation score against closed forms, and previews."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
 from guided_diffusion import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.data.semantics import SemanticCoding
 from guided_diffusion.diffusion.gaussian_diffusion import create_gaussian_diffusion
 from guided_diffusion.evaluation.metrics import colour_error
+from guided_diffusion.evaluation.panels import preview_panel
 from guided_diffusion.link.noise_bank import NoiseBank
 from guided_diffusion.training.inputs import TrainingInputs
 from guided_diffusion.training.validation import Validation
@@ -38,14 +42,22 @@ ITEMS = [item(seed) for seed in range(3)]
 BANK = NoiseBank((3, H, W), 8, seed=1)
 
 
-def rules(**changes):
-    return TrainingInputs(**{"num_classes": K, "one_hot": True, "edge_plane": True, "bank": BANK, "seed": 2, **changes})
+def inputs(**changes):
+    same = {"num_classes": K, "one_hot": True, "edge_plane": True, "bank": BANK, "seed": 2, "coding": SemanticCoding()}
+    return TrainingInputs(**{**same, **changes})
+
+
+def noise_of(k):
+    return BANK[BANK.index_for(2, "bank index", k)]
+
+
+PANEL = functools.partial(preview_panel, num_classes=K)
 
 
 def validation(precision="fp32", **changes):
     diffusion = create_gaussian_diffusion(diffusion_steps=20, noise_schedule="linear")
     preview = create_gaussian_diffusion(diffusion_steps=20, noise_schedule="linear", timestep_respacing="3")
-    return Validation(ITEMS, rules(**changes), diffusion, preview, CPU, precision)
+    return Validation(ITEMS, inputs(**changes), diffusion, preview, PANEL, CPU, precision)
 
 
 @pytest.fixture
@@ -71,7 +83,7 @@ def random_weights(model, seed=1):
 @pytest.mark.parametrize("count", [1, 4])
 def test_score_of_a_constant_prediction(model, value, count):
     # eps = c everywhere: the loss of item k is mean((NB[i_k] - c)^2), whatever the picture and the timestep.
-    expected = torch.stack([(rules().noise([k], (3, H, W)) - value).square().mean() for k in range(count)]).mean()
+    expected = torch.stack([(noise_of(k) - value).square().mean() for k in range(count)]).mean()
     score = validation().score(model, constant_weights(model, value), count)
     assert score == pytest.approx(float(expected), rel=1e-5)
 
@@ -89,16 +101,9 @@ def test_score_sees_weights_and_semantics(model):
     look = validation()
     first = look.score(model, random_weights(model, 1), 2)
     assert first != look.score(model, random_weights(model, 2), 2)
-    other = Validation(
-        [{**one, "label": one["label"].flip(3)} for one in ITEMS], rules(), look.diffusion, None, CPU, "fp32"
-    )
+    flipped = [{**one, "label": one["label"].flip(3)} for one in ITEMS]
+    other = Validation(flipped, inputs(), look.diffusion, None, PANEL, CPU, "fp32")
     assert first != other.score(model, random_weights(model, 1), 2)
-
-
-def test_score_is_free_of_channel_noise_and_drops(model):
-    weights = random_weights(model)
-    noisy = validation(add_noise=True, sigma=0.9, drop_rate=1.0)
-    assert noisy.score(model, weights, 3) == validation().score(model, weights, 3)
 
 
 def test_score_looks_at_fixed_timesteps_spread_over_the_axis(model, monkeypatch):
@@ -113,7 +118,7 @@ def test_score_looks_at_fixed_timesteps_spread_over_the_axis(model, monkeypatch)
     look.score(model, model.state_dict(), 4)
     assert [t for t, _, _ in seen] == [2, 12, 7, 17, 12, 2, 17, 7]
     assert all(torch.equal(x, ITEMS[k // 2 % 3]["image"]) for k, (_, x, _) in enumerate(seen))
-    assert all(torch.equal(noise, rules().noise([k // 2], (3, H, W))) for k, (_, _, noise) in enumerate(seen))
+    assert all(torch.equal(noise, noise_of(k // 2)[None]) for k, (_, _, noise) in enumerate(seen))
 
 
 def test_score_in_bf16_is_near(model):
@@ -132,7 +137,7 @@ class OneOf:
         return torch.cat([self.shelf.get(rank, torch.full_like(tensor, float("nan"))) for rank in range(3)])
 
 
-def test_ranks_share_the_items_and_find_the_score_of_one(model):
+def test_score_is_shared_by_ranks(model):
     weights, shelf = random_weights(model), {}
     alone = validation().score(model, weights, 4)
     found = [validation().score(model, weights, 4, OneOf(rank, shelf)) for rank in range(3)]
@@ -150,7 +155,7 @@ def look_at(what, model, weights):
 
 @pytest.mark.parametrize("what", ["score", "preview"])
 @pytest.mark.parametrize("training", [True, False])
-def test_own_weights_gradients_and_mode_are_untouched(model, what, training):
+def test_validation_leaves_own_weights_gradients_and_mode_alone(model, what, training):
     model.train(training)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     places = [p.data_ptr() for p in model.parameters()]
@@ -165,9 +170,9 @@ def test_own_weights_gradients_and_mode_are_untouched(model, what, training):
 
 
 @pytest.mark.parametrize("what", ["score", "preview"])
-def test_own_weights_come_back_after_an_error(model, what, monkeypatch):
+def test_validation_gives_own_weights_back_after_an_error(model, what, monkeypatch):
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    monkeypatch.setattr(TrainingInputs, "condition", lambda *_: 1 / 0)
+    monkeypatch.setattr(TrainingInputs, "conditioning", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         look_at(what, model, random_weights(model))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training
@@ -190,7 +195,7 @@ def test_preview_shows_originals_and_their_error(model):
 
 
 def test_preview_shows_the_given_weights_the_same_way_every_time(model):
-    look = validation(add_noise=True, sigma=0.9, drop_rate=1.0)
+    look = validation()
     panels = []
     for seed, value in ((0, 0.1), (1, 0.1), (0, -0.4)):
         torch.manual_seed(seed)
@@ -198,12 +203,12 @@ def test_preview_shows_the_given_weights_the_same_way_every_time(model):
     assert (panels[0] == panels[1]).all() and (panels[0] != panels[2]).any()
 
 
-def test_colour_error_of_a_known_picture(model):
+def test_preview_measures_the_colour_error_of_a_known_picture(model):
     # A network that predicts x_0 = 0.25 everywhere regenerates a flat grey.
     def process(**respacing):
         return create_gaussian_diffusion(diffusion_steps=20, noise_schedule="linear", prediction="x0", **respacing)
 
-    look = Validation(ITEMS, rules(), process(), process(timestep_respacing="3"), CPU, "fp32")
+    look = Validation(ITEMS, inputs(), process(), process(timestep_respacing="3"), PANEL, CPU, "fp32")
     _, error = look.preview(model, constant_weights(model, 0.25), 3)
     originals = torch.cat([one["image"] for one in ITEMS])
     expected = colour_error(torch.full_like(originals, 0.25), originals).mean()

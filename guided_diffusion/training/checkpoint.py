@@ -72,21 +72,28 @@ def file_problem(path, entry, digests=True):
         return f"{path.name} is missing or cannot be read ({error.strerror})"
 
 
-def problem_of(directory, step, digests=True):
-    """Say what keeps a checkpoint from being whole, such as "the manifest lists no opt000004.pt"; "" if it is whole."""
+def problem_of(directory, step, partial=False, digests=True):
+    """Say what keeps a checkpoint from being whole, such as "the manifest lists no opt000004.pt"; "" if it is whole.
+
+    :param partial: be content with the model, but not with one that differs from its manifest.
+    :param digests: read every file, and compare its SHA-256; False looks at sizes alone.
+    """
+    directory, model, manifest = Path(directory), file_name("model", step), None
     try:
         manifest = read_manifest(directory, step)
     except InputError as error:
-        return str(error)
-    if manifest is None:
-        return "it has no manifest"
-    if manifest.get("unfinished"):
-        return UNFINISHED
-    for name in (file_name(kind, step) for kind in PARTS):
-        if name not in manifest["files"]:
-            return f"the manifest lists no {name}"
-    problems = (file_problem(Path(directory) / name, entry, digests) for name, entry in manifest["files"].items())
-    return next(filter(None, problems), "")
+        if not partial:
+            return str(error)
+    if manifest is None or manifest.get("unfinished"):
+        problem = UNFINISHED if manifest else "it has no manifest"
+        return "" if partial and (directory / model).exists() else problem
+    needed = [model] if partial else [file_name(kind, step) for kind in PARTS] + [*manifest["files"]]
+    for name in needed:
+        entry = manifest["files"].get(name)
+        problem = file_problem(directory / name, entry, digests) if entry else f"the manifest lists no {name}"
+        if problem:
+            return problem
+    return ""
 
 
 def saved_steps(directory):
@@ -105,26 +112,19 @@ def _manifest_of(path):
 
 
 class _HashedWriter:
-    """A file to write to in sequence that knows size and SHA-256 of what it was given, and the first error."""
+    """A file to write to in sequence that knows size and SHA-256 of what it was given, and the error of a write."""
 
     def __init__(self, f):
-        self._file, self._hash, self._bytes, self.error = f, hashlib.sha256(), 0, None
+        self.file, self.hash, self.bytes, self.error, self.flush = f, hashlib.sha256(), 0, None, f.flush
 
     def write(self, data):
-        self._hash.update(data)
-        self._bytes += len(data)
+        self.hash.update(data)
+        self.bytes += len(data)
         try:
-            return self._file.write(data)
+            return self.file.write(data)
         except OSError as error:  # torch.save reports it as another one
-            self.error = self.error or error
+            self.error = error
             raise
-
-    def flush(self):
-        self._file.flush()
-
-    def entry(self):
-        """Return the manifest's entry of the file."""
-        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
 
 def save_checkpoint(directory, step, parts, facts):
@@ -149,7 +149,7 @@ def save_checkpoint(directory, step, parts, facts):
                 torch.save(part.state_dict(), writer)
                 f.flush()
                 os.fsync(f.fileno())  # a disk may say only now that it is full
-                entries[path.name] = writer.entry()
+                entries[path.name] = {"bytes": writer.bytes, "sha256": writer.hash.hexdigest()}
             path = manifest
             whole.write(manifest_text({"step": step, "files": entries, **facts}))
             whole.flush()
@@ -194,24 +194,28 @@ def remove_temporary_files(directory):
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
+class DamagedFileError(InputError):
+    """A file is missing, damaged, or of another run."""
+
+
 def load_file(path, entry=None):
-    """Read a file of torch.save without running code from it. Raises InputError naming the file.
+    """Read a file of torch.save without running code from it. Raises DamagedFileError naming the file.
 
     :param entry: its manifest's entry, which it must equal; None: not verified.
     """
-    path = Path(path)
+    path, hint = Path(path), "restore it, use another checkpoint, or go on without it by --resume_partial True"
     if not path.exists():
-        raise InputError(f"{path}: no such file; check --model_path or --resume_checkpoint")
+        raise DamagedFileError(f"{path}: no such file; {hint}")
     problem = file_problem(path, entry) if entry else ""
     if problem:
-        raise InputError(f"{path}: it is damaged ({problem}); restore it, or use another checkpoint")
+        raise DamagedFileError(f"{path}: it is damaged ({problem}); {hint}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on odd pickles before it refuses them
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and refused files raise many kinds
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise InputError(f"{path}: cannot be read as a checkpoint of plain tensors ({reason})") from None
+        raise DamagedFileError(f"{path}: cannot be read as a checkpoint of plain tensors ({reason}); {hint}") from None
 
 
 def load_checkpoint(directory, step, parts, partial=False):
@@ -223,35 +227,29 @@ def load_checkpoint(directory, step, parts, partial=False):
     :raises InputError: naming the file, or the flag that contradicts it.
     """
     entries, missing = {}, []
-    with suppress(InputError) if partial else ExitStack():
+    with suppress(*[InputError] * partial):
         entries = (read_manifest(directory, step) or {}).get("files", {})
     for kind, part in parts.items():
-        path, optional = Path(directory) / file_name(kind, step), partial and kind != "model"
-        if kind != "model" and (not path.exists() or (entries and path.name not in entries)):
-            missing.append(kind)
-            continue
+        path = Path(directory) / file_name(kind, step)
         try:
-            contents = load_file(path, entries.get(path.name))
-        except InputError:
-            if not optional:
+            if entries and path.name not in entries:
+                raise DamagedFileError(f"{path}: the manifest does not list it; go on without by --resume_partial True")
+            _load_part(path, entries.get(path.name), part)
+        except DamagedFileError:
+            if kind == "model" or not partial:
                 raise
             missing.append(kind)
-            continue
-        try:
-            part.load_state_dict(contents)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
-            if not optional:
-                raise InputError(f"{path}: it does not fit this run ({error}); check the flags") from None
-            missing.append(kind)
-    if missing and not partial:
-        lost = ", ".join(file_name(kind, step) for kind in missing)
-        raise InputError(
-            f"{directory}: checkpoint {step} lacks {lost}; restore them, or start those parts afresh with"
-            " --resume_partial True"
-        )
     return missing
+
+
+def _load_part(path, entry, part):
+    contents = load_file(path, entry)
+    try:
+        part.load_state_dict(contents)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+        raise DamagedFileError(f"{path}: it does not fit this run ({error}); check the flags") from None
 
 
 def resume_point(directory, asked, partial=False, log=None):
@@ -285,7 +283,7 @@ def resume_point(directory, asked, partial=False, log=None):
         raise InputError(
             f"--checkpoint_dir {directory} already holds {what}: choose an empty folder to branch off into"
         )
-    problem = _model_problem(folder, step) if partial else problem_of(folder, step)
+    problem = problem_of(folder, step, partial)
     if problem:
         raise InputError(
             f"--resume_checkpoint {asked}: the checkpoint is damaged or incomplete ({problem}); use an older one (auto"
@@ -297,36 +295,19 @@ def resume_point(directory, asked, partial=False, log=None):
 def _newest_checkpoint(directory, steps, partial, log):
     passed = []
     for step in sorted(steps, reverse=True):
-        problem = problem_of(directory, step)
-        if problem == UNFINISHED and not partial and len(steps) == 1:
+        problem = problem_of(directory, step, partial)
+        if problem == UNFINISHED and len(steps) == 1:
             log(f"checkpoint {step} in {directory}: {problem}, and it was the first: starting afresh")
             return None
-        if problem and not (partial and not _model_problem(directory, step)):
-            passed.append(f"checkpoint {step} in {directory} is damaged or incomplete ({problem})")
-            continue
-        for line in passed:
-            log(f"{line}; going back to {step}")
-        if problem:
-            log(f"checkpoint {step} in {directory} is incomplete ({problem}): going on from what is left of it")
-        return str(directory), step
-    if passed:
-        raise InputError(
-            f"{passed[0]}, and no older one is whole; restore it, or go on from the weights alone with"
-            " --resume_partial True"
-        )
-    return None
-
-
-def _model_problem(directory, step):
-    """Say why a step's model file alone is of no use, "" if it is."""
-    path, entry = Path(directory) / file_name("model", step), None
-    with suppress(InputError):  # an unreadable manifest is one more part that is lost
-        entry = _manifest_of(path).get("files", {}).get(path.name)
-    try:
-        load_file(path, entry)
-    except InputError as error:
-        return str(error)
-    return ""
+        if not problem:
+            for line in passed:
+                log(f"{line}; going back to {step}")
+            return str(directory), step
+        passed.append(f"checkpoint {step} in {directory} is damaged or incomplete ({problem})")
+    if not passed:
+        return None
+    hint = "restore it, or go on from the weights alone with --resume_partial True"
+    raise InputError(f"{passed[0]}, and no older one is whole; {hint}")
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -398,16 +379,16 @@ def find_weights(model_path, may_lack=False, log=None):
 
 def _newest_average(directory, log):
     """Return the newest whole EMA file, of several rates the highest; foreign folders, without manifests, are trusted."""
-    names, manifests, problem = {path.name for path in directory.glob("ema_*.pt")}, {}, ""
+    entries, problem = {}, ""
     for step in saved_steps(directory):
         with suppress(InputError):
-            manifests[step] = read_manifest(directory, step) or {"files": {}}
-            names |= manifests[step]["files"].keys()  # a listed file may be lost
+            entries |= (read_manifest(directory, step) or {"files": {}})["files"]
+    names = {*entries, *(path.name for path in directory.glob("ema_*.pt"))}  # a listed file may be lost
     foreign = not any(directory.glob("manifest*.json"))
     found = [(int(match[2]), float(match[1]), match[0]) for match in map(EMA_FILE.fullmatch, names) if match]
-    for step, _, name in sorted(found, reverse=True):
-        entry = manifests.get(step, {"files": {}})["files"].get(name)
-        fault = file_problem(directory / name, entry) if entry else f"no readable manifest lists {name}"
+    for _, _, name in sorted(found, reverse=True):
+        listed = name in entries
+        fault = file_problem(directory / name, entries[name]) if listed else f"no readable manifest lists {name}"
         if foreign or not fault:
             if problem:
                 log(f"the newest averages in {directory} are damaged or incomplete ({problem}); going back to {name}")

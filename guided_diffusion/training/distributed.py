@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from threading import Thread
@@ -139,6 +140,8 @@ def find_share(ranks, arrays=True, environment=os.environ):
     names = [f"SLURM_ARRAY_TASK_{what}" for what in ("ID", "MIN", "MAX", "COUNT")]
     task, least, most, count = (_number(environment, name) for name in names)
     step = max(1, (most - least) // max(1, count - 1))
+    if environment.get("SLURM_ARRAY_TASK_STEP"):  # 1 for a list such as 0,1,4
+        step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP"))
     if (task - least) % step or (most - least) != step * (count - 1):
         raise InputError(
             f"--array: its {count} tasks from {least} to {most} are not evenly numbered, so that task {task}"
@@ -270,7 +273,8 @@ class Group:
             if self.world_size > 1 and getattr(stop, "agreed", False):
                 self._close()
                 if not self.main:
-                    sys.exit(stop.code)  # without a word: rank 0 speaks
+                    sys.exit(0)  # rank 0 alone says why, and gives the job its code,
+                time.sleep(2)  # last of all: srun kills the others at the first code that is not 0
             raise
         except Exception as error:
             if self.world_size == 1:

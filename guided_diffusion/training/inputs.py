@@ -53,7 +53,7 @@ class TrainingInputs:
         if self.add_noise:
             y = received_semantics(*semantics, self.num_classes, self.one_hot, self.edge_plane, self.coding)
             place = sent_planes(y, self.num_classes, self.one_hot).nonzero().T  # (2, K): sample and plane
-            return prepared | {"planes": self._received(y, positions)[*place], "place": place}
+            return prepared | {"planes": self._received(y, positions)[tuple(place)], "place": place}
         y = received_semantics(*semantics, self.num_classes, False, self.edge_plane, self.coding)
         return prepared | {"label": y[:, :1].to(torch.uint8), "edges": y[:, 1:].clone()}
 
@@ -66,7 +66,7 @@ class TrainingInputs:
         else:
             y = torch.zeros(n, channels, height, width, device=batch["noise"].device)
             if "planes" in batch:
-                y[*batch["place"]] = batch["planes"]
+                y[tuple(batch["place"])] = batch["planes"]
             else:
                 y.scatter_(1, batch["label"].long(), 1.0)
                 y[:, self.num_classes :] = batch["edges"]

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .checkpoint import (
 from .devices import autocast, grad_scaler, to_device
 from .distributed import Group
 from .early_stopping import EarlyStopping
-from .logger import RunLogger, RunningMeans, SilentLogger
+from .logger import RunLogger
 
 CHECK_EVERY = 50  # steps between looks at whether gradients are finite; looking makes an accelerator wait
 # Consecutive steps without a finite gradient after which a run cannot be expected to recover; a scaler, which halves its
@@ -178,7 +178,7 @@ class TrainLoop:
             interrupts.at_once = False  # from now on there may be something to save
         if self.group.main:
             remove_temporary_files(s.checkpoint_dir)
-        logger = RunLogger(s.checkpoint_dir, self.step, s.last_step) if self.group.main else SilentLogger()
+        logger = RunLogger(s.checkpoint_dir if self.group.main else None, self.step, s.last_step)
         try:
             with nullcontext(interrupts) if interrupts else Interrupts() as interrupts:
                 if self._done:
@@ -391,3 +391,41 @@ class _Moments:
                 # In the parameter's own memory layout, which the fused optimizer relies on without a look.
                 values[name] = torch.empty_like(parameters[k]).copy_(values[name])
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+class RunningMeans:
+    """Means of the losses since the last row, over the ranks of a `Group`; they stay on the device until asked for."""
+
+    def __init__(self, group):
+        self.group = group
+        self.reset()
+
+    def reset(self):
+        """Start anew."""
+        self.sums, self.finite, self.steps, self.since = {}, 0, 0, time.monotonic()
+
+    def add(self, terms, finite):
+        """Add one step's losses, scalars on the device; a step that is not `finite` counts for the rate alone."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
+        self.finite = self.finite + finite
+        self.steps += 1
+
+    @contextmanager
+    def paused(self):
+        """Leave the time of the block out of the rate."""
+        start = time.monotonic()
+        yield
+        self.since += time.monotonic() - start
+
+    def close(self, batch_size):
+        """Return the means as floats (none where no step was finite) and the images per second, and start anew.
+
+        All ranks must call it, with the batch size of all of them.
+        """
+        sums = torch.stack([*self.sums.values()])
+        means = (self.group.joined((sums / self.finite)[None]).sum(0) / self.group.world_size).tolist()  # waits
+        rate = self.steps * batch_size / (time.monotonic() - self.since)
+        found = dict(zip(self.sums, means, strict=True)) if int(self.finite) else {}
+        self.reset()
+        return found, rate
