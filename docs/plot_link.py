@@ -1,6 +1,7 @@
 """Figures of docs/link.md from results folders (needs matplotlib).
 
-python docs/plot_link.py rate out.png LINE:FOLDER,FOLDER...      measures against bytes, a line for each group of folders
+python docs/plot_link.py rate out.png LINE:FOLDER,FOLDER...      measures against bytes, a line for each group of
+folders
 python docs/plot_link.py search out.png FOLDER/exhaustive.csv    what the best of the first K candidates has
 """
 

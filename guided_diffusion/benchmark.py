@@ -8,10 +8,11 @@ and image_sample.py run. Both have the same random weights. A GPU's owner runs -
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import multiprocessing
 import os
-import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -43,8 +44,7 @@ CONFIGURATIONS = {  # S: 64x128, seconds a step on a CPU; readme: 256x512, the R
 SAMPLERS = (("ddpm", "", 1000), ("ddim", "", 50), ("dpm++", "logsnr", 20), ("dpm++", "logsnr", 12))
 LONGEST_CHAIN = 50  # steps that run for real; longer chains are scaled from them
 CACHE_BYTES = 10 * 2**30  # --label_memory of the cityscapes preset
-MATRIX_SIDE = 4096
-MIN_RUN_S = 0.2  # least time of one turn
+MATRIX_SIDE, SCALE = 4096, 2.0  # of the product; of guidance
 HOST_WAITS = ("StreamSynchronize", "EventSynchronize", "aten::item")  # in names of the profiler's events
 ROOT = Path(__file__).parents[1]
 
@@ -55,16 +55,12 @@ class Bench:
 
     :param config: the `TrainConfig`; its data_dir has toy scenes.
     :param precisions: of the fast path.
-    :param s: guidance scale.
-    :param rounds: turns of each case behind a median.
     :param rates: FLOP/s of matrix products, by precision; the first part fills it in.
     """
 
     config: TrainConfig
     device: torch.device
     precisions: list
-    s: float = 2.0
-    rounds: int = 5
     quick: bool = False
     rates: dict = dataclasses.field(default_factory=dict)
 
@@ -82,18 +78,6 @@ def timer(run):
     return Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
 
 
-def alternate(runs, rounds):
-    """Time functions in turn, so that what slows the machine for a while slows all of them.
-
-    :return: a list of `Measurement`, each of all turns of one function.
-    """
-    turns = [[] for _ in runs]
-    for _ in range(rounds):
-        for own, run in zip(turns, runs, strict=True):
-            own.append(timer(run).blocked_autorange(min_run_time=MIN_RUN_S))
-    return [Measurement.merge(own)[0] for own in turns]
-
-
 def host_waits(run):
     """Return by what a run makes the host wait for the device, as the profiler saw it: "aten::item 2", or "none"."""
     with torch.profiler.profile() as profile:
@@ -102,27 +86,22 @@ def host_waits(run):
     return ", ".join(f"{event.key} {event.count}" for event in seen) or "none"
 
 
-def step_rows(bench, runs, rounds, batch):
-    """Time one step of each of `bench.cases`; yield the table's rows, with the share of the product rate."""
-    counts = []
+def step_rows(bench, runs, batch):
+    """Time one step of each of `bench.cases`, in turn, so that a slow moment slows all; yield rows of `STEP`."""
+    counts, turns = [], [[] for _ in runs]
     for run in runs:
         with FlopCounterMode(display=False) as counter:  # of products and convolutions
             run()
         counts.append(counter.get_total_flops())
-    if bench.config.compile:  # the counter sees nothing of compiled code, whose work is the eager code's
-        counts = [counts[0], *[max(counts[1:])] * (len(runs) - 1)]
-    times = alternate(runs, rounds)
-    for (path, precision), run, count, taken in zip(bench.cases, runs, counts, times, strict=True):
-        row = {
-            "path": path,
-            "precision": precision,
-            "batch": batch,
-            "ms": 1e3 * taken.median,
-            "iqr_ms": 1e3 * taken.iqr,
-        }
-        row |= {"times_faster": times[0].median / taken.median, "images/s": batch / taken.median}
-        row |= {"gflop": count / 1e9, "%_of_product_rate": 100 * count / taken.median / bench.rates[precision]}
-        yield row | ({} if bench.device.type == "cpu" else {"host_waits": host_waits(run)})
+    for _ in range(2 if bench.quick else 5):
+        for own, run in zip(turns, runs, strict=True):
+            own.append(timer(run).blocked_autorange().median)
+    reference = statistics.median(turns[0])
+    for (path, precision), run, count, own in zip(bench.cases, runs, counts, turns, strict=True):
+        seconds = statistics.median(own)
+        share = 100 * count / seconds / bench.rates[precision]
+        waits = "" if bench.device.type == "cpu" else host_waits(run)
+        yield path, precision, batch, 1e3 * seconds, reference / seconds, count / seconds / 1e9, share, waits
 
 
 def matrix_products(bench):
@@ -134,7 +113,7 @@ def matrix_products(bench):
         a, b = torch.randn(2, MATRIX_SIDE, MATRIX_SIDE, device=bench.device).to(dtype)
         seconds = timer(lambda a=a, b=b: a @ b).blocked_autorange(min_run_time=1).median
         bench.rates[precision] = 2 * MATRIX_SIDE**3 / seconds
-        yield {"precision": precision, "side": MATRIX_SIDE, "gflop/s": bench.rates[precision] / 1e9}
+        yield precision, bench.rates[precision] / 1e9
     torch.set_float32_matmul_precision(before)
 
 
@@ -166,14 +145,14 @@ def reverse_inputs(bench):
 
 
 def reverse_step(bench, path, precision):
-    """Return a function that takes one guided ancestral step; the modulation is cached here, once, for the fast path."""
+    """Return a function that takes one guided ancestral step; the fast path's modulation is cached here, once."""
     model, (x, z, t, y) = network(bench, path, precision), reverse_inputs(bench)
     diffusion = build.diffusion_from(bench.config).to(bench.device)
     with devices.autocast(bench.device, precision):
         if path == "plain":
-            denoiser = guided_denoiser(model, diffusion, y, bench.s)
+            denoiser = guided_denoiser(model, diffusion, y, SCALE)
         else:
-            denoiser = Conditioning(model, y, bench.s, CACHE_BYTES).denoiser(diffusion, bench.s, 1)
+            denoiser = Conditioning(model, y, SCALE, CACHE_BYTES).denoiser(diffusion, SCALE, 1)
 
     @torch.no_grad()
     def run():
@@ -185,38 +164,30 @@ def reverse_step(bench, path, precision):
 
 def reverse_steps(bench):
     """One reverse step with guidance"""
-    yield from step_rows(bench, [reverse_step(bench, *case) for case in bench.cases], bench.rounds, 1)
+    yield from step_rows(bench, [reverse_step(bench, *case) for case in bench.cases], 1)
 
 
 def pictures(bench):
     """One picture by several samplers, the cached modulation included, against 1000 plain ancestral steps"""
     x, _, _, y = reverse_inputs(bench)
     plain = 1000 * timer(reverse_step(bench, "plain", "fp32")).timeit(2).median
-    yield {
-        "path": "plain",
-        "precision": "fp32",
-        "sampler": "ddpm",
-        "steps": 1000,
-        "seconds": plain,
-        "times_faster": 1.0,
-    }
+    yield "plain", "fp32", "ddpm", 1000, plain, 1.0
     for path, precision in bench.cases[1:]:
         model = network(bench, path, precision)
         for method, spacing, steps in SAMPLERS:
             ran = min(steps, 5 if bench.quick else LONGEST_CHAIN)
-            settings = SamplerSettings(method=method, steps=f"{spacing}{ran}", s=bench.s)
+            settings = SamplerSettings(method=method, steps=f"{spacing}{ran}", s=SCALE)
             diffusion = build.diffusion_from(bench.config, timestep_respacing=settings.steps).to(bench.device)
-            stamps = [time.perf_counter()]
-            with torch.no_grad(), devices.autocast(bench.device, precision):
-                condition = Conditioning(model, y, bench.s, CACHE_BYTES)
-                devices.synchronize(bench.device)
-                stamps.append(time.perf_counter())
-                run_chain(model, diffusion, condition, x, settings, seeds=[0])
-                devices.synchronize(bench.device)
-            once, chain = stamps[1] - stamps[0], time.perf_counter() - stamps[1]
-            seconds = once + chain * steps / ran
-            row = {"path": path, "precision": precision, "sampler": f"{method} {spacing}".strip(), "steps": steps}
-            yield row | {"seconds": seconds, "times_faster": plain / seconds, "steps_run": ran, "modulation_s": once}
+            run = functools.partial(one_picture, bench, model, precision, diffusion, x, y, settings)
+            seconds = timer(run).timeit(1).median * steps / ran
+            yield path, precision, f"{method} {spacing}".strip(), steps, seconds, plain / seconds
+
+
+def one_picture(bench, model, precision, diffusion, x, y, settings):
+    """Run a reverse chain, with the modulation cached first."""
+    with torch.no_grad(), devices.autocast(bench.device, precision):
+        condition = Conditioning(model, y, settings.s, CACHE_BYTES)
+        return run_chain(model, diffusion, condition, x, settings, seeds=[0])
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -268,16 +239,14 @@ def training_runs(bench, batch_size, cases):
         loop.scaler = devices.grad_scaler(bench.device, precision)
         loop.train_step(batch)
 
-    return [
-        (lambda: plain.train_step(batch)) if path == "plain" else lambda precision=precision: fast(precision)
-        for path, precision in cases
-    ]
+    runs = {precision: functools.partial(fast, precision) for _, precision in cases}
+    return [functools.partial(plain.train_step, batch) if path == "plain" else runs[name] for path, name in cases]
 
 
 def training_steps(bench):
     """One training step; operations that activation checkpointing repeats are counted"""
     for n in (1,) if bench.quick else (1, 4, 8):
-        yield from step_rows(bench, training_runs(bench, n, bench.cases), max(1, bench.rounds // 2), n)
+        yield from step_rows(bench, training_runs(bench, n, bench.cases), n)
 
 
 # -- memory, start-up, loader -----------------------------------------------------------------------------------------
@@ -289,7 +258,7 @@ def peaks(bench):
         for path, precision in bench.cases:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 peak = pool.submit(step_peak, bench, what, path, precision).result()
-            yield {"what": what, "path": path, "precision": precision, "peak_mib": peak / 2**20}
+            yield what, path, precision, peak / 2**20
 
 
 def step_peak(bench, what, path, precision):
@@ -307,23 +276,20 @@ def step_peak(bench, what, path, precision):
 
 
 def startup(bench):
-    """Start-up: seconds from starting Python, on the CPU, with a small network"""
-    flags = ["--preset", "toy", "--data_dir", bench.config.data_dir]
+    """Start-up: a new process that imports torch; one that samples one picture in one step with a small network"""
+    data = ["--preset", "toy", "--data_dir", bench.config.data_dir]
     with tempfile.TemporaryDirectory() as folder:
-        config, _ = parse_config(TrainConfig, "", [*flags, "--checkpoint_dir", folder])
+        config, _ = parse_config(TrainConfig, "", [*data, "--checkpoint_dir", folder])
         torch.save(build.model_from(config).state_dict(), f"{folder}/ema_0.98_000001.pt")
         save_config(config, f"{folder}/config.json")
-        sampling = ["image_sample.py", *flags, "--model_path", folder, "--device", "cpu", "--num_samples", "1"]
-        sampling += ["--timestep_respacing", "1", "--results_path"]
-        commands = {"import torch": lambda k: ["-c", "import torch"]}
-        commands["image_sample.py, one picture, one step"] = lambda k: [*sampling, f"{folder}/{k}"]
-        for what, command in commands.items():
-            times = []
-            for k in range(2 if bench.quick else 6):  # the first one fills the file cache
+        words = f"image_sample.py --model_path {folder} --device cpu --num_samples 1 --timestep_respacing 1"
+        words = [*words.split(), "--results_path", "RESULTS", *data]
+        for what, command in (("import torch", ["-c", "import torch"]), ("one picture", words)):
+            for k in range(2):  # the first one fills the file cache
                 start = time.perf_counter()
-                subprocess.run([sys.executable, *command(k)], cwd=ROOT, check=True, capture_output=True)
-                times.append(time.perf_counter() - start)
-            yield {"what": what, "seconds": sorted(times[1:])[len(times[1:]) // 2]}
+                own = [word.replace("RESULTS", f"{folder}/{k}") for word in command]
+                subprocess.run([sys.executable, *own], cwd=ROOT, check=True, capture_output=True)
+            yield what, time.perf_counter() - start
 
 
 def loader(bench):
@@ -332,28 +298,32 @@ def loader(bench):
     with tempfile.TemporaryDirectory() as folder:
         write_toy_scenes(f"{folder}/scenes", count, 0, 1024, 2048, progress=False)
         flags = {"dataset_mode": "cityscapes", "data_dir": f"{folder}/scenes", "image_size": bench.config.image_size}
+        flags |= {"batch_size": 1, "deterministic": True}
         for name, cache_dir in (("source files", ""), ("--cache_dir", f"{folder}/cache")):
-            read = lambda cache_dir=cache_dir: list(  # noqa: E731
-                load_data(**flags, cache_dir=cache_dir, batch_size=1, deterministic=True)
-            )
-            rates[name] = count / timer(read).blocked_autorange(min_run_time=1).median
-            yield {"from": name, "images/s": rates[name], "times_faster": rates[name] / rates["source files"]}
+            names = {"load_data": load_data, "flags": {**flags, "cache_dir": cache_dir}}
+            read = Timer("for _ in load_data(**flags): pass", globals=names)
+            rates[name] = count / read.blocked_autorange(min_run_time=1).median
+            yield name, rates[name], rates[name] / rates["source files"]
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
 
-PARTS = {"step": reverse_steps, "picture": pictures, "training": training_steps}
-PARTS |= {"memory": peaks, "startup": startup, "loader": loader}
+STEP = ("path", "precision", "batch", "ms", "times faster", "GFLOP/s", "% of product rate", "host waits")
+PARTS = {  # name: (function, columns of its table)
+    "products": (matrix_products, ("precision", "GFLOP/s")),
+    "step": (reverse_steps, STEP),
+    "picture": (pictures, ("path", "precision", "sampler", "steps", "seconds", "times faster")),
+    "training": (training_steps, STEP),
+    "memory": (peaks, ("what", "path", "precision", "peak MiB")),
+    "startup": (startup, ("what", "seconds")),
+    "loader": (loader, ("from", "images/s", "times faster")),
+}
 
 
-def table(rows):
-    """Return the lines of a Markdown table of dicts, a column for each key; numbers to three digits."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [[name.replace("_", " ") for name in names], ["---"] * len(names)]
-    for row in rows:
-        values = [row.get(name, "") for name in names]
-        lines.append([f"{value:.3g}" if isinstance(value, float) else str(value) for value in values])
-    return [f"| {' | '.join(line)} |" for line in lines]
+def table(columns, rows):
+    """Return the lines of a Markdown table; numbers to three digits."""
+    shown = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *shown]]
 
 
 def parse(arguments=None):
@@ -364,8 +334,6 @@ def parse(arguments=None):
     parser.add_argument("--output", default="benchmark.json", help="where the figures go, after each part")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
     parser.add_argument("--precision", default="", help="of the fast path: any of fp32,bf16,fp16; empty: all usable")
-    parser.add_argument("--s", type=float, default=2.0, help="guidance scale")
-    parser.add_argument("--rounds", type=int, default=0, help="turns behind each median; 0: 5, or 2 with --quick")
     for name, text in (("quick", "about 2 minutes on 2 cores"), ("compile", "torch.compile the fast path's network")):
         parser.add_argument(f"--{name}", nargs="?", const="True", default="False", choices=("True", "False"), help=text)
     options = parser.parse_args(arguments)
@@ -373,8 +341,6 @@ def parse(arguments=None):
         for part in parts_of(getattr(options, name)):
             if part not in choices:
                 raise InputError(f"--{name} {part}: unknown; choose from {', '.join(choices)}")
-    if not options.s > 1 or options.rounds < 0:
-        raise InputError(f"--s {options.s} --rounds {options.rounds}: s must be above 1, rounds at least 0")
     check_folder(os.path.dirname(options.output) or ".", "output")
     return options
 
@@ -390,50 +356,51 @@ def bench_from(options, folder):
     wanted = parts_of(options.precision) or ["fp32", "bf16", "fp16"]
     usable = dict.fromkeys(devices.usable_precision(device, precision)[0] for precision in wanted)
     write_toy_scenes(config.data_dir, 8, 1, config.image_size, 2 * config.image_size, progress=False)
-    return Bench(config, device, list(usable), options.s, options.rounds or (2 if quick else 5), quick)
+    return Bench(config, device, list(usable), quick)
 
 
 def machine(device):
     """Return on what, and with what, the benchmark runs."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    found = {"device": devices.device_name(device) or "CPU", "cpu": names[0].partition(":")[2].strip() if names else ""}
-    found |= {"vectors": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
-    found |= {"python": platform.python_version(), "torch": torch.__version__, "commit": git.stdout.strip()}
-    return found | {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+    found = {"device": devices.device_name(device) or f"CPU {torch.backends.cpu.get_cpu_capability()}"}
+    found |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "commit": git.stdout.strip()}
+    return found | {"date": datetime.date.today().isoformat()}
 
 
-def measure(bench, part):
+def measure(bench, name):
     """Return the result of one part; what it had before it failed (for want of memory, say) is kept."""
-    rows, failed = [], ""
+    part, columns = PARTS[name]
+    found = {"title": part.__doc__, "columns": columns, "rows": [], "failed": ""}
     try:
-        rows.extend(row for row in part(bench))
+        for row in part(bench):
+            found["rows"].append(row)
     except (RuntimeError, OSError, InputError) as error:
-        failed = " ".join(str(error).split())[:300]
+        found["failed"] = " ".join(str(error).split())[:300]
     devices.release_memory(bench.device)
-    return {"title": part.__doc__, "rows": rows, "failed": failed}
+    return found
 
 
 def main(arguments=None):
     """Measure part after part; print each and write it down."""
     options = parse(arguments)
-    wanted = {name: part for name, part in PARTS.items() if name in (parts_of(options.only) or PARTS)}
+    names = [name for name in PARTS if name in ("products", *(parts_of(options.only) or PARTS))]
     with tempfile.TemporaryDirectory(prefix="benchmark.") as folder:
         bench = bench_from(options, folder)
         results = {"machine": machine(bench.device), "options": vars(options), "parts": {}}
         print("\n".join(f"- {name}: {value}" for name, value in {**results["machine"], **vars(options)}.items()))
-        with tqdm({"products": matrix_products, **wanted}.items(), unit="part", **bar_options()) as bar:
-            for name, part in bar:
+        with tqdm(names, unit="part", **bar_options()) as bar:
+            for name in bar:
                 bar.set_description(name)
-                found = results["parts"][name] = measure(bench, part)
+                found = results["parts"][name] = measure(bench, name)
                 failed = ["", f"failed: {found['failed']}"] if found["failed"] else []
-                bar.write("\n".join(["", f"### {found['title']}", "", *table(found["rows"]), *failed]), file=sys.stdout)
+                lines = ["", f"### {found['title']}", "", *table(found["columns"], found["rows"]), *failed]
+                bar.write("\n".join(lines), file=sys.stdout)
                 with atomic_write(options.output) as f:
                     f.write(json.dumps(results, indent=1) + "\n")
-    failed = [name for name, part in results["parts"].items() if part["failed"]]
     print(f"figures are in {options.output}")
+    failed = [name for name, part in results["parts"].items() if part["failed"]]
     if failed:
-        sys.exit(f"benchmark: error: {len(failed)} of {len(results['parts'])} parts failed: {', '.join(failed)}")
+        sys.exit(f"benchmark: error: parts that failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
