@@ -8,16 +8,17 @@ and image_sample.py run. Both have the same random weights. A GPU's owner runs -
 import argparse
 import dataclasses
 import datetime
-import functools
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -178,7 +179,7 @@ def pictures(bench):
             ran = min(steps, 5 if bench.quick else LONGEST_CHAIN)
             settings = SamplerSettings(method=method, steps=f"{spacing}{ran}", s=SCALE)
             diffusion = build.diffusion_from(bench.config, timestep_respacing=settings.steps).to(bench.device)
-            run = functools.partial(one_picture, bench, model, precision, diffusion, x, y, settings)
+            run = partial(one_picture, bench, model, precision, diffusion, x, y, settings)
             seconds = timer(run).timeit(1).median * steps / ran
             yield path, precision, f"{method} {spacing}".strip(), steps, seconds, plain / seconds
 
@@ -239,8 +240,7 @@ def training_runs(bench, batch_size, cases):
         loop.scaler = devices.grad_scaler(bench.device, precision)
         loop.train_step(batch)
 
-    runs = {precision: functools.partial(fast, precision) for _, precision in cases}
-    return [functools.partial(plain.train_step, batch) if path == "plain" else runs[name] for path, name in cases]
+    return [partial(plain.train_step, batch) if path == "plain" else partial(fast, name) for path, name in cases]
 
 
 def training_steps(bench):
@@ -269,10 +269,7 @@ def step_peak(bench, what, path, precision):
     run()
     run()
     peak = devices.peak_memory(bench.device)
-    if peak is not None:
-        return peak
-    status = Path("/proc/self/status").read_text()  # getrusage would tell the parent's peak
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    return peak if peak is not None else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def startup(bench):
@@ -392,8 +389,7 @@ def main(arguments=None):
             for name in bar:
                 bar.set_description(name)
                 found = results["parts"][name] = measure(bench, name)
-                failed = ["", f"failed: {found['failed']}"] if found["failed"] else []
-                lines = ["", f"### {found['title']}", "", *table(found["columns"], found["rows"]), *failed]
+                lines = ["", f"### {found['title']}", "", *table(found["columns"], found["rows"]), found["failed"]]
                 bar.write("\n".join(lines), file=sys.stdout)
                 with atomic_write(options.output) as f:
                     f.write(json.dumps(results, indent=1) + "\n")
