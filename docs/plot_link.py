@@ -52,7 +52,7 @@ def rate(out, *groups):
 
 
 def search(out, path):
-    """Draw the mean over pictures of the best of the first K candidates, by the distance searched and by other measures."""
+    """Draw the mean over pictures of the best of the first K candidates, by the distance searched and by others."""
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f))
     pictures = sorted({row["picture"] for row in rows})

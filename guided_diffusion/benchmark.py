@@ -11,7 +11,6 @@ import datetime
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -52,18 +51,13 @@ ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What is measured. It travels to the processes in which memory is measured, so it holds no tensors.
+    """What is measured. It travels to the processes in which memory is measured, so it holds no tensors."""
 
-    :param config: the `TrainConfig`; its data_dir has toy scenes.
-    :param precisions: of the fast path.
-    :param rates: FLOP/s of matrix products, by precision; the first part fills it in.
-    """
-
-    config: TrainConfig
+    config: TrainConfig  # its data_dir has toy scenes
     device: torch.device
-    precisions: list
+    precisions: list  # of the fast path
     quick: bool = False
-    rates: dict = dataclasses.field(default_factory=dict)
+    rates: dict = dataclasses.field(default_factory=dict)  # of matrix products, FLOP/s; the first part fills it in
 
     @property
     def cases(self):
@@ -269,7 +263,8 @@ def step_peak(bench, what, path, precision):
     run()
     run()
     peak = devices.peak_memory(bench.device)
-    return peak if peak is not None else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()  # getrusage would tell the parent's peak
+    return peak or 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def startup(bench):
