@@ -40,10 +40,8 @@ def create_model_and_diffusion(**flags):
     """
     odd = flags.keys() - {"use_fp16"} ^ model_and_diffusion_defaults().keys()
     if odd:
-        names = ", ".join(sorted(odd))
-        raise InputError(
-            f"create_model_and_diffusion: {names} unknown or missing; start from model_and_diffusion_defaults()"
-        )
+        hint = "unknown or missing; start from model_and_diffusion_defaults()"
+        raise InputError(f"create_model_and_diffusion: {', '.join(sorted(odd))} {hint}")
     return create_model(flags), create_diffusion(flags)
 
 
@@ -125,17 +123,10 @@ def data_set(config, is_train, log=None, augment=False, cached=True):
 
     :param cached: from the --cache_dir of the configuration, if it names one and this is not a dry run.
     """
-    dataset = SceneDataset(
-        config.dataset_mode,
-        config.data_dir,
-        config.image_size,
-        is_train,
-        num_classes=config.num_classes,
-        no_instance=config.no_instance,
-        augment=augment,
-        seed=config.seed,
-        cache_dir=config.cache_dir if cached and not config.dry_run else "",
-    )
+    options = {name: getattr(config, name) for name in ("num_classes", "no_instance", "seed")}
+    options["cache_dir"] = config.cache_dir if cached and not config.dry_run else ""
+    place = config.dataset_mode, config.data_dir, config.image_size
+    dataset = SceneDataset(*place, is_train, augment=augment, **options)
     if log is not None and not dataset.has_images:
         log("this split has no pictures: working from labels alone, without image edges")
     if log is not None and not dataset.has_instances and not config.no_instance:
@@ -150,10 +141,8 @@ def training_data(config, log):
         validation = data_set(config, is_train=False, cached=False)  # few of its pictures are read, and once
     if not pictures.has_images or not (validation is None or validation.has_images):
         split = "validation" if pictures.has_images else "training"
-        raise InputError(
-            f"--data_dir {config.data_dir}: training needs pictures, and the {split} split has labels alone;"
-            " --preview_items 0 --eval_interval 0 trains without validation"
-        )
+        hint = "--preview_items 0 --eval_interval 0 trains without validation"
+        raise InputError(f"--data_dir {config.data_dir}: the {split} split has labels alone, no pictures; {hint}")
     return pictures, validation
 
 
@@ -227,12 +216,15 @@ def training_loop(config, given, log, group=None, device=None):
     model = placed(model, device)
     diffusion = diffusion_from(config).to(device)
     inputs = _training_inputs(config, given, height, width)
+    loading = {name: getattr(config, name) for name in ("batch_size", "num_workers", "on_bad_image")}
+    loading |= {"rank": group.rank, "world_size": group.world_size}
+    loading |= {"pin_memory": pins_memory(device), "prepare": inputs}
     loop = TrainLoop(
         compiled(model, log) if config.compile else model,
         diffusion,
         create_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps).to(device),
         inputs,
-        lambda position: _training_batches(config, pictures, inputs, position, device, group),
+        lambda position: scene_batches(pictures, start=position, **loading),
         _validation(config, validation_pictures, inputs, diffusion, device, precision),
         _loop_settings(config, precision, device),
         group,
@@ -244,10 +236,9 @@ def training_loop(config, given, log, group=None, device=None):
         log(f"no checkpoint in {config.checkpoint_dir} yet: starting afresh")
     log(f"training on {len(pictures)} pictures of {height}x{width}; results go to {config.checkpoint_dir}")
     size, ranks = loop.settings.microbatch, group.world_size
-    passes, rest = -(-config.batch_size // size), config.batch_size % size
-    processes = f"{ranks} process{'es' if ranks > 1 else ''}"
-    line = f"global batch {config.batch_size * ranks} = {size} × {processes} × {passes} accumulated"
-    log(line + (" (the last one smaller)" if rest else ""))
+    passes = f"{ranks} process{'es' if ranks > 1 else ''} × {-(-config.batch_size // size)} accumulated"
+    rest = " (the last one smaller)" if config.batch_size % size else ""
+    log(f"global batch {config.batch_size * ranks} = {size} × {passes}{rest}")
     return loop
 
 
@@ -278,20 +269,6 @@ def _loop_settings(config, precision, device):
     flags = {name: getattr(config, name) for name in names}
     own = {"ema_rates": ema_rates(config.ema_rate), "precision": precision, "microbatch": pass_size(config, device)}
     return LoopSettings(config=dataclasses.asdict(config), **own, **flags)
-
-
-def _training_batches(config, pictures, inputs, position, device, group):
-    return scene_batches(
-        pictures,
-        batch_size=config.batch_size,
-        start=position,
-        rank=group.rank,
-        world_size=group.world_size,
-        num_workers=config.num_workers,
-        pin_memory=pins_memory(device),
-        on_bad_image=config.on_bad_image,
-        prepare=inputs,
-    )
 
 
 def _validation(config, pictures, inputs, diffusion, device, precision):

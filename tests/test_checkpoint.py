@@ -221,7 +221,7 @@ def test_remove_temporary_files_leaves_all_others(tmp_path):
     )
     for name in kinds:
         (tmp_path / f"{name}.0123abcd.tmp").write_bytes(b"half")
-    others = ["notes.pt.tmp", "flags.json.01234567.tmp", "progress.csv"]
+    others = ["notes.pt.tmp", "model000006.pt.mine.tmp", "progress.csv"]
     for name in others:
         (tmp_path / name).write_bytes(b"kept")
     remove_temporary_files(tmp_path)
@@ -352,7 +352,7 @@ def test_load_verifies_every_part(tmp_path):
 def test_load_needs_the_model(tmp_path):
     save(tmp_path, 4)
     (tmp_path / "model000004.pt").unlink()
-    with pytest.raises(InputError, match=r"model000004\.pt: no such file"):
+    with pytest.raises(InputError, match=r"model000004\.pt: it is damaged \(.*missing"):
         load(tmp_path, 4, partial=True)
 
 
@@ -497,7 +497,7 @@ class Burglar:
 
 def test_load_file_refuses_code_and_does_not_run_it(tmp_path):
     torch.save({"w": torch.zeros(1), "x": Burglar(tmp_path / "trace")}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match=r"evil\.pt: cannot be read as a checkpoint of plain tensors") as caught:
+    with pytest.raises(InputError, match=r"evil\.pt: it cannot be read as a checkpoint of plain tensors") as caught:
         load_weights(tiny_model(), tmp_path / "evil.pt")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "trace").exists()
@@ -507,7 +507,7 @@ def test_load_file_refuses_code_and_does_not_run_it(tmp_path):
 def test_load_file_refuses_garbage(tmp_path, content):
     path = tmp_path / "model000001.pt"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"model000001\.pt: cannot be read"):
+    with pytest.raises(InputError, match=r"model000001\.pt: it cannot be read"):
         load_weights(tiny_model(), path)
 
 
@@ -515,7 +515,7 @@ def test_load_file_refuses_a_torn_file(tmp_path, weights):
     path = tmp_path / "model000001.pt"
     torch.save(weights, path)
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(InputError, match=r"model000001\.pt: cannot be read"):
+    with pytest.raises(InputError, match=r"model000001\.pt: it cannot be read"):
         load_file(path)
 
 

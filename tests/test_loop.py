@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from guided_diffusion.console import InputError, Interrupted, Interrupts
-from guided_diffusion.training import loop as loop_module
+from guided_diffusion.training import checkpoint
 from guided_diffusion.training.checkpoint import file_name, manifest_text, read_manifest
 from guided_diffusion.training.distributed import Group
-from guided_diffusion.training.loop import MAX_SKIPPED, MAX_SKIPPED_SCALED, RunningMeans
+from guided_diffusion.training.logger import RunningMeans
+from guided_diffusion.training.loop import MAX_SKIPPED, MAX_SKIPPED_SCALED
 
 
 def weights_of(loop):
@@ -325,14 +326,14 @@ def test_run_leaves_files_alone_on_a_signal_before_the_first_step(make_loop, tmp
 
 def failing_saves(monkeypatch, steps):
     """Let the saves of some steps fail as on a full disk."""
-    save = loop_module.save_checkpoint
+    save = checkpoint.save_checkpoint
 
     def full(directory, step, *rest):
         if step in steps:
             raise OSError(28, "No space left on device")
         save(directory, step, *rest)
 
-    monkeypatch.setattr(loop_module, "save_checkpoint", full)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
 
 
 def test_run_goes_on_when_a_save_fails(make_loop, tmp_path, monkeypatch, capsys):
@@ -379,7 +380,7 @@ def test_run_skips_and_lists_unreadable_pictures(make_loop, scenes, tmp_path, ca
         make_loop("stops", **flags).run()
     assert make_loop("goes_on", on_bad_image="skip", **flags).run() == 4
     said = capsys.readouterr().err
-    assert "1 unreadable file was skipped" in said and said.count(bad.name) == 1
+    assert "unreadable files were skipped (1):" in said and said.count(bad.name) == 1
 
 
 # -- stopping and resuming --------------------------------------------------------------------------------------------

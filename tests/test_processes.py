@@ -254,10 +254,10 @@ def test_signal_to_one_rank_saves_and_ends_both(scenes, tmp_path):
 SLOW_SAVE = """
 import sys, time
 from guided_diffusion import build
-from guided_diffusion.training import loop
+from guided_diffusion.training import checkpoint
 from guided_diffusion.console import run_script
-save = loop.save_checkpoint
-loop.save_checkpoint = lambda *arguments: (time.sleep(9), save(*arguments))
+save = checkpoint.save_checkpoint
+checkpoint.save_checkpoint = lambda *arguments: (time.sleep(9), save(*arguments))
 import image_train
 run_script(image_train.main)
 """

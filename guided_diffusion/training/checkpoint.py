@@ -1,8 +1,8 @@
 """Checkpoints: named parts saved and loaded by one loop, whole or not at all; which are kept, resumed and sampled.
 
-A checkpoint of step N is model{N}.pt, ema_{rate}_{N}.pt (plain state dicts, as SDM loads them), opt{N}.pt, state{N}.pt (all
-else that resuming needs) and, renamed last, manifest{N}.json: {"step", "files": {name: {"bytes", "sha256"}}, "config",
-"val_score", "sha256"}, the last one being that of the text without it.
+A checkpoint of step N is model{N}.pt, ema_{rate}_{N}.pt (plain state dicts, as SDM loads them), opt{N}.pt, state{N}.pt
+(all else that resuming needs) and, renamed last, manifest{N}.json: {"step", "files": {name: {"bytes", "sha256"}},
+"config", "val_score", "sha256"}, the last one being that of the text without it.
 """
 
 import hashlib
@@ -26,16 +26,12 @@ LEGACY_KEY = re.compile(r"input_blocks\.\d+\.\d+\.spade_norm\.")
 PARTS = ("model", "opt", "state")  # and ema_{rate}_, one or more
 STEP_FILE = re.compile(r"(?:model|opt|state|manifest)(\d{6,})\.(?:pt|json)")
 EMA_FILE = re.compile(r"ema_((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)_(\d{6,})\.pt")
-TEMPORARY_FILE = re.compile(r"((model|opt|state|ema_.+_)\d{6,}\.pt|manifest\d{6,}\.json|config\.json|.+\.csv)\..*tmp")
 UNFINISHED = "its save was cut short"
 
 
 def file_name(kind, step):
     """Return the file name of one part, such as file_name("opt", 12) -> "opt000012.pt"."""
     return f"manifest{step:06d}.json" if kind == "manifest" else f"{kind}{step:06d}.pt"
-
-
-# -- manifests --------------------------------------------------------------------------------------------------------
 
 
 def manifest_text(contents):
@@ -45,7 +41,7 @@ def manifest_text(contents):
 
 
 def read_manifest(directory, step):
-    """Return the contents of a step's manifest, None where it has none. Raises InputError if it is not as it was written."""
+    """Return a step's manifest, None where it has none. Raises InputError if it is not as it was written."""
     path = Path(directory) / file_name("manifest", step)
     try:
         text = path.read_text()
@@ -102,13 +98,19 @@ def saved_steps(directory):
     return {int(match[1]) for match in found if match}
 
 
+def _manifests(directory):
+    """Return the readable manifests of a folder: dict from step to contents, oldest first."""
+    found = {}
+    for step in sorted(saved_steps(directory)):
+        with suppress(InputError):
+            found[step] = read_manifest(directory, step)
+    return {step: manifest for step, manifest in found.items() if manifest}
+
+
 def _manifest_of(path):
     """Return the manifest beside a weights file, {} where there is none."""
     match = re.fullmatch(r"(?:model|ema_.+_)(\d{6,})\.pt", Path(path).name)
     return (read_manifest(Path(path).parent, int(match[1])) if match else None) or {}
-
-
-# -- saving -----------------------------------------------------------------------------------------------------------
 
 
 class _HashedWriter:
@@ -130,8 +132,8 @@ class _HashedWriter:
 def save_checkpoint(directory, step, parts, facts):
     """Write the parts of a checkpoint and its manifest, whole or not at all.
 
-    All files are written under temporary names before the first is renamed, so a save that fails leaves every earlier file.
-    While they are renamed, an unfinished manifest stands in: a step that is cut short is never taken for whole.
+    All files are written under temporary names before the first is renamed, so a save that fails leaves every earlier
+    file. While they are renamed, an unfinished manifest stands in: a step that is cut short is never taken for whole.
 
     :param parts: dict from kind ("model", "ema_0.9999_", "opt", "state") to an object with state_dict().
     :param facts: what the manifest notes besides: {"config": flags, "val_score": float or None}.
@@ -164,22 +166,17 @@ def save_checkpoint(directory, step, parts, facts):
 def prune_checkpoints(directory, keep):
     """Delete older checkpoints; return the steps that were removed, oldest first.
 
-    Kept are the newest `keep` whole ones (0: all), the whole one with the lowest "val_score", all newer steps, and steps without
-    a readable manifest. A manifest is deleted last, so that the next call finishes a deletion that was interrupted.
+    Kept are the newest `keep` whole ones (0: all), the whole one of the lowest "val_score", all newer steps, and those
+    without a readable manifest. Manifests are deleted last: the next call finishes a deletion that was interrupted.
     """
-    manifests = {}
-    for step in sorted(saved_steps(directory)) if keep else ():
-        with suppress(InputError):
-            manifests[step] = read_manifest(directory, step)
-    manifests = {step: manifest for step, manifest in manifests.items() if manifest}
+    manifests = _manifests(directory) if keep else {}
     whole = [step for step in manifests if not problem_of(directory, step, digests=False)]
     scores = {step: manifests[step].get("val_score") for step in whole}
     scored = [step for step in reversed(whole) if scores[step] is not None and math.isfinite(scores[step])]
     kept = {*whole[-keep:], *sorted(scored, key=scores.get)[:1]}
     removed = [step for step in manifests if step < max(whole, default=0) and step not in kept]
     for step in removed:
-        names = [*(file_name(kind, step) for kind in PARTS), *manifests[step]["files"], file_name("manifest", step)]
-        for name in names:
+        for name in [*manifests[step]["files"], file_name("manifest", step)]:
             (Path(directory) / name).unlink(missing_ok=True)
     return removed
 
@@ -187,15 +184,16 @@ def prune_checkpoints(directory, keep):
 def remove_temporary_files(directory):
     """Remove what a killed run left half-written."""
     for path in Path(directory).glob("*.tmp"):
-        if TEMPORARY_FILE.fullmatch(path.name):
+        if re.fullmatch(r".+\.[0-9a-f]{8}\.tmp", path.name):  # of `atomic_write`
             path.unlink(missing_ok=True)
-
-
-# -- loading ----------------------------------------------------------------------------------------------------------
 
 
 class DamagedFileError(InputError):
     """A file is missing, damaged, or of another run."""
+
+    def __init__(self, path, problem):
+        hint = "restore it, use another checkpoint, or go on without it by --resume_partial True"
+        super().__init__(f"{path}: {problem}; {hint}")
 
 
 def load_file(path, entry=None):
@@ -203,19 +201,16 @@ def load_file(path, entry=None):
 
     :param entry: its manifest's entry, which it must equal; None: not verified.
     """
-    path, hint = Path(path), "restore it, use another checkpoint, or go on without it by --resume_partial True"
-    if not path.exists():
-        raise DamagedFileError(f"{path}: no such file; {hint}")
-    problem = file_problem(path, entry) if entry else ""
-    if problem:
-        raise DamagedFileError(f"{path}: it is damaged ({problem}); {hint}")
+    problem = file_problem(Path(path), entry) if entry else ""
+    if problem or not os.path.exists(path):
+        raise DamagedFileError(path, f"it is damaged ({problem})" if problem else "no such file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on odd pickles before it refuses them
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and refused files raise many kinds
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise DamagedFileError(f"{path}: cannot be read as a checkpoint of plain tensors ({reason}); {hint}") from None
+        raise DamagedFileError(path, f"it cannot be read as a checkpoint of plain tensors ({reason})") from None
 
 
 def load_checkpoint(directory, step, parts, partial=False):
@@ -233,7 +228,7 @@ def load_checkpoint(directory, step, parts, partial=False):
         path = Path(directory) / file_name(kind, step)
         try:
             if entries and path.name not in entries:
-                raise DamagedFileError(f"{path}: the manifest does not list it; go on without by --resume_partial True")
+                raise DamagedFileError(path, "the manifest does not list it")
             _load_part(path, entries.get(path.name), part)
         except DamagedFileError:
             if kind == "model" or not partial:
@@ -249,7 +244,7 @@ def _load_part(path, entry, part):
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
-        raise DamagedFileError(f"{path}: it does not fit this run ({error}); check the flags") from None
+        raise DamagedFileError(path, f"it does not fit this run ({error})") from None
 
 
 def resume_point(directory, asked, partial=False, log=None):
@@ -268,10 +263,8 @@ def resume_point(directory, asked, partial=False, log=None):
     if not asked and latest is None:
         return None
     if not asked:
-        raise InputError(
-            f"--checkpoint_dir {directory} holds a run that reached step {latest}: go on with --resume_checkpoint auto,"
-            " or choose another folder"
-        )
+        hint = "go on with --resume_checkpoint auto, or choose another folder"
+        raise InputError(f"--checkpoint_dir {directory} holds a run that reached step {latest}: {hint}")
     match = re.fullmatch(r"model(\d{6,})\.pt", Path(asked).name)
     if not match or not Path(asked).exists():
         found = "no such file" if match else "expected a file called model<step>.pt, or auto"
@@ -285,10 +278,8 @@ def resume_point(directory, asked, partial=False, log=None):
         )
     problem = problem_of(folder, step, partial)
     if problem:
-        raise InputError(
-            f"--resume_checkpoint {asked}: the checkpoint is damaged or incomplete ({problem}); use an older one (auto"
-            " finds the newest whole one), or go on from the weights alone with --resume_partial True"
-        )
+        hint = "use an older one (auto finds the newest whole one), or go on from its model with --resume_partial True"
+        raise InputError(f"--resume_checkpoint {asked}: it is damaged or incomplete ({problem}); {hint}")
     return str(folder), step
 
 
@@ -306,15 +297,14 @@ def _newest_checkpoint(directory, steps, partial, log):
         passed.append(f"checkpoint {step} in {directory} is damaged or incomplete ({problem})")
     if not passed:
         return None
-    hint = "restore it, or go on from the weights alone with --resume_partial True"
-    raise InputError(f"{passed[0]}, and no older one is whole; {hint}")
+    raise InputError(f"{passed[0]}, and no older one is whole; restore it, or use --resume_partial True")
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
 def check_weights(model, weights):
-    """Return a state dict without the unused keys of GESCO's files. Raises InputError naming the first key that differs."""
+    """Return a state dict without GESCO's unused keys. Raises InputError naming the first key that differs."""
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise InputError(f"expected a state dict, found {type(weights).__name__}")
     weights = {key: value for key, value in weights.items() if not LEGACY_KEY.match(key)}
@@ -333,7 +323,7 @@ def check_weights(model, weights):
 def load_weights(model, weights):
     """Load a state dict of the guided-diffusion family into a model, keeping the model's own precision.
 
-    A model on the meta device takes over the tensors themselves: no time goes into initial values, no memory into a copy.
+    A model on the meta device takes over the tensors themselves, without initial values and without a copy.
 
     :param weights: a state dict, or the path of a file with one, which must be as a manifest beside it says.
     :raises InputError: naming the damaged file, or the first missing, unexpected or differently shaped key. The unused
@@ -378,11 +368,10 @@ def find_weights(model_path, may_lack=False, log=None):
 
 
 def _newest_average(directory, log):
-    """Return the newest whole EMA file, of several rates the highest; foreign folders, without manifests, are trusted."""
+    """Return the newest whole EMA file, of several rates the highest; folders without any manifest are trusted."""
     entries, problem = {}, ""
-    for step in saved_steps(directory):
-        with suppress(InputError):
-            entries |= (read_manifest(directory, step) or {"files": {}})["files"]
+    for manifest in _manifests(directory).values():
+        entries |= manifest["files"]
     names = {*entries, *(path.name for path in directory.glob("ema_*.pt"))}  # a listed file may be lost
     foreign = not any(directory.glob("manifest*.json"))
     found = [(int(match[2]), float(match[1]), match[0]) for match in map(EMA_FILE.fullmatch, names) if match]
@@ -394,15 +383,12 @@ def _newest_average(directory, log):
                 log(f"the newest averages in {directory} are damaged or incomplete ({problem}); going back to {name}")
             return str(directory / name)
         problem = problem or fault
-    found = f"no ema_*.pt file is whole (newest: {problem})" if found else "the folder has no ema_*.pt file"
-    raise InputError(f"--model_path {directory}: {found}; train first, or name a file")
+    problem = f"no ema_*.pt file is whole (newest: {problem})" if found else "the folder has no ema_*.pt file"
+    raise InputError(f"--model_path {directory}: {problem}; train first, or name a file")
 
 
 def trained_config(weights):
-    """Return the flags that a weights file was trained with, {} where nobody noted them, and where they are noted.
-
-    They are in the config.json beside it, or, where that is lost, in the checkpoint's manifest.
-    """
+    """Return the flags that a weights file was trained with ({}: unknown) and where: config.json, or the manifest."""
     beside = os.path.join(os.path.dirname(weights), "config.json")
     if os.path.exists(beside):
         return load_config(beside), beside

@@ -1,4 +1,4 @@
-"""Devices, their precisions, and a network made ready for one: the only module that knows what an accelerator is called."""
+"""Devices, their precisions, and networks made ready for them: the only module that names an accelerator."""
 
 import contextlib
 import ctypes
@@ -22,8 +22,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def select_device(name="auto", ranks=None):
     """Return the torch device for --device auto | cpu | cuda[:N]. Raises InputError where there is none.
 
-    :param ranks: this process's `Ranks`; of several processes on a node each takes the GPU of its local rank (or the only
-        one that it is shown, as under srun's --gpus-per-task).
+    :param ranks: this process's `Ranks`; of several on a node each takes the GPU of its local rank, or the only one
+        that it is shown (srun's --gpus-per-task).
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,7 +102,7 @@ def to_device(tensor, device):
 
 
 def placed(model, device):
-    """Put a network on its device, in the memory layout that it is fastest in: on CPUs and GPUs alike, pixel by pixel."""
+    """Put a network on its device, in the memory layout in which convolutions are fastest."""
     if device.type == "cpu":
         keep_freed_memory()
     return model.to(device, memory_format=torch.channels_last)

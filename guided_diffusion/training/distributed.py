@@ -49,13 +49,13 @@ class Share(NamedTuple):
 def find_ranks(environment=os.environ):
     """Return this process's `Ranks`: by torchrun, by an srun step (the batch shell is none), by MPI; else it is alone.
 
-    :raises InputError: a variable is missing or no number, hosts cannot be named, or the launcher's MPI is not mpi4py's.
+    :raises InputError: naming a variable that is missing or no number, or what MPI or the host list lacks.
     """
     if any(name in environment for name in TORCHRUN[:3]):
         numbers = [_number(environment, name) for name in TORCHRUN if name != "MASTER_ADDR"]
         if not environment.get("MASTER_ADDR"):
             raise InputError(f"environment variable MASTER_ADDR is not set: torchrun sets all of {', '.join(TORCHRUN)}")
-        return _checked(Ranks(*numbers[:3], environment["MASTER_ADDR"], numbers[3]))
+        return Ranks(*numbers[:3], environment["MASTER_ADDR"], numbers[3])
     mpi = max((_number(environment, name) for name in MPI_SIZES if name in environment), default=1)
     step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", ""))
     # mpiexec starts its own helpers by srun, one per node; the processes below them are more.
@@ -69,16 +69,9 @@ def _number(environment, name):
     text = environment.get(name, "")
     if not text.isdecimal():
         found = f"is {text!r}, no number" if name in environment else "is not set"
-        raise InputError(
-            f"environment variable {name} {found}: the launcher should set it; unset its other variables to run alone"
-        )
+        hint = "the launcher should set it; unset its other variables to run alone"
+        raise InputError(f"environment variable {name} {found}: {hint}")
     return int(text)
-
-
-def _checked(ranks):
-    if ranks.rank >= ranks.world_size:
-        raise InputError(f"the launcher's variables say rank {ranks.rank} of {ranks.world_size}; correct the launcher")
-    return ranks
 
 
 def _from_srun(environment):
@@ -89,7 +82,7 @@ def _from_srun(environment):
     if port is None:  # the same on all nodes, and another for each step of each job
         job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         port = 20000 + (job * 7 + step) % 10000
-    return _checked(Ranks(*place, environment.get("MASTER_ADDR") or _first_host(environment), int(port)))
+    return Ranks(*place, environment.get("MASTER_ADDR") or _first_host(environment), int(port))
 
 
 def _first_host(environment):
@@ -108,17 +101,13 @@ def _from_mpi(size):
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
+        hint = "load your site's MPI module, pip install mpich, or use torchrun"
         reason = str(error).split("\n")[0]
-        raise InputError(
-            f"started by an MPI launcher, but mpi4py finds no MPI library ({reason}); load your site's MPI module,"
-            " pip install mpich, or use torchrun"
-        ) from None
+        raise InputError(f"an MPI launcher started this, but mpi4py finds no MPI library ({reason}); {hint}") from None
     world = MPI.COMM_WORLD
     if world.size != size:
-        raise InputError(
-            f"the MPI launcher started {size} processes, but mpi4py's MPI sees {world.size}: use the mpiexec that belongs"
-            " to mpi4py, or torchrun"
-        )
+        hint = "use the mpiexec that belongs to mpi4py, or torchrun"
+        raise InputError(f"the MPI launcher started {size} processes, but mpi4py's MPI sees {world.size}: {hint}")
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     address = "127.0.0.1" if node.size == world.size else socket.gethostname()
     with socket.socket() as probe:
@@ -143,10 +132,8 @@ def find_share(ranks, arrays=True, environment=os.environ):
     if environment.get("SLURM_ARRAY_TASK_STEP"):  # 1 for a list such as 0,1,4
         step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP"))
     if (task - least) % step or (most - least) != step * (count - 1):
-        raise InputError(
-            f"--array: its {count} tasks from {least} to {most} are not evenly numbered, so that task {task}"
-            f" cannot know its place; use --array=0-{count - 1}"
-        )
+        found = f"its {count} tasks from {least} to {most} are not evenly numbered"
+        raise InputError(f"--array: {found}, so that task {task} cannot know its place; use --array=0-{count - 1}")
     return Share((task - least) // step * ranks.world_size + ranks.rank, count * ranks.world_size)
 
 
@@ -160,13 +147,11 @@ class LostPeer(OSError):
 class Group:
     """The processes of one run. A single one needs no process group: everything here then costs nothing.
 
-    :param ranks: this process's `Ranks`.
-    :param device: its torch device.
+    :param ranks, device: this process's `Ranks` and torch device.
     :param flags: dict of what must be the same in all of them; JSON must be able to hold it.
     :param problem: why this process cannot take part, so that the others need not wait for it; "" if it can.
     :param timeout: seconds after which a process that waits for another one gives up.
-    :raises InputError: one has a problem, flags or kinds of device differ, or two processes have the same GPU.
-    :raises LostPeer: they did not meet.
+    :raises InputError: see `difference`. LostPeer: they did not meet.
     """
 
     def __init__(self, ranks=None, device=None, flags=None, problem="", timeout=600.0):
@@ -189,9 +174,9 @@ class Group:
             dist.init_process_group(backend_for(device), store=store, **options)
         except (RuntimeError, OSError) as error:
             reason = str(error).split("\n")[0][:200]
+            place = f"{ranks.address}:{ranks.port} (MASTER_ADDR, MASTER_PORT)"
             raise LostPeer(
-                f"rank {self.rank}: the {self.world_size} processes did not meet at {ranks.address}:{ranks.port} ({reason});"
-                " did all start? MASTER_ADDR and MASTER_PORT change the place"
+                f"rank {self.rank}: the processes did not meet at {place}: {reason}; did all start?"
             ) from None
 
     def _compare(self, store, facts):
@@ -307,8 +292,7 @@ def _fulfil(future, work):
 def difference(found):
     """Say what keeps processes from training together, "" if nothing does.
 
-    :param found: for each rank, a dict of what must be the same, the text that tells its GPU from others or None, and the
-        problem that it has itself or "".
+    :param found: for each rank a dict of what must be the same, its `device_identity`, and its own problem or "".
     """
     first, seen = found[0][0], {}
     for rank, (_, _, problem) in enumerate(found):
@@ -317,20 +301,14 @@ def difference(found):
     for rank, (facts, place, _) in enumerate(found):
         for name, value in first.items():
             if facts.get(name) != value:
-                return (
-                    f"--{name} is {facts.get(name)!r} in rank {rank} and {value!r} in rank 0: give all processes the same"
-                    " flags and the same kind of device"
-                )
+                values = f"{facts.get(name)!r} in rank {rank} and {value!r} in rank 0"
+                return f"--{name} is {values}: give all processes the same flags and the same kind of device"
         if place is not None and seen.setdefault(place, rank) != rank:
-            return (
-                f"ranks {seen[place]} and {rank} have the same GPU ({place}): give each process of a node its own (such as"
-                " --gres=gpu:4 with --ntasks-per-node=4), or start fewer"
-            )
+            hint = "give each process its own (such as --gres=gpu:4 with --ntasks-per-node=4), or start fewer"
+            return f"ranks {seen[place]} and {rank} have the same GPU ({place}): {hint}"
     return ""
 
 
 def _is_connection_error(error):
-    words = ("gloo", "nccl", "connection closed", "connection reset")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-    )
+    found = any(word in str(error).lower() for word in ("gloo", "nccl", "connection closed", "connection reset"))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and found)

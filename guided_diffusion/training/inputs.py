@@ -39,9 +39,11 @@ class TrainingInputs:
     seed: int = 0
 
     def __call__(self, batch):
-        """Return a prepared batch: image, path and position as loaded; noise (N, 3, H, W); u (N,) float64 in [0, 1), from
-        which the timesteps follow; kept (N,), 0 for dropped conditioning; and the conditioning in a compact form: label
-        (N, 1, H, W) uint8 and edges (N, 0 or 1, H, W), or after a channel the sent planes (K, H, W) and their place (2, K).
+        """Return a prepared batch, in host memory.
+
+        image, path, position as loaded; noise (N, 3, H, W); u (N,) float64 in [0, 1), from which the timesteps follow;
+        kept (N,), 0 for dropped conditioning; the conditioning in a compact form: label (N, 1, H, W) uint8 and edges
+        (N, 0 or 1, H, W), or after a channel the sent planes (K, H, W) and their place (2, K).
         """
         positions, shape = batch["position"].tolist(), batch["image"].shape[1:]
         semantics = batch["label"], batch.get("instance"), batch.get("image_edge")

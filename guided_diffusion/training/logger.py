@@ -4,9 +4,11 @@ import csv
 import errno
 import io
 import os
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from ..console import StandardError, bar_options
@@ -111,3 +113,41 @@ def _lines(rows):
     text = io.StringIO(newline="")
     csv.DictWriter(text, COLUMNS, extrasaction="ignore").writerows(rows)
     return text.getvalue().encode()
+
+
+class RunningMeans:
+    """Means of the losses since the last row, over the ranks of a `Group`; they stay on the device until asked for."""
+
+    def __init__(self, group):
+        self.group = group
+        self.reset()
+
+    def reset(self):
+        """Start anew."""
+        self.sums, self.finite, self.steps, self.since = {}, 0, 0, time.monotonic()
+
+    def add(self, terms, finite):
+        """Add one step's losses, scalars on the device; a step that is not `finite` counts for the rate alone."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
+        self.finite = self.finite + finite
+        self.steps += 1
+
+    @contextmanager
+    def paused(self):
+        """Leave the time of the block out of the rate."""
+        start = time.monotonic()
+        yield
+        self.since += time.monotonic() - start
+
+    def close(self, batch_size):
+        """Return the means as floats (none where no step was finite) and the images per second, and start anew.
+
+        All ranks must call it, with the batch size of all of them.
+        """
+        sums = torch.stack([*self.sums.values()])
+        means = (self.group.joined((sums / self.finite)[None]).sum(0) / self.group.world_size).tolist()  # waits
+        rate = self.steps * batch_size / (time.monotonic() - self.since)
+        found = dict(zip(self.sums, means, strict=True)) if int(self.finite) else {}
+        self.reset()
+        return found, rate

@@ -1,8 +1,8 @@
-"""The training loop: noise-restricted forward diffusion (Diff-GOn, algorithm for training), AdamW, EMA, many processes."""
+"""The training loop: noise-restricted forward diffusion (Diff-GOn, algorithm for training), AdamW, EMA."""
 
 import time
 from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,22 +11,14 @@ import torch
 from ..console import InputError, Interrupted, Interrupts
 from ..data.pictures import save_picture
 from ..random_streams import stream_seed
-from .checkpoint import (
-    check_weights,
-    load_checkpoint,
-    prune_checkpoints,
-    remove_temporary_files,
-    save_checkpoint,
-    with_legacy_keys,
-)
+from . import checkpoint
 from .devices import autocast, grad_scaler, to_device
 from .distributed import Group
 from .early_stopping import EarlyStopping
-from .logger import RunLogger
+from .logger import RunLogger, RunningMeans
 
 CHECK_EVERY = 50  # steps between looks at whether gradients are finite; looking makes an accelerator wait
-# Consecutive steps without a finite gradient after which a run cannot be expected to recover; a scaler, which halves its
-# scale at each, needs that many to get from 2^16 to where nothing overflows.
+# Steps in a row without finite gradient after which a run will not recover; a scaler halves its scale of 2^16 at each.
 MAX_SKIPPED, MAX_SKIPPED_SCALED = 5, 40
 
 
@@ -95,18 +87,14 @@ class TrainLoop:
         self.bad_files = {}  # path -> why it was left out
         self.means = RunningMeans(self.group)
         self.saved, self.failed_saves = 0, 0  # the last whole checkpoint; saves that failed since
-        self.parts = {
-            "model": _Weights(model, own, settings.export_legacy),
-            "opt": _Moments(self.optimizer),
-            "state": self,
-        }
-        for rate, ema in self.emas.items():
-            self.parts[f"ema_{rate}_"] = _Weights(model, ema, settings.export_legacy)
+        saved = {"model": own, **{f"ema_{rate}_": ema for rate, ema in self.emas.items()}}
+        self.parts = {kind: _Weights(model, values, settings.export_legacy) for kind, values in saved.items()}
+        self.parts |= {"opt": _Moments(self.optimizer), "state": self}
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def train_step(self, batch):
-        """One optimizer step on a prepared batch; returns the mean of each loss, and the gradient norm, on the device."""
+        """One optimizer step on a prepared batch; returns means of the losses and the gradient norm, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         # Dropout alone draws from it.
@@ -177,7 +165,7 @@ class TrainLoop:
         if interrupts:
             interrupts.at_once = False  # from now on there may be something to save
         if self.group.main:
-            remove_temporary_files(s.checkpoint_dir)
+            checkpoint.remove_temporary_files(s.checkpoint_dir)
         logger = RunLogger(s.checkpoint_dir if self.group.main else None, self.step, s.last_step)
         try:
             with nullcontext(interrupts) if interrupts else Interrupts() as interrupts:
@@ -273,21 +261,21 @@ class TrainLoop:
         names = sorted({path for paths in self.group.gather(list(self.recent)) for step in paths for path in step})
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise InputError(
-            f"the last {int(self.skipped_now)} steps before step {self.step} had no finite loss or gradient; pictures: {shown};"
-            " the weights are unharmed in the last checkpoint; lower --lr or check the pictures"
+            f"the last {int(self.skipped_now)} steps before step {self.step} had no finite loss or gradient; pictures:"
+            f" {shown}; the weights are unharmed in the last checkpoint; lower --lr or check the pictures"
         )
 
     def _log_bad_files(self, logger):
         found = {path: why for files in self.group.gather(self.bad_files) for path, why in files.items()}
         if found:
-            logger.log(f"warning: {len(found)} unreadable file{'s were' if len(found) > 1 else ' was'} skipped:")
-            for why in sorted(found.values()):  # which names the file
-                logger.log(f"  {why}")
+            logger.log(
+                "\n  ".join([f"warning: unreadable files were skipped ({len(found)}):", *sorted(found.values())])
+            )
 
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
     def _save(self, logger, must):
-        """Write a checkpoint of the current step; where that fails, log it and go on, unless it `must` or fails too often."""
+        """Write a checkpoint of the current step; where that fails, go on, unless it `must` or fails too often."""
         s, failed = self.settings, False
         try:
             removed = self.group.run_on_main(self.save)
@@ -309,9 +297,11 @@ class TrainLoop:
     def save(self):
         """Save the current step, and remove older ones beyond --keep_checkpoints; return words on what was removed."""
         s = self.settings
-        save_checkpoint(s.checkpoint_dir, self.step, self.parts, {"config": s.config, "val_score": self.newest_score})
+        checkpoint.save_checkpoint(
+            s.checkpoint_dir, self.step, self.parts, {"config": s.config, "val_score": self.newest_score}
+        )
         try:
-            removed = prune_checkpoints(s.checkpoint_dir, s.keep_checkpoints)
+            removed = checkpoint.prune_checkpoints(s.checkpoint_dir, s.keep_checkpoints)
         except OSError as error:  # the new one is safe all the same
             return f"; older ones could not be removed ({error})"
         return f", removed {', '.join(map(str, removed))}" if removed else ""
@@ -319,7 +309,7 @@ class TrainLoop:
     def resume(self, directory, step, partial=False):
         """Take over checkpoint `step` of a folder. Returns the names of missing parts (`partial` only)."""
         self.step, self.position = step, step * self.batch_size
-        missing = load_checkpoint(directory, step, self.parts, partial)
+        missing = checkpoint.load_checkpoint(directory, step, self.parts, partial)
         for kind in {*missing} & {f"ema_{rate}_" for rate in self.emas}:
             self.parts[kind].load_state_dict(self.model.state_dict())
         self.saved = step if Path(directory).resolve() == Path(self.settings.checkpoint_dir).resolve() else 0
@@ -364,10 +354,10 @@ class _Weights:
         self.model, self.values, self.legacy = model, values, legacy
 
     def state_dict(self):
-        return with_legacy_keys(self.values, self.model) if self.legacy else self.values
+        return checkpoint.with_legacy_keys(self.values, self.model) if self.legacy else self.values
 
     def load_state_dict(self, weights):
-        for key, value in check_weights(self.model, weights).items():
+        for key, value in checkpoint.check_weights(self.model, weights).items():
             self.values[key].copy_(value)
 
 
@@ -391,41 +381,3 @@ class _Moments:
                 # In the parameter's own memory layout, which the fused optimizer relies on without a look.
                 values[name] = torch.empty_like(parameters[k]).copy_(values[name])
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-
-
-class RunningMeans:
-    """Means of the losses since the last row, over the ranks of a `Group`; they stay on the device until asked for."""
-
-    def __init__(self, group):
-        self.group = group
-        self.reset()
-
-    def reset(self):
-        """Start anew."""
-        self.sums, self.finite, self.steps, self.since = {}, 0, 0, time.monotonic()
-
-    def add(self, terms, finite):
-        """Add one step's losses, scalars on the device; a step that is not `finite` counts for the rate alone."""
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
-        self.finite = self.finite + finite
-        self.steps += 1
-
-    @contextmanager
-    def paused(self):
-        """Leave the time of the block out of the rate."""
-        start = time.monotonic()
-        yield
-        self.since += time.monotonic() - start
-
-    def close(self, batch_size):
-        """Return the means as floats (none where no step was finite) and the images per second, and start anew.
-
-        All ranks must call it, with the batch size of all of them.
-        """
-        sums = torch.stack([*self.sums.values()])
-        means = (self.group.joined((sums / self.finite)[None]).sum(0) / self.group.world_size).tolist()  # waits
-        rate = self.steps * batch_size / (time.monotonic() - self.since)
-        found = dict(zip(self.sums, means, strict=True)) if int(self.finite) else {}
-        self.reset()
-        return found, rate

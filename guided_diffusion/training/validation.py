@@ -1,4 +1,4 @@
-"""A low-variance validation score and preview pictures: fixed items, fixed timesteps, fixed bank indices, EMA weights."""
+"""A low-variance validation score and preview pictures: fixed items, timesteps and bank indices, EMA weights."""
 
 from contextlib import contextmanager
 
