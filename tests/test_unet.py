@@ -52,89 +52,6 @@ def run(model, *arguments):
     return model(*arguments)
 
 
-# -- names and shapes -------------------------------------------------------------------------------------------------
-
-
-def conv(name, inside, outside, *kernel):
-    return {f"{name}.weight": (outside, inside, *kernel), f"{name}.bias": (outside,)}
-
-
-def affine(name, width):
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def plain_block(name, inside, outside, emb=128):
-    keys = affine(f"{name}.in_layers.0", inside) | conv(f"{name}.in_layers.2", inside, outside, 3, 3)
-    keys |= conv(f"{name}.emb_layers.1", emb, 2 * outside)
-    keys |= affine(f"{name}.out_layers.0", outside) | conv(f"{name}.out_layers.3", outside, outside, 3, 3)
-    return keys | (conv(f"{name}.skip_connection", inside, outside, 1, 1) if inside != outside else {})
-
-
-def spade(name, width):
-    keys = conv(f"{name}.mlp_shared.0", LABELS, 128, 3, 3)
-    return keys | conv(f"{name}.mlp_gamma", 128, width, 3, 3) | conv(f"{name}.mlp_beta", 128, width, 3, 3)
-
-
-def spade_block(name, inside, outside, emb=128):
-    keys = spade(f"{name}.in_norm", inside) | conv(f"{name}.in_layers.1", inside, outside, 3, 3)
-    keys |= conv(f"{name}.emb_layers.1", emb, 2 * outside)
-    keys |= spade(f"{name}.out_norm", outside) | conv(f"{name}.out_layers.2", outside, outside, 3, 3)
-    return keys | (conv(f"{name}.skip_connection", inside, outside, 1, 1) if inside != outside else {})
-
-
-def attention(name, width):
-    keys = affine(f"{name}.norm", width) | conv(f"{name}.qkv", width, 3 * width, 1)
-    return keys | conv(f"{name}.proj_out", width, width, 1)
-
-
-def tiny_keys():
-    """Names and shapes of the TINY network with 6 output channels, written out block by block."""
-    return {
-        **conv("time_embed.0", 32, 128),
-        **conv("time_embed.2", 128, 128),
-        **conv("input_blocks.0.0", 3, 32, 3, 3),
-        **plain_block("input_blocks.1.0", 32, 32),
-        **plain_block("input_blocks.2.0", 32, 32),  # halves the size
-        **plain_block("input_blocks.3.0", 32, 64),
-        **attention("input_blocks.3.1", 64),
-        **spade_block("middle_block.0", 64, 64),
-        **attention("middle_block.1", 64),
-        **spade_block("middle_block.2", 64, 64),
-        **spade_block("output_blocks.0.0", 64 + 64, 64),
-        **attention("output_blocks.0.1", 64),
-        **spade_block("output_blocks.1.0", 64 + 32, 64),
-        **attention("output_blocks.1.1", 64),
-        **spade_block("output_blocks.1.2", 64, 64),  # doubles the size
-        **spade_block("output_blocks.2.0", 64 + 32, 32),
-        **spade_block("output_blocks.3.0", 32 + 32, 32),
-        **affine("out.0", 32),
-        **conv("out.2", 32, 6, 3, 3),
-    }
-
-
-def shapes(model):
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
-
-
-def test_state_dict_names_and_shapes():
-    assert shapes(build(learn_sigma=True)) == tiny_keys()
-    expected = {k: v for k, v in tiny_keys().items() if not k.startswith(("input_blocks.2.0", "output_blocks.1.2"))}
-    expected |= conv("input_blocks.2.0.op", 32, 32, 3, 3) | conv("output_blocks.1.2.conv", 64, 64, 3, 3)
-    assert shapes(build(resblock_updown=False, learn_sigma=True)) == expected
-
-
-def test_published_configuration_has_its_654_million_parameters():
-    flags = {"image_size": 256, "num_channels": 256, "num_res_blocks": 2, "num_head_channels": 64, "channel_mult": ""}
-    flags |= {"attention_resolutions": "32,16,8", "num_classes": 35, "learn_sigma": True}
-    found = shapes(build(**flags))
-    assert found["middle_block.0.in_norm.mlp_shared.0.weight"] == (128, 36, 3, 3)
-    assert found["output_blocks.2.1.qkv.weight"] == (3072, 1024, 1) and found["out.2.weight"] == (6, 256, 3, 3)
-    assert sum(math.prod(shape) for shape in found.values()) == pytest.approx(654.0e6, abs=0.05e6)
-
-
-# -- the forward pass, once more from the state dict alone ------------------------------------------------------------
-
-
 def naive_spade(p, name, x, y):
     y = F.interpolate(y, size=x.shape[2:], mode="nearest")
     hidden = F.relu(F.conv2d(y, p[f"{name}.mlp_shared.0.weight"], p[f"{name}.mlp_shared.0.bias"], padding=1))
@@ -213,37 +130,36 @@ def naive_unet(p, x, t, y, scale_shift=True):
     return F.conv2d(h, p["out.2.weight"], p["out.2.bias"], padding=1)
 
 
+class Read(dict):
+    """A state dict that notes the names that are looked up."""
+
+    def __init__(self, weights):
+        super().__init__(weights)
+        self.names = set()
+
+    def __getitem__(self, name):
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
 @pytest.mark.parametrize("places", ["unet", "spadeboth", "enconly"])
 @pytest.mark.parametrize("updown, scale_shift", [(True, True), (False, False)])
 def test_forward_equals_the_naive_network(updown, scale_shift, places):
     model = build_awake(resblock_updown=updown, use_scale_shift_norm=scale_shift, unet_model=places, learn_sigma=True)
-    x, t, y = inputs()
+    x, t, y = inputs(size=(10, 6) if updown else SIZE)
+    weights = Read(model.state_dict())
     with torch.no_grad():
-        expected = naive_unet(model.state_dict(), x, t, y, scale_shift)
+        expected = naive_unet(weights, x, t, y, scale_shift)
+    assert weights.names == {*weights}
     output = run(model, x, t, y)
-    assert output.shape == (2, 6, *SIZE) and output.dtype == torch.float32 and expected.std() > 0.05
+    assert output.shape == (2, 6, *x.shape[2:]) and output.dtype == torch.float32 and expected.std() > 0.05
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     alone = run(model, x[1:], t[1:], y[1:])
     torch.testing.assert_close(alone, output[1:], rtol=0, atol=1e-5)  # samples in a batch do not mix
     cached = model.cached_modulation(y)
     torch.testing.assert_close(run(model, x, t, cached), output, rtol=0, atol=1e-6)
     needed = sum(tensor.nbytes for pair in cached.pairs for tensor in pair)
-    assert model.modulation_bytes(2, *SIZE) == needed and len(cached.pairs) == len(model.spades)
-
-
-def test_cached_modulation_spares_the_label_convolutions():
-    model, (x, t, y), calls = build_awake(), inputs(), []
-    for layer in model.spades:
-        layer.mlp_shared.register_forward_hook(lambda *_: calls.append(1))
-    cached = model.cached_modulation(y)
-    run(model, x, t, cached)
-    assert len(calls) == len(model.spades) == sum(isinstance(module, SPADEGroupNorm) for module in model.modules())
-
-
-@pytest.mark.parametrize("size", [(10, 6), (4, 2)])
-def test_forward_takes_any_size_that_divides(size):
-    output = run(build_awake(), *inputs(1, size=size))
-    assert output.shape == (1, 3, *size) and output.isfinite().all()
+    assert model.modulation_bytes(2, *x.shape[2:]) == needed and len(cached.pairs) == len(model.spades)
 
 
 def test_output_and_every_residual_branch_start_at_zero():
@@ -263,9 +179,6 @@ def test_spade_equals_the_naive_formula(stride):
     parameters = {f"spade.{name}": value for name, value in layer.state_dict().items()}
     expected = naive_spade(parameters, "spade", x, y)
     torch.testing.assert_close(layer(x, LabelModulation(y, [stride])), expected, rtol=1e-5, atol=1e-5)
-
-
-# -- flags ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("places, expected", [("unet", PARTS[1:]), ("spadeboth", PARTS), ("enconly", PARTS[:2])])
@@ -295,13 +208,6 @@ def test_use_checkpoint_changes_neither_output_nor_gradients():
     for name, gradient in plain_gradients.items():
         assert gradient.any()
         torch.testing.assert_close(saved_gradients[name], gradient, rtol=1e-4, atol=1e-7)
-
-
-def test_dropout_works_in_training_alone():
-    model = build_awake(dropout=0.5)
-    assert torch.equal(run(model, *inputs()), run(model, *inputs()))
-    model.train()
-    assert not torch.equal(run(model, *inputs()), run(model, *inputs()))
 
 
 @pytest.mark.parametrize(
@@ -342,9 +248,6 @@ def test_conditioning_planes(flags, planes):
     assert run(build_awake(**flags), *inputs(1, labels=planes)).shape == (1, 3, *SIZE)
 
 
-# -- errors -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size, example", [((18, 32), (16, 32)), ((1, 8), (4, 8)), ((23, 9), (24, 8))])
 def test_check_size_names_sizes_that_divide(size, example):
     model = build(channel_mult="1,1,1")
@@ -357,14 +260,11 @@ def test_check_size_names_sizes_that_divide(size, example):
     "flags, words",
     [
         ({"num_channels": 48}, "--num_channels 48.*48 wide.*multiple of 32"),
-        ({"channel_mult": "0.5,1"}, "multiplier 0.5.*16 wide.*multiple of 32"),
         ({"channel_mult": "1,x"}, "--channel_mult 1,x"),
         ({"image_size": 96, "channel_mult": ""}, "--image_size 96.*--channel_mult"),
         ({"num_head_channels": 48}, "--num_head_channels 48 does not divide.* 64 channels"),
         ({"num_head_channels": 0}, "--num_head_channels 0"),
         ({"num_head_channels": -1, "num_heads": 3}, "--num_heads 3 does not divide"),
-        ({"attention_resolutions": "16,a"}, "--attention_resolutions 16,a"),
-        ({"attention_resolutions": "0"}, "--attention_resolutions 0"),
         ({"class_cond": False}, "--class_cond False"),
     ],
 )
