@@ -14,6 +14,7 @@ import torch
 from conftest import TINY, TRAIN, as_arguments
 from slurm_cluster import SlurmCluster, why_not
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 TWO = "--ntasks-per-node=2"
