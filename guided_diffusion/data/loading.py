@@ -49,10 +49,10 @@ def scene_batches(
     stop=None,
     rank=0,
     world_size=1,
-    num_workers=0,
-    pin_memory=False,
     on_bad_image="error",
     prepare=None,
+    num_workers=0,
+    pin_memory=False,
 ):
     """Return a generator of the batches of a `SceneDataset`; parameters and errors as in `load_data`."""
     for flag, value, least in (("batch_size", batch_size, 1), ("start", start, 0), ("num_workers", num_workers, 0)):
@@ -60,12 +60,11 @@ def scene_batches(
             raise InputError(f"--{flag} is {value}; give {least} or more")
     if on_bad_image not in ("error", "skip"):
         raise InputError(f"--on_bad_image is {on_bad_image!r}; give error or skip")
-    end = len(dataset) if deterministic else math.inf
-    end = end if stop is None else min(stop, end)
+    ends = (len(dataset) if deterministic else math.inf, math.inf if stop is None else stop)
     loader = DataLoader(
         _Batches(dataset, not deterministic, on_bad_image == "skip", prepare),
         batch_size=None,  # the dataset makes whole batches
-        sampler=_positions(start + rank * batch_size, end, batch_size, batch_size * world_size),
+        sampler=_positions(start + rank * batch_size, min(ends), batch_size, batch_size * world_size),
         num_workers=num_workers,
         collate_fn=_unchanged,
         worker_init_fn=_init_worker,
@@ -105,8 +104,7 @@ class _Batches(Dataset):
     """Batches by lists of positions. An InputError is returned, not raised: torch would bury it in a traceback."""
 
     def __init__(self, dataset, shuffled, skips, prepare):
-        self.dataset = dataset
-        self.shuffled = shuffled
+        self.dataset, self.shuffled = dataset, shuffled
         self.most = min(len(dataset), MOST_SKIPPED) if skips else 1  # scenes that are tried for a position
         self.prepare = prepare or _unchanged
 
@@ -141,10 +139,7 @@ def collate(samples):
     for sample in samples:
         if sample["label"].shape != first["label"].shape:
             sizes = [f"{each['path']} ({each['label'].shape[2]}x{each['label'].shape[1]})" for each in (first, sample)]
-            raise InputError(
-                f"{' and '.join(sizes)} differ in size and cannot share a batch; "
-                "use --batch_size 1 or pictures of one aspect"
-            )
+            raise InputError(f"{' and '.join(sizes)} differ in size; use --batch_size 1 or pictures of one aspect")
     batch = {key: torch.stack([each[key] for each in samples]) for key in first if torch.is_tensor(first[key])}
     batch["path"] = [sample["path"] for sample in samples]
     batch["position"] = torch.tensor([sample["position"] for sample in samples])  # (N,)
