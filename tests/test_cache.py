@@ -60,9 +60,9 @@ def test_cache_batches_are_those_of_the_files(city, tmp_path, monkeypatch, optio
 
 def test_cache_random_crops_are_cut_from_the_files(tmp_path):
     make_coco(tmp_path / "data")
-    plain, kept = (load(tmp_path / "data", "coco", stop=6, cache_dir=folder) for folder in ("", tmp_path / "cache"))
-    kept = rows(kept)
-    assert all(equal(kept[position], row) for position, row in rows(plain).items())
+    plain, kept = (load(tmp_path / "data", "coco", cache_dir=folder) for folder in ("", tmp_path / "cache"))
+    plain, kept = rows(islice(plain, 3)), rows(islice(kept, 3))
+    assert all(equal(kept[position], row) for position, row in plain.items())
     assert not (tmp_path / "cache").exists()
 
 

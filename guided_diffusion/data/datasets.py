@@ -241,7 +241,6 @@ def load_data(*, dataset_mode, data_dir, batch_size, image_size, is_train=True, 
     :param batch_size: samples per batch on this rank.
     :param deterministic: one pass in sorted order without augmentation, the last batch smaller; position is the index.
     :param start: the position to begin with (0); resuming continues at the position after the last one seen.
-    :param stop: positions from here on are left out (None: no end, or the end of the pass).
     :param rank, world_size: this process and their number (0, 1). Batch b, row j is position
         start + (b·world_size + rank)·batch_size + j.
     :param num_workers: processes that read ahead (0: read in this process).
