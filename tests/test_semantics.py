@@ -65,11 +65,6 @@ def test_encode_semantics_edge_plane_is_the_sum_of_both_edges(scene):
     assert y.shape == (2, K + 1, 5, 7)
     torch.testing.assert_close(y[:, K:], naive_edges(instance) + image_edge, rtol=0, atol=0)
     assert torch.equal(y[:, :K], encode_semantics(label, None, None, K))
-
-
-def test_encode_semantics_edge_plane_from_one_kind_of_edge_alone(scene):
-    label, instance, image_edge = scene
-    assert encode_semantics(*scene, K, edge_plane=False).shape[1] == K
     assert torch.equal(encode_semantics(label, instance, None, K)[:, K:], naive_edges(instance))
     assert torch.equal(encode_semantics(label, None, image_edge, K)[:, K:], image_edge)
 
