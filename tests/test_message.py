@@ -12,7 +12,6 @@ import pytest
 
 from guided_diffusion.console import InputError
 from guided_diffusion.diffusion.solvers import SamplerSettings
-from guided_diffusion.link import source_coding
 from guided_diffusion.link.message import CRC_BYTES, HEADER_BYTES, PARTS, Header, Message, read_header, receive_parts
 from guided_diffusion.link.source_coding import choice_bits
 
@@ -153,15 +152,6 @@ def test_receive_parts_keeps_the_beginning_of_lost_indices():
         whole = max(0, min(12, (8 * size - 10) // choice_bits(0, 1, 256, 4)))
         assert found.problems == ("indices",) and found.codewords == WHOLE.codewords[:whole]
         assert found.start_index == (WHOLE.start_index if size >= 2 else None)
-
-
-def test_receive_parts_names_a_missing_plugin(monkeypatch):
-    def refuse(*_):
-        raise source_coding.MissingPlugin("pip install pillow-jxl-plugin")
-
-    monkeypatch.setattr("guided_diffusion.link.message.decode_map", refuse)
-    with pytest.raises(InputError, match="pip install pillow-jxl-plugin"):
-        receive_parts(WHOLE.parts())
 
 
 def with_right_crcs(data):

@@ -16,7 +16,7 @@ import numpy as np
 from ..console import InputError
 from ..diffusion.solvers import SamplerSettings
 from . import source_coding
-from .source_coding import MissingPlugin, decode_map, encode_map, pack_choices, unpack_choices
+from .source_coding import decode_map, encode_map, pack_choices, unpack_choices
 
 PARTS = ("header", "labels", "edges", "indices")
 CRC_BYTES = 4
@@ -233,7 +233,6 @@ def receive_parts(parts, indices_prefix=b""):
 
     :param parts: {part: bytes, or None where it is lost}.
     :param indices_prefix: a beginning of the indices that is known to be right, for when the whole is not.
-    :raises InputError: only where a part is good and needs a plugin that this machine lacks.
     """
     head = (parts.get("header") or b"")[:HEADER_BYTES]
     try:
@@ -247,8 +246,6 @@ def receive_parts(parts, indices_prefix=b""):
             if part is None or len(part) != length:
                 raise InputError("lost")
             read[name] = _READERS[name](header, _without_crc(name, part, head))
-        except MissingPlugin:
-            raise
         except InputError:
             problems.append(name)
     if "indices" in problems:
