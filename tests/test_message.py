@@ -26,13 +26,13 @@ def make(seed=0, sampler=None, **fields):
     fields = {"height": 24, "width": 40, "num_classes": 35, "bank_size": 1000, "fingerprint": b"12345678"} | fields
     header, rng = Header(sampler=SamplerSettings(**sampler or {}), **fields), random.Random(seed)
     boundary = planes(header.height, header.width, 2, seed + 1).astype(bool) if header.boundaries else None
-    edges = planes(*header.edge_shape, header.edge_levels, seed + 2, 2) if header.edge_levels else None
+    edges = planes(*header.shape(header.edge_scale), header.edge_levels, seed + 2, 2) if header.edge_levels else None
     atoms, codewords = header.step_atoms, []
     for _ in range(header.selected_steps):
         indices = sorted(rng.sample(range(header.step_candidates), atoms))
         codewords.append((tuple(indices), tuple(rng.choice((-1, 1)) for _ in range(atoms))))
     start = rng.randrange(header.bank_size) if header.start_sent else None
-    label = planes(*header.label_shape, header.num_classes, seed)
+    label = planes(*header.shape(header.label_scale), header.num_classes, seed)
     return Message(header, label, boundary, edges, start, tuple(codewords))
 
 

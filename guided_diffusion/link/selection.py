@@ -70,6 +70,11 @@ class Chain:
         steps = int(result.steps.sum()) if network_steps is None else network_steps * len(result.steps)
         return steps * (2 if self.sampler.s > 1 else 1)
 
+    def choice(self, result, index, codewords=(), score=None, spent=0):
+        """Return the `Choice` of a `SampleResult` of one picture; `spent`: NFE of the search before it."""
+        evaluations = spent + self.evaluations(result)
+        return Choice(index, tuple(codewords), score, evaluations, result.images[0].cpu(), int(result.steps))
+
     def prepare(self, y):
         """Do the label-map work of y (1, C, H, W) once, for several runs."""
         with self.precision():
@@ -80,8 +85,7 @@ class Chain:
 
         :param y: (N or 1, C, H, W) conditioning, or what `prepare` makes of it.
         :param indices: bank index of each sample.
-        :param codewords: per sample, those of its selected steps in the chain's order; where there are fewer, the rest
-            of its steps use seeded noise. None: all do.
+        :param codewords: per sample, those of its selected steps in the chain's order; further steps use seeded noise.
         :param on_step, network_steps, step_noise: as `run_chain` takes them; with network_steps no chain stops early.
         :return: `SampleResult`, on the chain's device.
         """
@@ -117,8 +121,7 @@ class Choice:
     :param codewords: one per selected step, in the chain's order: (indices, ascending; signs, each 1 or -1), M each.
     :param score: distance of the picture from the original; None where none was asked for.
     :param evaluations: NFE spent, those of the picture itself among them.
-    :param picture: (3, H, W) in [-1, 1], the local picture, made alone as the receiver makes it.
-    :param steps: how many steps its chain took.
+    :param picture, steps: (3, H, W) in [-1, 1], made alone as the receiver makes it, and the steps its chain took.
     """
 
     index: int
@@ -159,9 +162,7 @@ def select_initial(chain, y, image, candidates, distance=mse, batch_size=8, feed
             scores |= zip(ids, distance(result.images, image).tolist(), strict=True)
         alive = sorted(sorted(alive, key=lambda i: (scores[i], i))[:keep])
     result = chain.run(prepared, alive, on_step=on_step)  # alone, as the receiver makes it
-    evaluations += chain.evaluations(result)
-    score = float(distance(result.images, image))
-    return Choice(alive[0], (), score, evaluations, result.images[0].cpu(), int(result.steps))
+    return chain.choice(result, alive[0], score=float(distance(result.images, image)), spent=evaluations)
 
 
 def halving_rungs(candidates, steps, feedback_steps):
@@ -260,7 +261,7 @@ def select_per_step(chain, y, image, start, codebook, distance=None, on_step=Non
 
     result = chain.run(y, [start], on_step=on_step, step_noise=choose)
     score = None if distance is None else float(distance(result.images, image))
-    return Choice(start, tuple(codewords), score, chain.evaluations(result), result.images[0].cpu(), int(result.steps))
+    return chain.choice(result, start, codewords, score)
 
 
 def select_both(chain, y, image, candidates, codebook, distance=mse, on_step=None, **search):
