@@ -269,14 +269,12 @@ def _encode_edges(header, boundary, edges):
     first = encode_map(boundary, 2) if boundary is not None and boundary.any() else b""
     if edges is None:
         return first
-    second = encode_map(edges, header.edge_levels)
-    if boundary is None:
-        return second
     length, left = bytearray(), len(first)
     while left > 127:
         length.append(left & 127 | 128)
         left >>= 7
-    return bytes([*length, left]) + first + second
+    length.append(left)
+    return (b"" if boundary is None else bytes(length) + first) + encode_map(edges, header.edge_levels)
 
 
 def _read_edges(header, data):

@@ -145,9 +145,8 @@ def select_initial(chain, y, image, candidates, distance=mse, batch_size=8, feed
 
     :param y: (1, C, H, W) conditioning, as the receiver will have it.
     :param image: (1, 3, H, W) in [-1, 1], the original picture.
-    :param candidates: bank indices.
+    :param candidates, batch_size: bank indices, and how many of them run together.
     :param distance: function (pictures (N, 3, H, W), image) -> (N,), smaller is better.
-    :param batch_size: how many candidates run together.
     :param feedback_steps: 0 runs every candidate's whole chain; otherwise see `halving_rungs`.
     :return: `Choice`; equal scores go to the smaller index.
     """
