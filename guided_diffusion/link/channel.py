@@ -9,8 +9,6 @@ import math
 import torch
 from torch.nn import functional as F
 
-from ..console import InputError
-
 # GESCO's table, dB -> standard deviation. It is a convention, not a signal-to-noise ratio: 10 dB would be 0.316.
 SNR_TABLE = {1: 0.9, 5: 0.6, 10: 0.36, 15: 0.22, 20: 0.13, 25: 0.08, 30: 0.05, 100: 0.0}
 
@@ -24,10 +22,6 @@ def snr_to_sigma(snr_db):
     :param snr_db: nominal SNR in dB, at least 1. Between the table's rows log sigma is linear in dB; above 30 dB it
         falls by 20 dB per decade; from 100 dB on there is no noise.
     """
-    if not snr_db >= 1:
-        raise InputError(
-            f"--snr {snr_db}: GESCO's table covers 1 dB to 100 dB (no noise); choose a value in that range"
-        )
     if snr_db >= 100:
         return 0.0
     if snr_db > 30:
