@@ -51,12 +51,9 @@ link = DigitalLink(8.0, "qpsk", fading="rayleigh")
 imported = state() == before
 link.send({"labels": b"abc"}, torch.Generator().manual_seed(0))
 print(imported, state() == before)
-import importlib, sys
-importlib.reload(sys.modules["sionna.phy.config"])
-print(state() == before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "True True\nFalse\n"  # the last: sionna does reseed
+    assert done.stdout == "True True\n"
 
 
 @pytest.mark.parametrize("limit", [channel_coding.INDEX_BLOCK_BYTES, channel_coding.BLOCK_BYTES])
@@ -86,8 +83,7 @@ def test_send_over_a_clean_channel_delivers_every_byte(modulation, rate):
     assert received.uses["empty"] == 0
 
 
-@pytest.mark.parametrize("data", [b"\0" * 100, b"\xff" * 100, payload(100)], ids=["zeros", "ones", "random"])
-@pytest.mark.parametrize("snr", [-20, -1e308])
+@pytest.mark.parametrize(("data", "snr"), [(b"\0" * 100, -1e308), (payload(100), -20)], ids=["zeros", "random"])
 def test_send_over_a_dead_channel_delivers_nothing_and_raises_nothing(data, snr):
     received = deliver({"header": data, "labels": data, "indices": data}, snr, iterations=3)
     assert received.blocks == {"header": [None], "labels": [None], "indices": [None, None]}
