@@ -17,7 +17,6 @@ from .link.channel import snr_to_sigma
 from .link.message import Header
 from .link.noise_bank import FreshNoise, NoiseBank
 from .link.selection import Chain, StepCodebook, select_both, select_initial, select_per_step
-from .link.source_coding import jxl_available
 from .link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
 from .training.checkpoint import load_weights
 from .training.devices import (
@@ -45,8 +44,6 @@ def sampling_parts(config, weights, log, ranks=None):
     precision, coding = precision_of(config, device, log), semantic_coding(config)
     if config.compile:
         check_compiler(device)
-    if not jxl_available():
-        log("JPEG XL is not installed (pip install pillow-jxl-plugin): many edge levels take more bytes without it")
     for point in sweep(config) if config.role == "link" else ():
         channel(point)
     measures, distances = _measures(config, device), _distances(config, device)
