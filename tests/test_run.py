@@ -478,7 +478,7 @@ def test_receive_names_a_bad_message_before_any_picture(sample, receive, tmp_pat
 
 def test_receive_refuses_other_weights(sample, receive, trained, tmp_path):
     sample("sent", role="transmit", num_samples=1)
-    with pytest.raises(InputError, match=r"\.dgo: the message was made for other weights .*--model_path"):
+    with pytest.raises(InputError, match=r"\.dgo: the message was made with fingerprint .*--model_path"):
         receive(model_path=trained / "model000004.pt")
     shutil.copy(trained / "ema_0.9_000004.pt", tmp_path)
     receive(model_path=tmp_path / "ema_0.9_000004.pt")  # the contents count, not where it is
