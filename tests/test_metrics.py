@@ -131,7 +131,7 @@ def test_metrics_without_weights_are_one_line(torch_home, monkeypatch):
     with pytest.raises(InputError, match=r"--lpips_weights .*alexnet-owt.*no route.*leave lpips out") as caught:
         Metrics(["lpips"])
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="no Inception .*pip install torch-fidelity, .*--features") as caught:
+    with pytest.raises(InputError, match=r"no Inception .*pip install torch-fidelity, .*--features") as caught:
         Metrics(["kid"])
     assert "\n" not in str(caught.value)
 
