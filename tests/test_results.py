@@ -48,13 +48,6 @@ def test_claim_refuses_a_folder_with_other_files(tmp_path, name):
         ResultsFolder(tmp_path, COLUMNS).claim({})
 
 
-@pytest.mark.parametrize("contents", ["[]", "{"])
-def test_claim_names_a_broken_settings_file(results, contents):
-    (results.path / "settings.json").write_text(contents)
-    with pytest.raises(InputError, match=r"settings\.json"):
-        results.claim({})
-
-
 def test_row_is_finished_with_its_picture(results):
     row = {"name": "n", "psnr_db": "1.5", "realised_snr_db": math.inf, "more": 3}
     results.write_row(row)
