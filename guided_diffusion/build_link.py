@@ -191,10 +191,10 @@ def _header(config, precision, height, width, fingerprint):
         if not 1 <= selected <= available:
             found = f"--selected_steps {config.selected_steps}: the chain has {max(0, available)} steps with noise"
             raise InputError(f"{found} (--timestep_respacing, --tail_steps {config.tail_steps})")
-        noise |= {"selected_steps": selected}
-        noise |= {"step_candidates": config.step_candidates, "step_atoms": config.step_atoms}
-    network = {"precision": precision, "fingerprint": fingerprint}
-    return Header(height=height, width=width, **form, **coding, **noise, **network)
+        noise |= {"selected_steps": selected, "step_candidates": config.step_candidates}
+        noise["step_atoms"] = config.step_atoms
+    size = {"height": height, "width": width}
+    return Header(**size, **form, **coding, **noise, precision=precision, fingerprint=fingerprint)
 
 
 def _distances(config, device):

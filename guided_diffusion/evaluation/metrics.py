@@ -17,9 +17,6 @@ from ..link.selection import mse
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
-# -- per picture ------------------------------------------------------------------------------------------------------
-
-
 def psnr(regenerated, original):
     """Peak signal-to-noise ratio in dB, (N,), from the mean square error over pixels and channels; peak-to-peak 2."""
     return 10 * torch.log10(4 / mse(regenerated, original))
@@ -96,9 +93,6 @@ def bootstrap_interval(values, seed=0, draws=1000, level=0.95):
     return float(low), float(high)
 
 
-# -- over a set of pictures -------------------------------------------------------------------------------------------
-
-
 def frechet_distance(first, second):
     """Frechet distance of two Gaussians with the moments of feature sets (N, D), (M, D) (FID, Heusel et al. 2017).
 
@@ -130,7 +124,7 @@ def kernel_distance(first, second, subset_size, seed=0, subsets=100):
 
 def confusion_matrix(predicted, label, num_classes):
     """Count pixels by (true class, predicted class): (K, K) int64; ids (N, 1, H, W) are in 0..K-1, K = num_classes."""
-    pairs = label.flatten() * num_classes + predicted.flatten()
+    pairs = label.flatten().long() * num_classes + predicted.flatten().long()
     return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
@@ -225,9 +219,6 @@ class Metrics:
             subset = max(2, min(50, n // 2))  # half of the pictures at most: subsets of all would not differ
             values[kid], values[f"{kid}_std"] = kernel_distance(regenerated, original, subset)
         return values
-
-
-# -- networks ---------------------------------------------------------------------------------------------------------
 
 
 def lpips_network(path="", device="cpu"):

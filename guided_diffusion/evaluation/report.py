@@ -76,8 +76,6 @@ class Measures:
 
         return self.metrics.over_the_set(batches())
 
-    # -- classical codecs ---------------------------------------------------------------------------------------------
-
     def compare(self, results, rows, link, seed, numbers):
         """Code every picture with each classical codec within its message's bits; write baselines.csv and the pictures.
 
@@ -127,8 +125,6 @@ class Measures:
                 shown = coded.picture
         save_picture(shown, results.file(f"baseline_{codec}", row["name"]))
         return out | self.per_picture(from_uint8(shown), from_uint8(picture))
-
-    # -- the summary --------------------------------------------------------------------------------------------------
 
     def summarise(self, results, rows, baseline_rows, facts):
         """Write summary.json: means, 95 % intervals over pictures, measures over the set; return it.
