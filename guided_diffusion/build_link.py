@@ -230,18 +230,20 @@ def _chooser(config, distances):
 
 def _measures(config, device):
     """Return the `Measures` that were asked for, with their networks."""
-    from .evaluation import codecs, segmenters
+    names, codecs, networks = parts_of(config.metrics), parts_of(config.baseline), {}
+    for codec in codecs:
+        from .evaluation.codecs import check_installed
 
-    names, baselines, networks = parts_of(config.metrics), parts_of(config.baseline), {}
-    for codec in baselines:
-        codecs.check_installed(codec)
+        check_installed(codec)
+    if config.features or "miou" in names:
+        from .evaluation.segmenters import features_of, load_network, segment
     if config.features and {"fid", "kid"} & {*names}:
-        networks["features"] = segmenters.features_of(segmenters.load_network(config.features, "features", device))
+        networks["features"] = features_of(load_network(config.features, "features", device))
     if "miou" in names:
-        network = segmenters.load_network(config.segmenter, "segmenter", device)
-        networks["segmenter"] = lambda images: segmenters.segment(network, images, config.num_classes)
+        network = load_network(config.segmenter, "segmenter", device)
+        networks["segmenter"] = lambda images: segment(network, images, config.num_classes)
     files = config.lpips_weights, config.fid_weights
     metrics = Metrics(names, config.num_classes, *files, device=device, **networks)
     if "miou" in names and config.extractor != "gt":
         metrics.notes.append("miou is measured against the extractor's label maps: the pictures' own are not known")
-    return Measures(metrics, baselines)
+    return Measures(metrics, codecs)
