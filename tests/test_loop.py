@@ -449,7 +449,7 @@ def test_resume_refuses_foreign_parts_unless_partial(make_loop, tmp_path, kind, 
 
 def test_resume_with_a_new_ema_rate_needs_partial(make_loop):
     make_loop(total_steps=1).run()
-    with pytest.raises(InputError, match=r"lacks ema_0\.5_000001\.pt"):
+    with pytest.raises(InputError, match=r"ema_0\.5_000001\.pt: the manifest does not list it"):
         make_loop(resume_checkpoint="auto", ema_rate="0.9,0.5")
     loop = make_loop(resume_checkpoint="auto", ema_rate="0.9,0.5", resume_partial=True)
     assert_same(loop.emas["0.5"], weights_of(loop))
