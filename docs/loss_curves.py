@@ -1,8 +1,8 @@
-"""Losses of the plain training path and of the fast one, on the same batches: python docs/loss_curves.py --output losses.csv
+"""Losses of the plain training path and of the fast one on the same batches: python docs/loss_curves.py --output l.csv
 
-Further flags (--batch_size 4) are those of image_train.py. Each of plain fp32, fast fp32, fast bf16 (and plain fp32 with
-another seed, as a measure of noise) trains the toy preset's network from the same weights. Prints the mean loss of every fifth
-of the steps, and how far the curves are apart.
+Further flags (--batch_size 4) are those of image_train.py. Each of plain fp32, fast fp32, fast bf16 (and plain fp32
+with another seed, as a measure of noise) trains the toy preset's network from the same weights. Prints the mean loss
+of every fifth of the steps, and how far the curves are apart.
 """
 
 import argparse
@@ -14,8 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from guided_diffusion import build
-from guided_diffusion.benchmarks.setup import Setup
-from guided_diffusion.benchmarks.training import PlainTraining
+from guided_diffusion.benchmark import PlainTraining
 from guided_diffusion.config import TrainConfig, parse_config
 from guided_diffusion.console import run_script
 from guided_diffusion.data.toy_scenes import write_toy_scenes
@@ -40,8 +39,7 @@ def losses(scenes, folder, steps, path, precision, seed, further):
     loop = build.training_loop(config, given, lambda line: None)
     trainer = loop
     if path == "plain":
-        setup = Setup(flags=config, device=loop.device, precisions=("fp32",), scenes=scenes)
-        trainer = PlainTraining(loop, setup)
+        trainer = PlainTraining(loop, config)
         trainer.model.train()
     batches, found = iter(loop.loader(0)), []
     for _ in tqdm(range(steps), desc=f"{path} {precision} {seed}", unit="step"):

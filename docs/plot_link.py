@@ -1,6 +1,7 @@
 """Figures of docs/link.md from results folders (needs matplotlib).
 
-python docs/plot_link.py rate out.png LINE:FOLDER,FOLDER...      measures against bytes, a line for each group of folders
+python docs/plot_link.py rate out.png LINE:FOLDER,FOLDER...      measures against bytes, a line for each group of
+folders
 python docs/plot_link.py search out.png FOLDER/exhaustive.csv    what the best of the first K candidates has
 """
 
@@ -51,7 +52,7 @@ def rate(out, *groups):
 
 
 def search(out, path):
-    """Draw the mean over pictures of the best of the first K candidates, by the distance searched and by other measures."""
+    """Draw the mean over pictures of the best of the first K candidates, by the distance searched and by others."""
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f))
     pictures = sorted({row["picture"] for row in rows})

@@ -2,8 +2,9 @@
 
 python docs/plot_quality.py quality/quality.csv benchmark_camvid.json out.png
 
-Seconds are the benchmark's: the label-map work and a step's time, times the steps that a sampler took on average. Prints the
-table behind the figure; the band is what runs of the first sampler, which differ in the noise index alone, span.
+Seconds are the benchmark's: the label-map work and a step's time, times the steps that a sampler took on average.
+Prints the table behind the figure; the band is what runs of the first sampler, which differ in the noise index alone,
+span.
 """
 
 import csv
@@ -23,13 +24,11 @@ MEASURES = {"psnr_db": "PSNR in dB", "ssim": "SSIM", "kid": "KID (segmenter feat
 def cost(benchmark):
     """Return (plain step, fast step, label-map work) in seconds, fp32."""
     parts = json.loads(Path(benchmark).read_text())["parts"]
-    steps = {
-        row["path"]: row["ms"] / 1e3
-        for row in parts["Reverse step with guidance"]["rows"]
-        if row["precision"] == "fp32"
-    }
-    once = [row["seconds"] for row in parts["One picture"]["rows"] if row["sampler"].startswith("label-map work")]
-    return steps["plain"], steps["fast"], once[0]
+    steps = {row[0]: row[3] / 1e3 for row in parts["step"]["rows"] if row[1] == "fp32"}  # path, precision, batch, ms
+    # path, precision, sampler, steps, seconds
+    pictures = [row for row in parts["picture"]["rows"] if row[:2] == ["fast", "fp32"]]
+    once = min(row[4] - row[3] * steps["fast"] for row in pictures)
+    return steps["plain"], steps["fast"], max(0.0, once)
 
 
 def points(table, benchmark):

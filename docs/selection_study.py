@@ -1,9 +1,10 @@
 """How much a search over the bank gains, and whether the two-stage search finds what the exhaustive one finds.
 
-python docs/selection_study.py --data_dir D --model_path M --pictures 12 --candidates 64 --feedback_steps 5 --output study
+python docs/selection_study.py --data_dir D --model_path M --pictures 12 --candidates 64 --feedback_steps 5 --output
+study
 
-Runs DDIM chains from every candidate, then the two-stage search, on pictures spread over the split. It goes on where it was
-interrupted; output/exhaustive.csv has one row per candidate, output/two_stage.csv one per picture.
+Runs DDIM chains from every candidate, then the two-stage search, on pictures spread over the split. It goes on where
+it was interrupted; output/exhaustive.csv has one row per candidate, output/two_stage.csv one per picture.
 """
 
 import argparse

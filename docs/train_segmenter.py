@@ -2,9 +2,10 @@
 
 python docs/train_segmenter.py --data_dir DIR --image_size 64 --output segmenter.pt --features features.pt
 
-It learns to label pictures of the training split, with flips, tints and blur so that regenerated (soft, tinted) pictures
-are no surprise to it, and is scored on the validation split. Both files are TorchScript: the segmenter gives (N, K, H, W)
-scores of pictures (N, 3, H, W) in [-1, 1], H and W divisible by 8; the features are (N, 128) means of its deepest layer.
+It learns to label pictures of the training split, with flips, tints and blur so that regenerated (soft, tinted)
+pictures are no surprise to it, and is scored on the validation split. Both files are TorchScript: the segmenter gives
+(N, K, H, W) scores of pictures (N, 3, H, W) in [-1, 1], H and W divisible by 8; the features are (N, 128) means of its
+deepest layer.
 """
 
 import argparse

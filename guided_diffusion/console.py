@@ -92,8 +92,8 @@ class Interrupts:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-            self._before = {number: signal.signal(number, self._note) for number in numbers}
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_):

@@ -1,7 +1,7 @@
 """Random streams addressed by name and position instead of by history.
 
-A draw that belongs to one sample follows from (seed, purpose, position) alone, so that batch size, worker count and rank
-count cannot change it, and resuming a run is starting at a position.
+A draw that belongs to one sample follows from (seed, purpose, position) alone, so that batch size, worker count and
+rank count cannot change it, and resuming a run is starting at a position.
 """
 
 import hashlib

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests compare bits, on the CPU
+VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")  # for the scripts that test_gpu.py starts
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare bits, on the CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of tiny networks only wait for each other
 
 TINY = {

@@ -7,7 +7,7 @@ import torch
 from conftest import normals
 from torch.nn.functional import conv2d
 
-from guided_diffusion.diffusion.nn import AttentionBlock, Downsample, Upsample, normalization, timestep_embedding
+from guided_diffusion.diffusion.nn import AttentionBlock, Downsample, Upsample, timestep_embedding
 
 
 @pytest.mark.parametrize("dim", [8, 7])
@@ -20,11 +20,6 @@ def test_timestep_embedding_is_cosines_then_sines(dim):
         expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles] + [0.0] * (dim % 2)
         assert row == pytest.approx(expected, abs=2e-4)  # float32 angles up to 999
     assert torch.equal(timestep_embedding(torch.tensor([1, 999]), dim), embedding[[1, 3]])
-
-
-def test_normalization_has_32_groups_and_an_affine_part():
-    norm = normalization(64)
-    assert norm.num_groups == 32 and norm.weight.shape == norm.bias.shape == (64,)
 
 
 def naive_upsample(x):
@@ -75,7 +70,3 @@ def test_attention_equals_the_naive_sum(num_heads, new_order):
     torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
     last = x.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(block(last), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_attention_uses_the_legacy_order_of_heads_by_default():
-    assert AttentionBlock(64, 4).new_order is False

@@ -27,20 +27,10 @@ def test_beta_schedule_cosine_has_the_closed_alpha_bar():
     assert COSINE[-1] == 0.999  # capped
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-@pytest.mark.parametrize("steps", [1, 2, 10, 1000])
-def test_beta_schedule_stays_within_bounds(name, steps):
-    betas = beta_schedule(name, steps)
-    assert betas.shape == (steps,) and (betas > 0).all() and (betas <= 0.999).all() and (np.diff(betas) >= 0).all()
-
-
 @pytest.mark.parametrize("name, steps, words", [("sqrt", 10, "sqrt.*linear or cosine"), ("linear", 0, "at least 1")])
 def test_beta_schedule_names_a_bad_flag(name, steps, words):
     with pytest.raises(InputError, match=words):
         beta_schedule(name, steps)
-
-
-# -- respacing --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["", " ", "1000", "ddim1000", 1000])
@@ -85,15 +75,12 @@ def test_space_timesteps_gives_every_section_its_count(steps, text):
     "text, words",
     [
         ("abc", "expected a count"),
-        ("10,,20", "expected a count"),
         ("ddim5,5", "expected a count"),
         ("logsnr", "expected a count"),
-        ("10,-1", "at least 1"),
         ("logsnr0", "at least 1"),
         ("logsnr101", "has 100 steps"),
         ("101", "section of 100 steps cannot give 101"),
         ("10,60", "section of 50 steps cannot give 60"),
-        ("ddim0", "no whole stride"),
         ("ddim30", "no whole stride takes 30 of 100"),
     ],
 )

@@ -1,30 +1,42 @@
-"""DPM-Solver++(2M): against a plain loop, against the exact solution of a linear equation, and as one of the samplers."""
+"""Step rules: DDPM's and DDIM's formulas; DPM-Solver++(2M) against a plain loop; settings."""
 
 import math
 
 import pytest
 import torch
-from conftest import sampled
+from conftest import normals, sampled
 
-from guided_diffusion import EarlyStop, InputError
+from guided_diffusion import InputError
 from guided_diffusion.diffusion.gaussian_diffusion import GaussianDiffusion, create_gaussian_diffusion
 from guided_diffusion.diffusion.schedules import beta_schedule
+from guided_diffusion.diffusion.solvers import SamplerSettings, StepRule, ancestral_step, ddim_step
 
 PICTURE = (3, 4, 6)
 
 
-def normals(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def process(steps=1000, respacing="", schedule="cosine", **options):
-    return create_gaussian_diffusion(
-        diffusion_steps=steps, noise_schedule=schedule, timestep_respacing=respacing, **options
-    )
+    options |= {"diffusion_steps": steps, "noise_schedule": schedule, "timestep_respacing": respacing}
+    return create_gaussian_diffusion(**options)
 
 
-def network_of(diffusion, predict):
-    """A network whose x_0 is predict(x, abar), in the parameterisation of `diffusion`."""
+def test_ancestral_and_ddim_steps_equal_the_formulas():
+    diffusion, x, z = process(20), normals(4, *PICTURE), normals(4, *PICTURE, seed=1)
+    t = torch.tensor([0, 1, 10, 19])
+    out = diffusion.posterior(normals(4, *PICTURE, seed=2), x, t)
+    ancestral, free = ancestral_step(diffusion, out, x, t, z), ddim_step(diffusion, out, x, t)
+    noisy = ddim_step(diffusion, out, x, t, z, eta=0.5)
+    for k, step in enumerate(t.tolist()):
+        torch.testing.assert_close(ancestral[k], out["mean"][k] + (out["variance"][k].sqrt() * z[k] if step else 0))
+        at, before = diffusion.alphas_cumprod[step].item(), diffusion.alphas_cumprod_prev[step].item()
+        x_start = out["pred_xstart"][k]
+        eps = (x[k] - math.sqrt(at) * x_start) / math.sqrt(1 - at)
+        for sigma, found in ((0, free), (0.5 * math.sqrt((1 - before) / (1 - at)) * math.sqrt(1 - at / before), noisy)):
+            expected = math.sqrt(before) * x_start + math.sqrt(1 - before - sigma**2) * eps + sigma * z[k]
+            torch.testing.assert_close(found[k], expected, rtol=1e-4, atol=1e-5)
+
+
+def run(diffusion, predict, method="dpm++", **options):
+    """Run two chains of a network whose x_0 is predict(x, abar), in the parameterisation of `diffusion`."""
     original = torch.ones(int(diffusion.timestep_map[-1]) + 1, dtype=torch.float64)
     original[diffusion.timestep_map.long()] = diffusion.alphas_cumprod
 
@@ -36,20 +48,12 @@ def network_of(diffusion, predict):
         output = {"eps": eps, "x0": x_start, "v": v}[diffusion.prediction]
         return torch.cat([output, 0.3 * output], dim=1).float() if diffusion.learn_sigma else output.float()
 
-    return network
-
-
-def run(diffusion, predict, method="dpm++", n=2, **options):
-    noise, y = normals(n, *PICTURE), torch.zeros(n, 1, *PICTURE[1:])
-    return sampled(network_of(diffusion, predict), diffusion, y, noise, method, **options)
+    return sampled(network, diffusion, torch.zeros(1, 1, *PICTURE[1:]), normals(2, *PICTURE), method, **options).images
 
 
 def wavy(x, abar):
     """A prediction that is not linear, outside of -1...1 in places, and another one at every step."""
     return 1.3 * torch.sin(x + 3 * abar) - 0.2 * x
-
-
-# -- the steps --------------------------------------------------------------------------------------------------------
 
 
 def plain_loop(x, abars, clip):
@@ -70,140 +74,42 @@ def plain_loop(x, abars, clip):
         h_last, previous = h, x_start
 
 
-@pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize(
-    "respacing, options",
+    "respacing, clip, options",
     [
-        ("20", {"prediction": "v"}),
-        ("20", {"prediction": "eps", "learn_sigma": True, "schedule": "linear"}),
-        ("ddim10", {"prediction": "x0"}),
-        ("3,5,2", {"prediction": "v", "learn_sigma": True}),
-        ("", {"prediction": "x0", "steps": 30}),
-        ("2", {"prediction": "v"}),
-        ("1", {"prediction": "x0"}),
+        ("20", True, {"prediction": "v"}),
+        ("20", True, {"prediction": "eps", "learn_sigma": True, "schedule": "linear"}),
+        ("3,5,2", False, {"prediction": "v", "learn_sigma": True}),
+        ("", False, {"prediction": "x0", "steps": 30}),
+        ("1", True, {"prediction": "x0"}),
     ],
 )
-def test_the_chain_equals_the_plain_loop(respacing, options, clip):
+def test_dpm_solver_equals_the_plain_loop(respacing, clip, options):
     diffusion = process(respacing=respacing, **options)
-    images = run(diffusion, wavy, clip_denoised=clip).images
     abars = diffusion.alphas_cumprod.tolist()
     expected = torch.tensor([plain_loop(x, abars, clip) for x in normals(2, *PICTURE).double().flatten().tolist()])
-    torch.testing.assert_close(images.flatten(), expected.float(), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("respacing, equal", [("1", 2), ("2", 3), ("5", 2)])
-def test_the_first_and_the_last_step_are_those_of_ddim(prediction, respacing, equal):
-    states = {}
-    for method in ("ddim", "dpm++"):
-        states[method] = []
-        result = run(
-            process(respacing=respacing, prediction=prediction, schedule="linear"),
-            wavy,
-            method,
-            on_step=lambda t, x, out, seen=states[method]: seen.append(x),
-        )
-        states[method].append(result.images)
-    for k, (first, second) in enumerate(zip(*states.values(), strict=True)):
-        same = torch.allclose(first, second, rtol=0, atol=1e-4)
-        assert same is (k < equal)  # x_T, what the first step makes of it, and with two steps the picture
-
-
-def test_the_picture_is_the_last_prediction():
-    seen = []
-    images = run(
-        process(respacing="6", prediction="v"), wavy, on_step=lambda t, x, out: seen.append(out["pred_xstart"])
-    ).images
-    assert torch.equal(images, seen[-1])
-
-
-# -- order ------------------------------------------------------------------------------------------------------------
-
-MU, STD = 0.3, 0.5
-
-
-def exact_x0(x, abar):
-    """E[x_0 | x_t] for x_0 ~ N(MU, STD^2)."""
-    return MU + abar.sqrt() * STD**2 / (abar * STD**2 + 1 - abar) * (x - abar.sqrt() * MU)
-
-
-def flow(x, abar, target):
-    """The probability-flow equation's exact solution for x_0 ~ N(MU, STD^2), from noise level abar to another."""
-
-    def spread(level):
-        return math.sqrt(level * STD**2 + 1 - level)
-
-    return math.sqrt(target) * MU + spread(target) / spread(abar) * (x - math.sqrt(abar) * MU)
-
-
-def errors(method, counts):
-    """Largest error of the state before the last step, over steps of equal size in lambda from -3 to 3."""
-    found = []
-    for count in counts:
-        abar = torch.sigmoid(2 * torch.linspace(3, -3, count + 1, dtype=torch.float64))
-        betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-        diffusion, states = GaussianDiffusion(betas.numpy(), prediction="x0"), []
-        run(diffusion, exact_x0, method, clip_denoised=False, on_step=lambda t, x, out, seen=states: seen.append(x))
-        exact = flow(states[0].double(), abar[-1].item(), abar[0].item())
-        found.append((states[-1] - exact).abs().max().item())
-    return found
-
-
-@pytest.mark.parametrize("method, order", [("ddim", 1), ("dpm++", 2)])
-def test_the_error_falls_as_the_order_says(method, order):
-    coarse, middle, fine = errors(method, (16, 32, 64))
-    assert coarse / middle == pytest.approx(2**order, rel=0.2)
-    assert middle / fine == pytest.approx(2**order, rel=0.12)
-
-
-def test_second_order_needs_fewer_steps():
-    assert errors("dpm++", [16])[0] < errors("ddim", [64])[0]
-
-
-# -- as one of the samplers -------------------------------------------------------------------------------------------
-
-
-def test_a_sample_does_not_depend_on_its_batch():
-    diffusion = process(respacing="8", prediction="v")
-    together = run(diffusion, wavy, n=4).images
-    assert torch.equal(run(diffusion, wavy, n=2).images, together[:2])
-    assert (together[0] - together[1]).abs().max() > 0.1
-
-
-def test_the_history_follows_the_samples_that_early_stopping_leaves():
-    def settling(x, abar):
-        calm = torch.arange(4)[:, None, None, None] if len(x) == 4 else torch.tensor(left)[:, None, None, None]
-        return torch.where(calm % 2 == 0, torch.full_like(x, 0.25), wavy(x, abar))  # 0 and 2 settle at once
-
-    left, diffusion = [1, 3], process(respacing="9", prediction="x0")
-    stopped = run(diffusion, settling, n=4, early_stop=EarlyStop(1e-3, patience=3))
-    full = run(diffusion, settling, n=4)
-    assert stopped.steps.tolist() == [4, 9, 4, 9]
-    assert torch.equal(stopped.images[0], torch.full(PICTURE, 0.25))
-    assert torch.equal(stopped.images[[1, 3]], full.images[[1, 3]])
+    found = run(diffusion, wavy, clip_denoised=clip).flatten()
+    torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_a_cheap_look_is_the_chain_of_its_network_steps(count):
+def test_dpm_solver_with_few_network_steps_is_the_chain_of_these(count):
     betas, kept = beta_schedule("cosine", 40), sorted(39 - k * 40 // count for k in range(count))
     fine, coarse = GaussianDiffusion(betas, prediction="v"), GaussianDiffusion(betas, kept, prediction="v")
-    look, chain = run(fine, wavy, network_steps=count), run(coarse, wavy)
-    torch.testing.assert_close(look.images, chain.images, rtol=0, atol=1e-4)
-
-
-def test_the_tail_is_as_the_rest():
-    diffusion = process(respacing="9", prediction="v")
-    assert torch.equal(run(diffusion, wavy, tail_steps=4).images, run(diffusion, wavy).images)
+    assert StepRule(fine, SamplerSettings(), count).evaluated == {*kept}
+    torch.testing.assert_close(run(fine, wavy, network_steps=count), run(coarse, wavy), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "settings, words",
     [
-        ({"eta": 0.5}, r"eta 0.5: it belongs to DDIM; DPM-Solver\+\+ takes no noise"),
-        ({"variance": "posterior"}, r"ancestral sampling, not to dpm\+\+"),
+        ({"method": "plms"}, "'plms'.*ddpm, ddim, dpm"),
+        ({"eta": 0.5, "method": "dpm++"}, r"--eta 0.5 belongs to DDIM, not to dpm\+\+"),
+        ({"eta": float("nan"), "method": "ddim"}, "--eta nan: expected 0"),
+        ({"s": 0.9}, "--s 0.9.*at least 1"),
         ({"tail_steps": 10}, "--tail_steps 10: expected 0 to 9"),
     ],
 )
-def test_bad_arguments(options, words):
+def test_settings_name_a_bad_flag(settings, words):
     with pytest.raises(InputError, match=words):
-        run(process(respacing="9"), wavy, **options)
+        StepRule(process(respacing="9"), SamplerSettings(**settings))
