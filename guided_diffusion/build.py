@@ -10,22 +10,15 @@ import torch
 from .config import ema_rates, model_and_diffusion_defaults, multipliers, numbers
 from .console import InputError
 from .data.datasets import SceneDataset
-from .data.loading import scene_batches
 from .data.semantics import SemanticCoding, conditioning_channels
-from .data.toy_scenes import write_toy_scenes
 from .diffusion.gaussian_diffusion import create_gaussian_diffusion
-from .diffusion.resample import create_schedule_sampler
 from .diffusion.unet import DEFAULT_CHANNEL_MULT, SPADE_PLACES, UNetModel, check_size
-from .evaluation.panels import preview_panel
 from .link.channel import snr_to_sigma
 from .link.noise_bank import FreshNoise, NoiseBank
 from .random_streams import stream_seed
 from .training.checkpoint import resume_point
 from .training.devices import check_compiler, compiled, pins_memory, placed, select_device, usable_precision
 from .training.distributed import Group
-from .training.inputs import TrainingInputs
-from .training.loop import LoopSettings, TrainLoop
-from .training.validation import Validation
 
 # -- model and diffusion ----------------------------------------------------------------------------------------------
 
@@ -115,6 +108,8 @@ def draw_toy_scenes(config, given, log):
     """Draw the scenes of the toy preset into its own folder, unless they are there or another folder was named."""
     if config.preset == "toy" and "data_dir" not in given and not os.path.exists(config.data_dir):
         log(f"drawing toy scenes into {config.data_dir}")
+        from .data.toy_scenes import write_toy_scenes
+
         write_toy_scenes(config.data_dir)
 
 
@@ -200,6 +195,11 @@ def training_loop(config, given, log, group=None, device=None):
     :param group, device: what `join_group` returned; None: this process alone, on --device.
     :return: `TrainLoop`.
     """
+    # Here and below: what training alone needs is imported by training alone.
+    from .data.loading import scene_batches
+    from .diffusion.resample import create_schedule_sampler
+    from .training.loop import TrainLoop
+
     group, device = group or Group(), device or select_device(config.device)
     precision = precision_of(config, device, log)
     if config.compile:
@@ -243,6 +243,8 @@ def training_loop(config, given, log, group=None, device=None):
 
 
 def _training_inputs(config, given, height, width):
+    from .training.inputs import TrainingInputs
+
     shape, bank = (3, height, width), FreshNoise((3, height, width), config.seed, "noise")
     if config.noise_bank_size:
         bank = NoiseBank(shape, config.noise_bank_size, config.noise_bank_seed, config.noise_bank_cache)
@@ -265,6 +267,8 @@ def pass_size(config, device):
 
 
 def _loop_settings(config, precision, device):
+    from .training.loop import LoopSettings
+
     names = {f.name for f in dataclasses.fields(LoopSettings)} - {"ema_rates", "precision", "config", "microbatch"}
     flags = {name: getattr(config, name) for name in names}
     own = {"ema_rates": ema_rates(config.ema_rate), "precision": precision, "microbatch": pass_size(config, device)}
@@ -273,6 +277,9 @@ def _loop_settings(config, precision, device):
 
 def _validation(config, pictures, inputs, diffusion, device, precision):
     """Return a `Validation` on a few pictures of the validation split, or None where nothing asks for it."""
+    from .evaluation.panels import preview_panel
+    from .training.validation import Validation
+
     if pictures is None:
         return None
     wanted = max(config.preview_items, config.eval_items if config.eval_interval else 0)

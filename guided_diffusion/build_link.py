@@ -7,6 +7,7 @@ import functools
 from .build import data_set, diffusion_from, picture_size, precision_of, semantic_coding, untrained_model
 from .config import parts_of, sweep
 from .console import InputError
+from .data.datasets import PictureFolder
 from .diffusion.sampling import EarlyStop
 from .diffusion.solvers import SamplerSettings
 from .diffusion.unet import check_size
@@ -17,19 +18,9 @@ from .link.channel import snr_to_sigma
 from .link.message import Header
 from .link.noise_bank import FreshNoise, NoiseBank
 from .link.selection import Chain, StepCodebook, select_both, select_initial, select_per_step
-from .link.source_coding import jxl_available
 from .link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
+from .training import devices
 from .training.checkpoint import load_weights
-from .training.devices import (
-    autocast,
-    check_compiler,
-    compiled,
-    for_sampling,
-    placed,
-    rounded,
-    select_device,
-    usable_precision,
-)
 
 MAX_AREA = 16  # of pictures that a message may ask for, in squares of image_size
 SEARCH_BATCH = 8  # candidates that run together; not --batch_size, which must not decide near ties
@@ -41,19 +32,15 @@ def sampling_parts(config, weights, log, ranks=None):
     :param weights: path of the weights.
     :return: dict of bank, dataset, measures, and the functions transmitter(point), receiver(point) and channel(point).
     """
-    device = select_device(config.device, ranks)
+    device = _device(config, ranks)
     precision, coding = precision_of(config, device, log), semantic_coding(config)
-    if config.compile:
-        check_compiler(device)
-    if not jxl_available():
-        log("JPEG XL is not installed (pip install pillow-jxl-plugin): many edge levels take more bytes without it")
     for point in sweep(config) if config.role == "link" else ():
         channel(point)
     measures, distances = _measures(config, device), _distances(config, device)
     model, dataset = untrained_model(config), scenes(config, log, device)
     height, width = picture_size(dataset, model)
     load_weights(model, weights)
-    model = for_sampling(model, device, precision, config.compile, log)
+    model = devices.for_sampling(model, device, precision, config.compile, log)
     batch = min(config.batch_size, config.num_samples, len(dataset)) if config.role == "link" else 1
     log(describe_label_memory(model, height, width, batch, precision, config.label_memory))
     make_chain = ChainMaker(config, height, width, device, weights, lambda precision: model)
@@ -76,34 +63,35 @@ def sampling_parts(config, weights, log, ranks=None):
 
 def receiving_parts(config, weights, log, ranks=None):
     """Build what the receiver alone needs: dict of make_chain (Header -> `Chain`) and receiver()."""
-    device = select_device(config.device, ranks)
+    device, model = _device(config, ranks), untrained_model(config)
     precision_of(config, device, log)
-    if config.compile:
-        check_compiler(device)
-    model = untrained_model(config)
     load_weights(model, weights)
-    model = placed(model, device).eval().requires_grad_(False)
 
     @functools.cache
     def model_of(precision):  # another message may ask for another one
-        ready = model if precision == "fp32" and not config.compile else rounded(copy.deepcopy(model), precision)
-        return compiled(ready, log) if config.compile else ready
+        return devices.for_sampling(copy.deepcopy(model), device, precision, config.compile, log)
 
     make_chain = ChainMaker(config, config.image_size, 2 * config.image_size, device, weights, model_of)
     return {"make_chain": make_chain, "receiver": lambda: Receiver(make_chain)}
+
+
+def _device(config, ranks):
+    device = devices.select_device(config.device, ranks)
+    if config.compile:
+        devices.check_compiler(device)
+    return device
 
 
 def scenes(config, log, device="cpu"):
     """Open the split: with the data set's label maps, or with those that an extractor reads off the pictures."""
     if config.extractor == "gt":
         return data_set(config, config.is_train, log)
-    from .data.datasets import PictureFolder
     from .evaluation.segmenters import load_network, segment
 
     network = load_network(config.extractor, "extractor", device)
 
     def extract(image):
-        return segment(network, image.to(device), config.num_classes, "extractor").cpu()
+        return segment(network, image, config.num_classes, "extractor").cpu()
 
     place = config.dataset_mode, config.data_dir, config.image_size
     return PictureFolder(*place, config.is_train, extract, config.no_instance)
@@ -123,12 +111,10 @@ def channel(point):
 def describe_label_memory(model, height, width, batch, precision, limit):
     """Return a line that says whether cached SPADE modulation fits `limit`, which is --label_memory, in GiB."""
     need = model.modulation_bytes(batch, height, width, 4 if precision == "fp32" else 2) / 2**30
-    line = f"label maps of {batch} picture{'s' if batch > 1 else ''}: {need:.2g} GiB of scales and shifts, "
-    if need <= limit:
-        return f"{line}computed once for each chain"
-    return (
-        f"{line}more than --label_memory {limit:g}, so computed at every step: slower; raise it or lower --batch_size"
-    )
+    how = "computed once for each chain"
+    if need > limit:
+        how = f"more than --label_memory {limit:g}, so computed at every step: slower; raise it or lower --batch_size"
+    return f"label maps of {batch} picture{'s' if batch > 1 else ''}: {need:.2g} GiB of scales and shifts, {how}"
 
 
 class ChainMaker:
@@ -157,21 +143,17 @@ class ChainMaker:
     def _check(self, header):
         """Refuse a message that was made for another model, or is too large a picture."""
         config = self.config
-        if header.fingerprint != self.fingerprint:
-            found = f"(fingerprint {header.fingerprint.hex()}, these have {self.fingerprint.hex()})"
-            raise InputError(
-                f"the message was made for other weights {found}; give --model_path the transmitter's file"
-            )
-        theirs = header.num_classes, header.one_hot, header.edge_plane, header.bank_seed, header.bank_size
+        names = ("fingerprint", "num_classes", "one_hot", "edge_plane", "bank_seed", "bank_size")
         maps = config.num_classes, config.one_hot_label, not config.no_instance
-        ours = *maps, config.noise_bank_seed, config.noise_bank_size
-        if theirs != ours:
-            found = f"the message's classes, one-hot, edge plane, bank seed and size are {theirs}, the model's {ours}"
-            raise InputError(f"{found}; give --model_path the transmitter's file")
+        ours = self.fingerprint, *maps, config.noise_bank_seed, config.noise_bank_size
+        for name, own in zip(names, ours, strict=True):
+            if getattr(header, name) != own:
+                found = f"the message was made with {name} {getattr(header, name)!r}, these weights have {own!r}"
+                raise InputError(f"{found}; give --model_path the transmitter's file")
         if header.height * header.width > MAX_AREA * config.image_size**2:
-            size, own = f"{header.height}x{header.width}", f"{config.image_size}x{config.image_size}"
-            raise InputError(f"the message is of a {size} picture, more than {MAX_AREA} times the model's {own}")
-        if usable_precision(self.device, header.precision)[0] != header.precision:
+            found = f"the message is of a {header.height}x{header.width} picture"
+            raise InputError(f"{found}, more than {MAX_AREA} times --image_size {config.image_size} squared")
+        if devices.usable_precision(self.device, header.precision)[0] != header.precision:
             raise InputError(f"the message needs {header.precision}, which this device lacks; receive it elsewhere")
         check_size(header.height, header.width, self.model_of(header.precision).downsampling)
 
@@ -180,7 +162,7 @@ class ChainMaker:
         if header.stop_step:
             # The answer is x_0's prediction at that step: every step counts as settled, and none before counts.
             rule = EarlyStop(float("inf"), 1, header.stop_step)
-        precision = functools.partial(autocast, self.device, header.precision)
+        precision = functools.partial(devices.autocast, self.device, header.precision)
         memory = int(self.config.label_memory * 2**30)
         fixed = self.model_of(header.precision), diffusion, self.bank, header.sampler
         return Chain(*fixed, rule, header.selected_steps or None, self.device, precision, memory)
@@ -196,34 +178,20 @@ def _header(config, precision, height, width, fingerprint):
     coding = {"label_scale": config.label_scale, "edge_scale": config.edge_scale}
     coding["edge_levels"] = 0 if config.no_instance else config.edge_levels
     noise = {"bank_seed": config.noise_bank_seed, "bank_size": config.noise_bank_size, "sampler": sampler}
-    noise |= {"start_sent": config.selection != "per_step", "selected_steps": _selected_steps(config)}
-    if selecting:
-        noise |= {"step_candidates": config.step_candidates, "step_atoms": config.step_atoms}
-    network = {"precision": precision, "fingerprint": fingerprint}
-    return Header(height=height, width=width, **form, **coding, **noise, **network)
-
-
-def _selected_steps(config):
-    """How many steps' noise is selected."""
+    noise |= {"start_sent": config.selection != "per_step", "selected_steps": 0}
     steps = diffusion_from(config).num_timesteps
     if config.tail_steps > steps:
         raise InputError(f"--tail_steps {config.tail_steps}: the chain has {steps} steps")
-    if config.selection == "initial":
-        return 0
-    available = steps - max(1, config.tail_steps)
-    if not max(1, config.selected_steps) <= available:
-        found = f"--selected_steps {config.selected_steps}: the chain has {max(0, available)} steps with noise"
-        raise InputError(f"{found} (--timestep_respacing, --tail_steps {config.tail_steps})")
-    return config.selected_steps or available
-
-
-def _network(config, flag, device, why=""):
-    """Load a network that the user brings."""
-    from .evaluation.segmenters import load_network
-
-    if not getattr(config, flag):
-        raise InputError(f"{why} needs --{flag} FILE")
-    return load_network(getattr(config, flag), flag, device)
+    if selecting:
+        available = steps - max(1, config.tail_steps)
+        selected = config.selected_steps or available
+        if not 1 <= selected <= available:
+            found = f"--selected_steps {config.selected_steps}: the chain has {max(0, available)} steps with noise"
+            raise InputError(f"{found} (--timestep_respacing, --tail_steps {config.tail_steps})")
+        noise |= {"selected_steps": selected, "step_candidates": config.step_candidates}
+        noise["step_atoms"] = config.step_atoms
+    size = {"height": height, "width": width}
+    return Header(**size, **form, **coding, **noise, precision=precision, fingerprint=fingerprint)
 
 
 def _distances(config, device):
@@ -233,9 +201,9 @@ def _distances(config, device):
     if config.distance != "segmenter":
         measure = distance(config.distance, config.lpips_weights, device)
         return lambda scene: measure
-    from .evaluation.segmenters import disagreement
+    from .evaluation.segmenters import disagreement, load_network
 
-    network = _network(config, "segmenter", device, "--distance segmenter")
+    network = load_network(config.segmenter, "segmenter", device)
     return lambda scene: lambda pictures, _: disagreement(network, pictures, scene["label"], config.num_classes)
 
 
@@ -260,19 +228,16 @@ def _chooser(config, distances):
 def _measures(config, device):
     """Return the `Measures` that were asked for, with their networks."""
     names, codecs, networks = parts_of(config.metrics), parts_of(config.baseline), {}
-    if codecs:
+    for codec in codecs:
         from .evaluation.codecs import check_installed
 
-        for codec in codecs:
-            check_installed(codec)
+        check_installed(codec)
+    if config.features or "miou" in names:
+        from .evaluation.segmenters import features_of, load_network, segment
     if config.features and {"fid", "kid"} & {*names}:
-        from .evaluation.segmenters import features_of
-
-        networks["features"] = features_of(_network(config, "features", device))
+        networks["features"] = features_of(load_network(config.features, "features", device))
     if "miou" in names:
-        from .evaluation.segmenters import segment
-
-        network = _network(config, "segmenter", device, "--metrics miou")
+        network = load_network(config.segmenter, "segmenter", device)
         networks["segmenter"] = lambda images: segment(network, images, config.num_classes)
     files = config.lpips_weights, config.fid_weights
     metrics = Metrics(names, config.num_classes, *files, device=device, **networks)

@@ -13,10 +13,7 @@ REQUEUE = 75  # exit code (EX_TEMPFAIL) of a run that was told to end and can go
 
 
 class InputError(ValueError):
-    """Bad input: the message names the file or flag, what was found, and what to do, on one line.
-
-    The scripts print the message without a traceback and exit with code 2.
-    """
+    """Bad input: the message names the file or flag, what was found, and what to do, on one line."""
 
 
 def log(text):
@@ -43,7 +40,7 @@ class StandardError:
 
 
 def bar_options():
-    """Return how all progress bars are shown: seldom where they go to a log."""
+    """Return how all progress bars are shown: seldom in a log."""
     return {"file": StandardError(), "dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
 
 
@@ -52,21 +49,17 @@ def run_script(main):
     warnings.simplefilter("once")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     try:
-        main()
+        return main()
     except (InputError, OSError) as error:
-        _exit(f"error: {error}", 2 if isinstance(error, InputError) else 1)
+        text, code = f"error: {error}", 2 if isinstance(error, InputError) else 1
     except RuntimeError as error:
-        text = str(error)
-        if not any(words in text for words in ("out of memory", "can't allocate memory", "killed by signal")):
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory", "killed by signal")):
             raise
         hint = "out of memory? lower --batch_size or --microbatch, or set --use_checkpoint True"
-        _exit(f"error: {text.splitlines()[0][:200]} ({hint})", 1)
+        text, code = f"error: {str(error).splitlines()[0][:200]} ({hint})", 1
     except KeyboardInterrupt as stop:
         code = getattr(stop, "code", 130)
-        _exit("interrupted" if code == 130 else f"ended as told; exit code {code}", code)
-
-
-def _exit(text, code):
+        text = "interrupted" if code == 130 else f"ended as told; exit code {code}"
     log(f"{os.path.basename(sys.argv[0])}: {' '.join(text.split())}")
     sys.exit(code)
 
@@ -80,9 +73,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Notes SIGINT, SIGTERM and SIGUSR1 (with which SLURM announces the end of a job) instead of dying of them.
-
-    A second SIGINT breaks the work at once; the two others may well come twice, from SLURM and from a wrapper.
+    """Notes SIGINT, SIGTERM and SIGUSR1 (SLURM's notice of the end of a job); a second SIGINT breaks the work at once.
 
     :param at_once: break the work at the first signal, by `Interrupted`.
     """
@@ -101,8 +92,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        again = number == self.seen == signal.SIGINT
-        self.seen = number
+        again, self.seen = number == self.seen == signal.SIGINT, number
         if not again and not self.at_once:
             return
         # Compiled modules abort the process when an exception comes while they are loaded.

@@ -13,6 +13,8 @@ from .diffusion.unet import ResBlock
 from .training.checkpoint import load_weights, resume_point
 from .training.devices import select_device
 
+GIB = 2**30
+
 
 def dry_run(config, log, weights=None):
     """Check data, labels, sizes and (given a path) weights; log what was found, and what the run would take.
@@ -37,9 +39,8 @@ def dry_run(config, log, weights=None):
         log(f"checkpoints: {config.checkpoint_dir}, {found}")
     log(f"pictures: {len(dataset)} of {height}x{width}" + ("" if dataset.has_images else ", labels alone"))
     log("label histogram:")
-    for line in describe_labels(label_histogram(dataset, progress=True)):
-        log(line)
-    for line in describe_network(model, config, height, width, precision):
+    labels = describe_labels(label_histogram(dataset, progress=True))
+    for line in labels + describe_network(model, config, height, width, precision):
         log(line)
     if not training:
         _check_weights(model, weights, log)
@@ -55,10 +56,7 @@ def _check_weights(model, weights, log):
 
 
 def describe_labels(counts, width=24):
-    """Return lines with the share of each class that occurs.
-
-    :param counts: pixels per class id. :param width: length of the longest bar, in characters.
-    """
+    """Return lines with the share of each class, from its pixels; the longest bar has `width` characters."""
     total, top = max(int(sum(counts)), 1), max(map(int, counts))
     present = sorted(((int(count), k) for k, count in enumerate(counts) if count), reverse=True)
     return [f"  class {k:3d} {100 * n / total:6.2f} %  {'#' * round(width * n / top)}" for n, k in present]
@@ -66,31 +64,27 @@ def describe_labels(counts, width=24):
 
 def describe_network(model, config, height, width, precision):
     """Return lines with parameter count and memory estimate of a training or sampling run; the model is on meta."""
-    training = hasattr(config, "ema_rate")
+    training, half = hasattr(config, "ema_rate"), precision != "fp32"
     batch = build.pass_size(config, select_device(config.device)) if training else config.batch_size
     count = len(ema_rates(config.ema_rate)) if training else None
-    weights = weight_bytes(model, precision, count) / 2**30
+    weights = weight_bytes(model, precision, count) / GIB
     everything, checkpointed = activation_bytes(model, height, width, precision)
     # Without a backward pass only the skip connections and the block at work stay.
-    activations = batch * (everything if training and not config.use_checkpoint else checkpointed) / 2**30
+    activations = batch * (everything if training and not config.use_checkpoint else checkpointed) / GIB
+    lines = []
     if not training:
         activations *= 1 + (config.s > 1)  # both halves of guidance
-        cached = model.modulation_bytes(batch, height, width, 4 if precision == "fp32" else 2) / 2**30
+        cached = model.modulation_bytes(batch, height, width, 2 if half else 4) / GIB
         activations += cached if cached <= config.label_memory else 0  # else computed at every step
+        lines.append(describe_label_memory(model, height, width, batch, precision, config.label_memory))
     parts = f"{weights:.1f} weights{', gradients, optimizer and averages' if training else ''}"
     parts += f", {activations:.1f} activations at batch {batch}, {height}x{width}, {precision}"
-    lines = [f"parameters: {sum(p.numel() for p in model.parameters()):,}"]
-    lines.append(f"memory estimate: {weights + activations:.1f} GiB ({parts})")
-    if not training:
-        lines.append(describe_label_memory(model, height, width, batch, precision, config.label_memory))
-    return lines
+    parameters = f"parameters: {sum(p.numel() for p in model.parameters()):,}"
+    return [parameters, f"memory estimate: {weights + activations:.1f} GiB ({parts})", *lines]
 
 
 def weight_bytes(model, precision, ema_count=None):
-    """Bytes of the weights; in training with gradients, two moments of AdamW, averages and autocast's half copies.
-
-    :param ema_count: number of averages; None in sampling.
-    """
+    """Bytes of the weights; in training also of gradients, AdamW's moments, averages and half copies."""
     copies = 4 if ema_count is None else 4 * (4 + ema_count) + (0 if precision == "fp32" else 2)
     return copies * sum(p.numel() for p in model.parameters())
 
@@ -103,23 +97,18 @@ def activation_bytes(model, height, width, precision):
     :return: (kept for the backward pass, with checkpointing: the blocks' outputs and the largest block's insides).
     """
     itemsize = 4 if precision == "fp32" else 2
-    blocks = [module for module in model.modules() if isinstance(module, ResBlock)]
-    inside = {module: block for block in blocks for module in block.modules() if module is not block}
-    total, insides, outputs, handles = [], dict.fromkeys(blocks, 0), [], []
+    sizes = {}  # of the outputs, by module
 
     def count(module, _, output):
-        size = output.numel() * (4 if isinstance(module, (nn.GroupNorm, nn.SiLU)) else itemsize)
-        total.append(size)
-        if module in inside:
-            insides[inside[module]] += size
+        size = 4 if isinstance(module, (nn.GroupNorm, nn.SiLU)) else itemsize
+        sizes[module] = sizes.get(module, 0) + output.numel() * size
 
-    for module in model.modules():
-        if isinstance(module, ResBlock):
-            handles.append(module.register_forward_hook(lambda *args: outputs.append(args[2].numel() * itemsize)))
-        elif not any(True for _ in module.children()) and not isinstance(module, nn.Identity):
-            handles.append(module.register_forward_hook(count))
+    blocks = [module for module in model.modules() if isinstance(module, ResBlock)]
+    layers = [module for module in model.modules() if not list(module.children()) and type(module) is not nn.Identity]
+    handles = [module.register_forward_hook(count) for module in blocks + layers]
     with torch.device("meta"), torch.no_grad():
         model(torch.empty(1, 3, height, width), torch.zeros(1), torch.empty(1, model.label_channels, height, width))
     for handle in handles:
         handle.remove()
-    return sum(total), sum(outputs) + max(insides.values())
+    insides = [sum(sizes.get(module, 0) for module in block.modules() if module is not block) for block in blocks]
+    return sum(sizes.get(layer, 0) for layer in layers), sum(sizes[block] for block in blocks) + max(insides)

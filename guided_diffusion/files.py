@@ -4,14 +4,12 @@ import errno
 import hashlib
 import os
 import secrets
-import time
 from contextlib import contextmanager
 
 from .console import InputError
 
 # What platforms answer where a folder cannot be opened or synchronised; other errors are of the disk, and count.
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
-SETTLED = 2 * 10**9  # nanoseconds after a change from which on a file's time stamps tell the next change for sure
 _known = {}  # a file's state -> its SHA-256
 
 
@@ -64,14 +62,11 @@ def check_folder(path, flag):
 def file_digest(path):
     """SHA-256 of a file, as bytes; a large one is read once in this process, unless it changes."""
     with open(path, "rb") as f:
-        # Nobody can set the change time, as one can the modification time: it tells a file put in another's place.
         s = os.fstat(f.fileno())
-        state = s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
-        if state in _known:
-            return _known[state]
-        found, now = hashlib.sha256(), time.time_ns()
-        while chunk := f.read(2**20):
-            found.update(chunk)
-    if now - s.st_ctime_ns > SETTLED:
-        _known[state] = found.digest()
-    return found.digest()
+        state = s.st_dev, s.st_ino, s.st_size, s.st_ctime_ns  # nobody can set the change time
+        if state not in _known:
+            found = hashlib.sha256()
+            while chunk := f.read(2**20):
+                found.update(chunk)
+            _known[state] = found.digest()
+    return _known[state]

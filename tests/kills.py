@@ -1,7 +1,7 @@
-"""Kill a training run again and again, and see that nothing is lost: python tests/kills.py [kills] [--seed N] [--folder DIR]
+"""Kill a training run again and again, and see that nothing is lost: python tests/kills.py [kills] [--seed N]
 
-Every run is killed by SIGKILL: half of them at a random moment, half while a checkpoint is being written. After each kill
-every checkpoint that was reported as saved must be whole; at the end the weights must be those of a run left in peace.
+Every run is killed by SIGKILL: half of them at a random moment, half while a checkpoint is being written. After each
+kill every checkpoint that was reported as saved must be whole; at the end the weights are those of an undisturbed run.
 """
 
 import argparse
@@ -104,8 +104,8 @@ def main():
         different += [kind] if not equal(one, two) else []
     left = [path.name for path in (root / "killed").glob("*.tmp")]
     print(
-        f"{kills} kills, {torn} of them in a save; checkpoints lost: {lost}; parts of step {last} that differ from the run"
-        f" left in peace: {different or 'none'}; temporary files left: {left or 'none'}"
+        f"{kills} kills, {torn} of them in a save; checkpoints lost: {lost}; parts of step {last} that differ from the"
+        f" undisturbed run: {different or 'none'}; temporary files left: {left or 'none'}"
     )
     return 1 if lost or different or left or kills < arguments.kills else 0
 

@@ -1,4 +1,4 @@
-"""A SLURM cluster of one node on loopback, with daemons, key, ports and configuration of its own in a temporary folder."""
+"""A SLURM cluster of one node on loopback, with daemons, key, ports and configuration in a temporary folder."""
 
 import contextlib
 import os
@@ -12,8 +12,8 @@ from pathlib import Path
 _TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 _SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # the daemons' folders are not in everybody's PATH
-# The node claims more than the machine has, so that the scripts' own #SBATCH lines can be granted anywhere. A job that was
-# requeued waits for cred_expire seconds.
+# The node claims more than the machine has, so that the scripts' own #SBATCH lines can be granted anywhere. A requeued
+# job waits for cred_expire seconds.
 _CONFIGURATION = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -58,9 +58,9 @@ def why_not():
 
 
 class SlurmCluster:
-    """Context manager: the cluster's daemons run inside of it. Raises RuntimeError, with the logs, when they do not come up.
+    """Context manager: the cluster's daemons run inside of it. Raises RuntimeError where they do not come up.
 
-    `environment` is this process's, less what a job it may be in has set, and with what SLURM's commands need to find this one.
+    `environment` is this process's, less what a job it may be in has set, and with what SLURM's commands need.
     """
 
     def __init__(self):

@@ -56,27 +56,10 @@ def test_create_model_and_diffusion_refuses_flags_that_cannot_be_meant(flags, wo
         create_model_and_diffusion(**{**model_and_diffusion_defaults(), **SMALL, **flags})
 
 
-def test_create_model_and_diffusion_accepts_use_fp16():
-    model, _ = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **SMALL, "use_fp16": True})
-    assert next(model.parameters()).dtype == torch.float32
-
-
 def test_training_loop_spreads_previews_over_a_small_split(make_loop):
     loop = make_loop(preview_items=8)
     paths = {batch["path"][0] for batch in loop.validation.items}
     assert len(loop.validation.items) == len(paths) == 3
-
-
-def test_create_model_and_diffusion_names_a_missing_flag():
-    flags = {**model_and_diffusion_defaults(), **SMALL}
-    del flags["dropout"]
-    with pytest.raises(InputError, match="dropout"):
-        create_model_and_diffusion(**flags)
-
-
-def test_create_model_and_diffusion_predict_xstart_is_x0():
-    _, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **SMALL, "predict_xstart": True})
-    assert diffusion.prediction == "x0"
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,6 @@ def segmenter(tmp_path_factory):
     return path
 
 
-# -- chains -----------------------------------------------------------------------------------------------------------
-
-
 def header_of(parts, point, number=0):
     transmitter = parts["transmitter"](point)
     return transmitter.describe(parts["dataset"].batch([number]))[0].header
@@ -85,14 +82,11 @@ def test_chain_maker_keeps_one_chain_for_a_kind_of_header(configure):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"fingerprint": b"12345678"}, "made for other weights .*3132333435363738"),
-        ({"num_classes": 34}, r"are \(34, True, True, 150, 16\), the model's \(35, True, True, 150, 16\)"),
-        ({"one_hot": False}, "bank seed and size are"),
-        ({"edge_plane": False}, "bank seed and size are"),
+        ({"fingerprint": b"12345678"}, "made with fingerprint b'12345678'"),
+        ({"edge_plane": False}, "edge_plane False, these weights have True"),
         ({"height": 15}, "15"),
-        ({"height": 4096, "width": 4096}, "4096x4096 picture, more than 16 times the model's 16x16"),
-        ({"bank_size": 2**32 - 1}, r"150, 4294967295\), the model's .* 150, 16\)"),
-        ({"bank_seed": 7}, r"True, 7, 16\)"),
+        ({"height": 4096, "width": 4096}, "4096x4096 picture, more than 16 times --image_size 16"),
+        ({"bank_size": 2**32 - 1}, "bank_size 4294967295, these weights have 16"),
         ({"precision": "fp16"}, "needs fp16, which this device lacks"),
     ],
 )
@@ -102,9 +96,6 @@ def test_chain_maker_refuses_messages_for_another_receiver(configure, parts, cha
     receiver = build_link.receiving_parts(*configure(), quiet)["make_chain"]
     with pytest.raises(InputError, match=words):
         receiver(dataclasses.replace(header, **change))
-
-
-# -- headers ----------------------------------------------------------------------------------------------------------
 
 
 def test_header_has_what_the_flags_ask_for(parts, trained):
@@ -121,12 +112,7 @@ def test_header_has_what_the_flags_ask_for(parts, trained):
 
 @pytest.mark.parametrize(
     "flags, start_sent, selected",
-    [
-        ({"selection": "per_step"}, False, 3),
-        ({"selection": "per_step", "tail_steps": 2}, False, 2),
-        ({"selection": "both"}, True, 3),
-        ({"selection": "both", "noise_index": 3, "selected_steps": 1}, True, 1),
-    ],
+    [({"selection": "per_step", "tail_steps": 2}, False, 2), ({"selection": "both", "noise_index": 3}, True, 3)],
 )
 def test_header_has_per_step_selection(parts, flags, start_sent, selected):
     point, sampling = parts(step_candidates=8, step_atoms=2, **flags)
@@ -149,12 +135,8 @@ def test_sampling_parts_refuse_what_no_message_can_carry(parts):
         parts(timestep_respacing="3", tail_steps=4)
 
 
-# -- choosers ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flags", [{"noise_index": "random"}, {"noise_index": 5}])
-def test_transmitter_chooses_nothing_where_nothing_is_searched(parts, flags):
-    point, sampling = parts(**flags)
+def test_transmitter_chooses_nothing_where_nothing_is_searched(parts):
+    point, sampling = parts(noise_index=5)
     sent = sampling["transmitter"](point).send(sampling["dataset"].batch([0]), 5)
     assert sent.choice is None and sent.message.start_index == 5
     point = dataclasses.replace(point, local_picture=True)
@@ -164,7 +146,6 @@ def test_transmitter_chooses_nothing_where_nothing_is_searched(parts, flags):
 @pytest.mark.parametrize(
     "flags, codewords, evaluations",
     [
-        ({"noise_index": "best", "candidates": 3}, 0, 3 * 4 + 4),
         ({"noise_index": "best", "candidates": 3, "s": 2}, 0, 2 * (3 * 4 + 4)),
         ({"noise_index": "best", "candidates": 16, "feedback_steps": 1}, 0, 16 * 1 + 4 * 4 + 4),
         ({"selection": "per_step"}, 3, 4),
@@ -182,26 +163,19 @@ def test_transmitter_has_a_search_for_each_flag(parts, flags, codewords, evaluat
 def test_transmitter_takes_a_segmenters_distance(parts, segmenter):
     point, sampling = parts(noise_index="best", candidates=3, distance="segmenter", segmenter=segmenter)
     scene = sampling["dataset"].batch([0])
-    transmitter = sampling["transmitter"](point)
+    transmitter, network = sampling["transmitter"](point), torch.jit.load(segmenter)
     choice = transmitter.send(scene, 0).choice
-    network = torch.jit.load(segmenter)
     pictures = [transmitter.chain.run(transmitter.describe(scene)[1], [i]).images for i in range(3)]
-    scores = [
-        float((network(picture).argmax(1, keepdim=True) != scene["label"]).float().mean()) for picture in pictures
-    ]
-    assert choice.score == pytest.approx(min(scores), abs=0.01) and 0 < choice.score <= 1
-
-
-# -- bad flags, before the long work ----------------------------------------------------------------------------------
+    wrong = [(network(picture).argmax(1, keepdim=True) != scene["label"]).float().mean() for picture in pictures]
+    assert choice.score == pytest.approx(float(min(wrong)), abs=0.01) and 0 < choice.score <= 1
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ({"metrics": "miou"}, "--metrics miou needs --segmenter"),
-        ({"metrics": "miou", "segmenter": "none.pt"}, "--segmenter none.pt: no such file"),
+        ({"metrics": "miou"}, "--segmenter : no such file"),
         ({"metrics": "kid", "features": "none.pt"}, "--features none.pt: no such file"),
-        ({"noise_index": "best", "distance": "segmenter"}, "--distance segmenter needs --segmenter"),
+        ({"noise_index": "best", "distance": "segmenter", "segmenter": "none.pt"}, "--segmenter none.pt: no such file"),
         ({"extractor": "none.pt"}, "--extractor none.pt: no such file"),
         ({"metrics": "lpips", "lpips_weights": "none.pth"}, "--lpips_weights none.pth"),
         ({"label_scale": 1, "edge_levels": 1}, "--edge_levels 1"),
@@ -211,9 +185,6 @@ def test_sampling_parts_name_missing_networks_before_the_weights_are_read(parts,
     monkeypatch.setattr(build_link, "load_weights", lambda *_: pytest.fail("too late"))
     with pytest.raises(InputError, match=words):
         parts(**flags)
-
-
-# -- pictures alone ---------------------------------------------------------------------------------------------------
 
 
 def test_run_on_pictures_alone_with_an_extractor(parts, configure, scenes, segmenter, tmp_path):

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import pickle
 import shutil
 import threading
 from itertools import islice
@@ -15,7 +14,6 @@ from test_datasets import equal, load, make_cityscapes, make_coco, refuse, rows,
 
 from guided_diffusion import build
 from guided_diffusion.config import SampleConfig, TrainConfig, parse_config
-from guided_diffusion.data import cache as caching
 from guided_diffusion.data.datasets import SceneDataset
 
 
@@ -60,9 +58,9 @@ def test_cache_batches_are_those_of_the_files(city, tmp_path, monkeypatch, optio
 
 def test_cache_random_crops_are_cut_from_the_files(tmp_path):
     make_coco(tmp_path / "data")
-    plain, kept = (load(tmp_path / "data", "coco", stop=6, cache_dir=folder) for folder in ("", tmp_path / "cache"))
-    kept = rows(kept)
-    assert all(equal(kept[position], row) for position, row in rows(plain).items())
+    plain, kept = (load(tmp_path / "data", "coco", cache_dir=folder) for folder in ("", tmp_path / "cache"))
+    plain, kept = rows(islice(plain, 3)), rows(islice(kept, 3))
+    assert all(equal(kept[position], row) for position, row in plain.items())
     assert not (tmp_path / "cache").exists()
 
 
@@ -170,13 +168,6 @@ def test_cache_built_by_several_at_once_is_one(city, tmp_path):
         thread.join(60)
     assert len(found) == 3 and all(same(opened(city, ""), kept) for kept in found)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["city_cityscapes_train_8"]
-
-
-def test_cache_is_mapped_by_spawned_workers_themselves(city, tmp_path):
-    kept = opened(city, tmp_path / "cache")
-    packed = pickle.dumps(kept)
-    assert len(packed) < 20_000 and equal(pickle.loads(packed)[2], kept[2])
-    assert not kept.cache.arrays(2)["image"].flags.writeable and caching.KINDS.keys() == kept.cache.arrays(2).keys()
 
 
 def test_cache_dir_of_training_sampling_and_dry_runs(scenes, tmp_path):

@@ -7,7 +7,6 @@ from statistics import median
 import pytest
 import torch
 
-from guided_diffusion.console import InputError
 from guided_diffusion.data.semantics import encode_semantics
 from guided_diffusion.link.channel import apply_pool, sent_planes, snr_to_sigma, transmit
 
@@ -41,12 +40,6 @@ def test_snr_to_sigma_falls_to_no_noise_at_100_db():
     sigmas = [snr_to_sigma(1 + 0.25 * k) for k in range(397)]  # 1 dB to 100 dB
     assert all(a > b for a, b in itertools.pairwise(sigmas)) and snr_to_sigma(math.inf) == 0
     assert snr_to_sigma(40) == pytest.approx(0.05 * 10**-0.5, rel=1e-12)
-
-
-def test_snr_to_sigma_below_1_db_names_the_range():
-    for snr in (0.99, math.nan):
-        with pytest.raises(InputError, match=r"--snr .*1 dB to 100 dB"):
-            snr_to_sigma(snr)
 
 
 def test_sent_planes_are_present_classes_and_the_edge_plane():
@@ -117,8 +110,6 @@ def test_apply_pool_equals_a_loop(pool, size):
     torch.testing.assert_close(apply_pool(y, pool), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_apply_pool_of_none_and_of_an_unknown_name():
+def test_apply_pool_of_none_changes_nothing():
     y = scenes(1)
     assert torch.equal(apply_pool(y, "None"), y) and torch.equal(apply_pool(y, None), y)
-    with pytest.raises(InputError, match="--pool avg: unknown; choose None, med, mean or max"):
-        send(y, 0.0, pool="avg")

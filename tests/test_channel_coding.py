@@ -26,17 +26,9 @@ def deliver(parts, snr_db, seed=0, **options):
 
 
 def test_units_in_closed_form():
-    assert [channel_coding.es_n0_to_noise_power(db) for db in (0, 20)] == [1, pytest.approx(0.01)]
+    assert [DigitalLink(db).noise_power for db in (0, 20)] == [1, pytest.approx(0.01)]
     assert channel_coding.es_n0_to_eb_n0(6.4, 0.5, 4) == pytest.approx(6.4 - 3.0103, abs=1e-4)
     assert channel_coding.es_n0_to_eb_n0(7.0, 0.25, 4) == pytest.approx(7.0)  # one message bit per use: Eb = Es
-
-
-@pytest.mark.parametrize(
-    "options, named", [({"code_rate": 0.19}, "--code_rate 0.19"), ({"snr_db": math.inf}, "--snr inf")]
-)
-def test_digital_link_names_bad_options(options, named):
-    with pytest.raises(InputError, match=named):
-        DigitalLink(**{"snr_db": 10, **options})
 
 
 def test_digital_link_without_sionna_says_what_to_install(monkeypatch):
@@ -59,12 +51,9 @@ link = DigitalLink(8.0, "qpsk", fading="rayleigh")
 imported = state() == before
 link.send({"labels": b"abc"}, torch.Generator().manual_seed(0))
 print(imported, state() == before)
-import importlib, sys
-importlib.reload(sys.modules["sionna.phy.config"])
-print(state() == before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "True True\nFalse\n"  # the last: sionna does reseed
+    assert done.stdout == "True True\n"
 
 
 @pytest.mark.parametrize("limit", [channel_coding.INDEX_BLOCK_BYTES, channel_coding.BLOCK_BYTES])
@@ -78,7 +67,7 @@ def test_segment_makes_few_large_blocks_at_the_rate_in_whole_symbols(limit):
         assert 0 <= filling < cut.count * max(4, cut.size / 15) + cut.count
         assert cut.k == 8 * cut.size + channel_coding.CRC_BITS
         assert cut.n % q == 0 and abs(cut.n - cut.k / (min(rate, 0.85) if cut.k <= 292 else rate)) < q
-        assert 0.2 <= cut.k / cut.n <= 0.95 and cut.uses * q == cut.coded_bits == cut.count * cut.n
+        assert 0.2 <= cut.k / cut.n <= 0.95 and cut.uses * q == cut.count * cut.n
     assert len(sizes) <= 64
 
 
@@ -94,8 +83,7 @@ def test_send_over_a_clean_channel_delivers_every_byte(modulation, rate):
     assert received.uses["empty"] == 0
 
 
-@pytest.mark.parametrize("data", [b"\0" * 100, b"\xff" * 100, payload(100)], ids=["zeros", "ones", "random"])
-@pytest.mark.parametrize("snr", [-20, -1e308])
+@pytest.mark.parametrize(("data", "snr"), [(b"\0" * 100, -1e308), (payload(100), -20)], ids=["zeros", "random"])
 def test_send_over_a_dead_channel_delivers_nothing_and_raises_nothing(data, snr):
     received = deliver({"header": data, "labels": data, "indices": data}, snr, iterations=3)
     assert received.blocks == {"header": [None], "labels": [None], "indices": [None, None]}
@@ -104,7 +92,7 @@ def test_send_over_a_dead_channel_delivers_nothing_and_raises_nothing(data, snr)
 
 
 def test_block_code_crc_catches_unusable_symbols_and_a_decoder_that_errs(monkeypatch):
-    code = channel_coding._block_code(8 * 12 + channel_coding.CRC_BITS, 240, 4, 3)
+    code = channel_coding._BlockCode(8 * 12 + channel_coding.CRC_BITS, 240, 4, 3)
     for dead in (0.0, math.nan):
         assert code.decode(torch.full((2, 60), dead, dtype=torch.complex64), 1.0) == [None, None]
     sent = np.frombuffer(payload(24), np.uint8).reshape(2, 12)
@@ -127,15 +115,17 @@ def test_send_costs_the_uses_of_its_segments(modulation):
     cuts = {name: link.segments(name, len(data)) for name, data in parts.items()}
     assert received.uses == {name: cut.uses for name, cut in cuts.items()}
     assert cuts["labels"].bits_per_symbol == MODULATIONS[modulation] and cuts["indices"].bits_per_symbol == 2
-    assert received.message_bits == 8 * 900 and received.coded_bits == sum(cut.coded_bits for cut in cuts.values())
+    assert received.message_bits == 8 * 900 and received.coded_bits == sum(cut.count * cut.n for cut in cuts.values())
     per_use = received.message_bits / sum(received.uses.values())  # all parts together: what Eb/N0 is about
     assert received.realised_eb_n0_db == pytest.approx(received.realised_es_n0_db - 10 * math.log10(per_use))
 
 
-@pytest.mark.parametrize("modulation", MODULATIONS)
-@pytest.mark.parametrize("data", [payload(1900), b"\0" * 1900], ids=["random", "zeros"])
-def test_send_realises_the_es_n0_asked_for(data, modulation):
-    for snr in (-7.5, 12):
+def test_send_realises_the_es_n0_asked_for():
+    for data, modulation, snr in (
+        (payload(1900), "16qam", -7.5),
+        (b"\0" * 1900, "64qam", 12),
+        (payload(999), "qpsk", 3),
+    ):
         received = deliver({"labels": data}, snr, modulation=modulation, code_rate=1 / 3, iterations=1)
         assert received.realised_es_n0_db == pytest.approx(snr, abs=0.15)
 

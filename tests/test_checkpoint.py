@@ -15,12 +15,11 @@ from corruption import Folder, Part, run
 
 from guided_diffusion import create_model_and_diffusion, load_weights, model_and_diffusion_defaults
 from guided_diffusion.console import InputError
-from guided_diffusion.diffusion.unet import ResBlock, SPADEResBlock
+from guided_diffusion.diffusion.unet import ResBlock
 from guided_diffusion.training.checkpoint import (
     file_name,
     find_weights,
     load_checkpoint,
-    load_file,
     problem_of,
     prune_checkpoints,
     read_manifest,
@@ -77,19 +76,6 @@ def weights():
 # -- saving -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "step", "name"),
-    [
-        ("model", 0, "model000000.pt"),
-        ("manifest", 12, "manifest000012.json"),
-        ("ema_0.9999_", 100_000, "ema_0.9999_100000.pt"),
-        ("model", 1_234_567, "model1234567.pt"),
-    ],
-)
-def test_file_name_of_parts(kind, step, name):
-    assert file_name(kind, step) == name
-
-
 def test_save_writes_files_and_a_manifest_with_sizes_digests_and_facts(tmp_path):
     save(tmp_path, 4)
     assert sorted(os.listdir(tmp_path)) == names(4)
@@ -101,13 +87,6 @@ def test_save_writes_files_and_a_manifest_with_sizes_digests_and_facts(tmp_path)
         assert entry == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     del manifest["sha256"]
     assert read_manifest(tmp_path, 4) == manifest and read_manifest(tmp_path, 5) is None
-
-
-def test_load_reads_back_what_save_wrote(tmp_path):
-    save(tmp_path, 4, value=2.5)
-    parts, missing = load(tmp_path, 4)
-    assert not missing and parts.keys() == {*KINDS}
-    assert all(torch.equal(value, torch.full((50,), 2.5)) for value in parts.values())
 
 
 @pytest.mark.parametrize("renames", range(1, 7))
@@ -151,23 +130,6 @@ def test_save_that_fails_leaves_the_earlier_files_and_nothing_else(tmp_path, mon
     assert all(torch.equal(value, torch.ones(50)) for value in load(tmp_path, 7)[0].values())
 
 
-def test_save_on_a_disk_that_is_full_at_the_last_moment(tmp_path, monkeypatch):
-    """Some disks say so only when asked whether all has arrived."""
-    save(tmp_path, 7)
-    sync, calls = os.fsync, []
-
-    def refuse_the_sixth(number):
-        calls.append(number)
-        if len(calls) == 6:  # the manifest
-            raise OSError(28, "No space left on device")
-        sync(number)
-
-    monkeypatch.setattr(os, "fsync", refuse_the_sixth)
-    with pytest.raises(OSError, match=r"manifest000008\.json: cannot be written .*No space left"):
-        save(tmp_path, 8)
-    assert sorted(os.listdir(tmp_path)) == names(7)
-
-
 def test_save_reports_a_real_limit_on_file_sizes(tmp_path):
     """torch writes from C++: its error must come through as ours."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -180,33 +142,6 @@ def test_save_reports_a_real_limit_on_file_sizes(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("killed_at", [0, 1, 3, 6])
-def test_save_that_is_killed_is_no_checkpoint(tmp_path, monkeypatch, killed_at):
-    save(tmp_path, 7)
-    save(tmp_path, 8)
-    flip(tmp_path / "opt000008.pt")  # a damaged step is saved again as the run comes to it
-    replace, done = os.replace, []
-
-    def die(source, target):
-        if len(done) == killed_at:
-            os._exit(9)
-        done.append(target)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", die)
-    child = os.fork()
-    if child == 0:
-        save(tmp_path, 8, 2.0)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    monkeypatch.undo()
-    assert resume_point(tmp_path, "auto")[1] == 7
-    remove_temporary_files(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted(names(7) + names(8))
-    save(tmp_path, 8, 2.0)
-    assert resume_point(tmp_path, "auto")[1] == 8
 
 
 def test_remove_temporary_files_leaves_all_others(tmp_path):
@@ -270,15 +205,6 @@ def test_full_disk_is_survived_until_there_is_room_again(make_loop, small_disk, 
     assert same(torch.load(small_disk / "model000007.pt", weights_only=True), straight.model.state_dict())
 
 
-@pytest.mark.slow
-def test_full_disk_that_stays_full_ends_the_run_and_keeps_the_last_checkpoint(make_loop, small_disk):
-    loop = make_loop("run", total_steps=9, save_interval=1, save_failures=3)
-    with pytest.raises(OSError, match="No space left"):
-        loop.run()
-    assert loop.step == 4 and problem_of(small_disk, 1) == "" and not list(small_disk.glob("*.tmp"))
-    assert make_loop("run", resume_checkpoint="auto").step == 1
-
-
 # -- manifests and damage ---------------------------------------------------------------------------------------------
 
 
@@ -327,7 +253,7 @@ def test_damage_is_recognised_every_time(tmp_path):
     outcomes = run(Folder(tmp_path, small=True), 30, seed=0)
     assert not [key for key in outcomes if key[3].startswith("WRONG")]
     seen = {(attempt, outcome) for _, _, attempt, outcome in outcomes}
-    assert {("resume", "fell back"), ("newest averages", "fell back"), ("named averages", "refused")} <= seen
+    assert {("resumed", "fell back"), ("sampled", "fell back"), ("direct", "refused")} <= seen
 
 
 def test_load_verifies_every_part(tmp_path):
@@ -347,13 +273,6 @@ def test_load_verifies_every_part(tmp_path):
     with pytest.raises(InputError, match="the manifest cannot be read"):
         load(tmp_path, 4)
     assert load(tmp_path, 4, partial=True)[1] == []
-
-
-def test_load_needs_the_model(tmp_path):
-    save(tmp_path, 4)
-    (tmp_path / "model000004.pt").unlink()
-    with pytest.raises(InputError, match=r"model000004\.pt: it is damaged \(.*missing"):
-        load(tmp_path, 4, partial=True)
 
 
 # -- where to resume --------------------------------------------------------------------------------------------------
@@ -377,7 +296,7 @@ def test_resume_point_of_auto_is_the_newest_whole_step(tmp_path):
     flip(tmp_path / "model1000000.pt")
     assert resume_point(tmp_path, "auto", partial=True) == (str(tmp_path), 999_999)
     flip(tmp_path / "opt000002.pt")
-    with pytest.raises(InputError, match="checkpoint 1000000 is damaged|no older one is whole.*--resume_partial True"):
+    with pytest.raises(InputError, match=r"no older one is whole.*--resume_partial True"):
         resume_point(tmp_path, "auto")
 
 
@@ -390,15 +309,6 @@ def test_resume_point_of_a_path_must_be_whole(tmp_path):
         with pytest.raises(InputError, match=r"model000004\.pt: .*\(state000004\.pt differs.*; use an older one"):
             resume_point(folder, str(run / "model000004.pt"))
     assert resume_point(run, str(run / "model000004.pt"), partial=True) == (str(run), 4)
-
-
-@pytest.mark.parametrize(
-    "name", ["ema_0.9999_000012.pt", "opt000012.pt", "model12.pt", "model000012.pt.tmp", "model.pt"]
-)
-def test_resume_point_refuses_other_names(tmp_path, name):
-    (tmp_path / name).touch()
-    with pytest.raises(InputError, match=r"--resume_checkpoint .*: expected a file called model<step>\.pt, or auto"):
-        resume_point(tmp_path / "new", str(tmp_path / name))
 
 
 def test_resume_point_never_lets_a_run_be_overwritten_or_mixed_with_another(tmp_path):
@@ -511,21 +421,6 @@ def test_load_file_refuses_garbage(tmp_path, content):
         load_weights(tiny_model(), path)
 
 
-def test_load_file_refuses_a_torn_file(tmp_path, weights):
-    path = tmp_path / "model000001.pt"
-    torch.save(weights, path)
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(InputError, match=r"model000001\.pt: it cannot be read"):
-        load_file(path)
-
-
-def test_load_file_refuses_a_missing_file_and_a_folder(tmp_path):
-    with pytest.raises(InputError, match=r"gone\.pt: no such file"):
-        load_weights(tiny_model(), tmp_path / "gone.pt")
-    with pytest.raises(InputError, match="cannot be read"):
-        load_file(tmp_path)
-
-
 @pytest.mark.parametrize("contents", [[1, 2], torch.zeros(3), {0: torch.zeros(1)}])
 def test_load_weights_needs_a_state_dict(tmp_path, contents):
     torch.save(contents, tmp_path / "odd.pt")
@@ -562,12 +457,6 @@ def test_load_weights_names_other_extras(weights, key):
         load_weights(tiny_model(), {**weights, key: torch.zeros(1)})
 
 
-def test_load_weights_counts_missing_keys(weights):
-    fewer = {k: v for k, v in weights.items() if not k.startswith("out.")}
-    with pytest.raises(InputError, match=r"state dict: missing key out\.0\.bias and 3 more"):
-        load_weights(tiny_model(), fewer)
-
-
 @pytest.mark.parametrize(("value", "found"), [(torch.zeros(3, 32, 1, 1), r"\(3, 32, 1, 1\)"), (1.5, "float")])
 def test_load_weights_names_a_wrong_shape(weights, value, found):
     with pytest.raises(InputError, match=rf"key out\.2\.weight has shape {found}, the network expects \(3, 32, 3, 3\)"):
@@ -580,13 +469,6 @@ def test_load_weights_leaves_the_model_alone_when_it_refuses(weights):
     with pytest.raises(InputError):
         load_weights(model, {**weights, "out.2.weight": torch.zeros(1)})
     assert same(model.state_dict(), before)
-
-
-def test_load_weights_keeps_the_models_precision(weights):
-    model = tiny_model(2)
-    load_weights(model, {k: v.half() for k, v in weights.items()})
-    assert all(v.dtype == torch.float32 for v in model.state_dict().values())
-    assert same(model.state_dict(), {k: v.half().float() for k, v in weights.items()})
 
 
 # -- legacy keys ------------------------------------------------------------------------------------------------------
@@ -619,26 +501,6 @@ def test_with_legacy_keys_adds_them_to_every_plain_block_of_the_encoder(flags):
         for key, shape in LEGACY_SHAPES.items():
             value = added[f"{name}.spade_norm.{key}"]
             assert tuple(value.shape) == tuple(channels if n is None else n for n in shape) and not value.any()
-
-
-def test_with_legacy_keys_loads_back(tmp_path, weights):
-    torch.save(with_legacy_keys(weights, tiny_model()), tmp_path / "w.pt")
-    model = tiny_model(2)
-    load_weights(model, tmp_path / "w.pt")
-    assert same(model.state_dict(), weights)
-
-
-def test_with_legacy_keys_adds_none_to_spade_blocks():
-    model = tiny_model(1, unet_model="spadeboth")
-    assert any(isinstance(m, SPADEResBlock) for m in model.input_blocks.modules())
-    assert with_legacy_keys(model.state_dict(), model).keys() == model.state_dict().keys()
-
-
-def test_with_legacy_keys_leaves_weights_and_the_global_stream_alone(weights):
-    model, keys, before = tiny_model(), set(weights), torch.get_rng_state()
-    with_legacy_keys(weights, model)
-    assert set(weights) == keys
-    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_load_weights_verifies_by_the_manifest_beside(tmp_path, weights):
@@ -686,16 +548,6 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path, keep, scores, kept):
     assert prune_checkpoints(tmp_path, keep) == [step for step in range(1, 6) if step not in kept]
     assert sorted(os.listdir(tmp_path)) == sorted(name for step in kept for name in names(step))
     assert prune_checkpoints(tmp_path, keep) == []
-
-
-def test_prune_does_not_count_damaged_checkpoints(tmp_path):
-    for step in range(1, 8):
-        save(tmp_path, step, facts={"val_score": 1 if step == 4 else 2})
-    (tmp_path / "opt000004.pt").write_bytes(b"torn")  # the best, had it been whole
-    (tmp_path / "opt000005.pt").unlink()
-    (tmp_path / "opt000007.pt").unlink()  # newer than every whole one: a resumed run saves it again
-    assert prune_checkpoints(tmp_path, 2) == [1, 2, 4, 5]
-    assert problem_of(tmp_path, 3) == problem_of(tmp_path, 6) == "" and (tmp_path / "model000007.pt").exists()
 
 
 def test_prune_leaves_other_files(tmp_path):

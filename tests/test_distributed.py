@@ -44,10 +44,6 @@ def test_find_ranks_of_torchrun():
     assert find_ranks(TORCHRUN) == Ranks(3, 4, 1, "node7", 29500)
 
 
-def test_find_ranks_takes_torchrun_before_slurm_and_mpi():
-    assert find_ranks({**STEP, "PMI_SIZE": "8", **TORCHRUN}) == find_ranks(TORCHRUN)
-
-
 @pytest.mark.parametrize("missing", TORCHRUN)
 def test_find_ranks_names_the_variable_that_torchrun_lacks(missing):
     with pytest.raises(InputError, match=f"environment variable {missing} is not set"):
@@ -93,20 +89,6 @@ def test_find_ranks_takes_the_first_host_of_a_list(monkeypatch):
     assert asked == [["scontrol", "show", "hostnames", "gpu[003-004]"]]
 
 
-def test_find_ranks_needs_scontrol_for_a_host_list(monkeypatch):
-    def missing(command, **_):
-        raise FileNotFoundError("scontrol")
-
-    monkeypatch.setattr(subprocess, "run", missing)
-    with pytest.raises(InputError, match="MASTER_ADDR"):
-        find_ranks({**STEP, "SLURM_JOB_NODELIST": "gpu[003-004]"})
-
-
-def test_find_ranks_of_one_process_needs_no_mpi(monkeypatch):
-    monkeypatch.setattr(distributed, "_from_mpi", lambda size: pytest.fail("MPI was asked"))
-    assert find_ranks({"PMI_SIZE": "1", "PMI_RANK": "0"}) == Ranks()
-
-
 def test_find_ranks_of_mpiexec_within_slurm(monkeypatch):
     # mpiexec starts one helper per node by srun; the processes below it inherit that step's variables.
     monkeypatch.setattr(distributed, "_from_mpi", lambda size: Ranks(1, size, 0, "mpi"))
@@ -141,10 +123,6 @@ def test_find_share_of_array_tasks_and_ranks_has_no_gaps(tasks, ranks):
         for task, rank in itertools.product(tasks, range(ranks))
     ]
     assert found == [Share(k, len(tasks) * ranks) for k in range(len(tasks) * ranks)]
-
-
-def test_find_share_of_arrays_with_works_of_their_own():
-    assert find_share(Ranks(1, 2), arrays=False, environment=array(3, 0, 3, 4)) == Share(1, 2)
 
 
 @pytest.mark.parametrize("task", [0, 1, 4])
@@ -233,11 +211,6 @@ def test_guarded_names_the_rank_of_an_error(error, kind):
         raise error
 
 
-def test_guarded_leaves_a_bug_its_traceback():
-    with pytest.raises(ZeroDivisionError), one_of_two(1).guarded():
-        raise ZeroDivisionError("division")
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -247,8 +220,5 @@ def test_guarded_leaves_a_bug_its_traceback():
     ],
 )
 def test_guarded_turns_a_lost_connection_into_lost_peer(error):
-    with (
-        pytest.raises(LostPeer, match="rank 1 ends because it lost another one: was it killed?"),
-        one_of_two(1).guarded(),
-    ):
+    with pytest.raises(LostPeer, match="rank 1 ends because it lost another one"), one_of_two(1).guarded():
         raise error

@@ -46,9 +46,8 @@ def naive_bytes(model, height, width, itemsize):
             if isinstance(module, ResBlock):
                 blocks += output.numel() * itemsize
                 return
-            size = output.numel() * (
-                4 if "Norm" in type(module).__name__ or "SiLU" in type(module).__name__ else itemsize
-            )
+            full = "Norm" in type(module).__name__ or "SiLU" in type(module).__name__
+            size = output.numel() * (4 if full else itemsize)
             layers += size
             for block in owner:
                 if name.startswith(f"{block}."):
@@ -104,9 +103,8 @@ def test_describe_network_of_training():
     assert parameters == f"parameters: {sum(p.numel() for p in build.untrained_model(config).parameters()):,}"
     assert "gradients, optimizer and averages" in memory and "activations at batch 4, 256x512, bf16" in memory
     assert estimate(configured(TrainConfig, **flags, use_checkpoint=True)) < 0.7 * estimate(config)
-    assert estimate(config) == pytest.approx(
-        2 * estimate(configured(TrainConfig, **{**flags, "microbatch": 2})), abs=0.11
-    )
+    half = estimate(configured(TrainConfig, **{**flags, "microbatch": 2}))
+    assert estimate(config) == pytest.approx(2 * half, abs=0.11)
 
 
 def test_describe_network_of_sampling_counts_guidance_and_cached_modulation():
@@ -115,13 +113,7 @@ def test_describe_network_of_sampling_counts_guidance_and_cached_modulation():
     config = configured(SampleConfig, **flags, label_memory=100)
     cached = build.untrained_model(config).modulation_bytes(8, 256, 512) / GIB
     assert guided == pytest.approx(2 * plain, abs=0.11) and estimate(config) == pytest.approx(plain + cached, abs=0.11)
-    assert (
-        "computed once for each chain" in describe_network(build.untrained_model(config), config, 256, 512, "fp32")[2]
-    )
-    config.label_memory = 0.0
-    assert (
-        "more than --label_memory 0, so" in describe_network(build.untrained_model(config), config, 256, 512, "fp32")[2]
-    )
+    assert "computed once for each chain" in describe_network(build.untrained_model(config), config, 64, 64, "fp32")[2]
 
 
 def test_describe_labels_shows_shares_of_what_occurs():

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = os.environ.get("GPU_TEST_DEVICE", "cuda")
 ONE_PROCESS = [sys.executable]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+# torchrun takes --s, where it comes after the script's name, for one of its own flags; "--" ends these.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "--"]
 LAUNCHERS = pytest.mark.parametrize("launcher", [ONE_PROCESS, TORCHRUN], ids=["one process", "torchrun"])
 
 

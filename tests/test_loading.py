@@ -29,7 +29,7 @@ def test_order_every_epoch_visits_every_scene_once(n):
     assert n < 7 or epochs[0] != [order(6, k, n) for k in range(n)]
 
 
-@pytest.mark.parametrize("other", [{"batch_size": 1}, {"batch_size": 5}, {"num_workers": 2}])
+@pytest.mark.parametrize("other", [{"batch_size": 5}, {"num_workers": 2}])
 def test_load_data_batch_size_and_workers_change_nothing(city, other):
     plain = rows(islice(load(city, seed=4), 6))
     again = rows(islice(load(city, seed=4, **other), math.ceil(12 / other.get("batch_size", 2))))
@@ -52,15 +52,14 @@ def test_load_data_resuming_at_k_equals_skipping_k(city):
     assert list(resumed) == list(range(5, 11)) and all(equal(whole[p], resumed[p]) for p in resumed)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 7])
-@pytest.mark.parametrize(("start", "stop"), [(0, None), (1, 4), (0, 99), (5, None)])
-def test_load_data_one_pass_covers_every_scene_once(city, world_size, start, stop):
+@pytest.mark.parametrize(("world_size", "start"), [(1, 0), (2, 1), (7, 0), (2, 5)])
+def test_load_data_one_pass_covers_every_scene_once(city, world_size, start):
     found = []
     for rank in range(world_size):
-        mine = load(city, deterministic=True, start=start, stop=stop, rank=rank, world_size=world_size)
+        mine = load(city, deterministic=True, start=start, rank=rank, world_size=world_size)
         found += [row for batch in mine for row in zip(batch["position"].tolist(), batch["path"], strict=True)]
     paths = [pair.image for pair in SceneDataset("cityscapes", city, 8).pairs]
-    assert sorted(found) == list(enumerate(paths))[start : min(stop or 5, 5)]
+    assert sorted(found) == list(enumerate(paths))[start:]
 
 
 def test_load_data_global_random_state_is_left_alone(city):
@@ -117,12 +116,10 @@ def test_skip_the_next_good_scene_stands_in_for_a_bad_one():
 def test_skip_workers_and_ranks_alike(tmp_path, workers, ranks):
     make_cityscapes(tmp_path, count=7)
     spoil(tmp_path, 0, 3, 4)
-    one = {"on_bad_image": "skip", "seed": 1, "stop": 24}
-    plain = list(load(tmp_path, batch_size=6, **one))
-    split = [
-        list(load(tmp_path, batch_size=6 // ranks, num_workers=workers, rank=rank, world_size=ranks, **one))
-        for rank in range(ranks)
-    ]
+    one = {"on_bad_image": "skip", "seed": 1}
+    plain = list(islice(load(tmp_path, batch_size=6, **one), 4))
+    one |= {"batch_size": 6 // ranks, "num_workers": workers, "world_size": ranks}
+    split = [list(islice(load(tmp_path, rank=rank, **one), 4)) for rank in range(ranks)]
     for k, batch in enumerate(plain):
         parts = [mine[k] for mine in split]
         for key in ("image", "label", "instance", "position"):
@@ -134,8 +131,6 @@ def test_skip_workers_and_ranks_alike(tmp_path, workers, ranks):
 def test_skip_where_nothing_good_is_left_the_first_error_is_raised():
     batches = batches_of(Scenes(3, bad=(0, 1, 2)))
     refuse(lambda: next(batches), "0.png cannot be read (skipping gives up: the 2 scenes after it are bad too)")
-    many = Scenes(3 * MOST_SKIPPED, bad=range(2 * MOST_SKIPPED))
-    refuse(lambda: next(batches_of(many, size=1)), "0.png cannot be read", f"the {MOST_SKIPPED - 1} scenes after it")
     assert next(batches_of(Scenes(300, bad=range(MOST_SKIPPED - 1)), size=1))["label"] == MOST_SKIPPED - 1
 
 
@@ -189,8 +184,7 @@ print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     workers = program.stdout.readline().split()
     assert len(workers) == 2 and program.wait(20) == {"": 0, "raise ValueError": 1}.get(way, -9)
-    for _ in range(200):
-        if not any(os.path.exists(f"/proc/{worker}") for worker in workers):
-            return
+    ends = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers):
+        assert time.monotonic() < ends, "a worker is left"
         time.sleep(0.1)
-    raise AssertionError("a worker is left")

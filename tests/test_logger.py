@@ -3,7 +3,6 @@
 import csv
 import errno
 import math
-import os
 import resource
 import subprocess
 import sys
@@ -38,11 +37,6 @@ def logged_steps(directory):
     return [int(row["step"]) for row in rows(directory)]
 
 
-def test_row_has_all_columns(tmp_path):
-    log(tmp_path, [10], vb=0.125)
-    assert set(rows(tmp_path)[0]) == set(COLUMNS) >= {"step", "loss", "mse", "vb", "lr", "images_per_second"}
-
-
 def test_row_reads_back_at_once(tmp_path):
     log(tmp_path, [10, 20], vb=0.125, val_score=math.nan)
     row = rows(tmp_path)[1]
@@ -59,20 +53,6 @@ def test_progress_loses_rows_after_the_resumed_step(tmp_path, start, kept):
     assert not list(tmp_path.glob("*.tmp"))
     if kept:
         assert float(rows(tmp_path)[0]["vb"]) == 1.0
-
-
-def test_progress_loses_a_torn_last_line(tmp_path):
-    log(tmp_path, [10, 20])
-    with open(tmp_path / "progress.csv", "a") as f:
-        f.write("gar")
-    log(tmp_path, [30], start_step=20)
-    assert logged_steps(tmp_path) == [10, 20, 30]
-
-
-def test_progress_of_other_columns_is_brought_up_to_date(tmp_path):
-    (tmp_path / "progress.csv").write_text("step,loss,old\n10,0.5,1\n")
-    log(tmp_path, [20], start_step=10)
-    assert logged_steps(tmp_path) == [10, 20] and [*rows(tmp_path)[0]] == COLUMNS
 
 
 def test_tensorboard_gets_scalars_and_pictures(tmp_path):
@@ -140,37 +120,6 @@ def test_row_waits_for_room_and_no_line_is_torn(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("progress.csv cannot be written (") == 2
     assert said.count("can be written again") == 2
-
-
-def test_row_counts_as_not_written_when_its_sync_fails(tmp_path, monkeypatch):
-    def fail(number):
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
-
-    logger = RunLogger(tmp_path)
-    monkeypatch.setattr(os, "fsync", fail)
-    logger.row(values(10))
-    assert logged_steps(tmp_path) == []
-    monkeypatch.undo()
-    logger.row(values(20))
-    logger.close()
-    assert logged_steps(tmp_path) == [10, 20]
-
-
-def test_progress_loses_later_rows_on_a_full_disk_too(tmp_path):
-    log(tmp_path, [10, 20, 30])
-    with full_disk(0):
-        logger = RunLogger(tmp_path, start_step=20)
-        assert logged_steps(tmp_path) == [10, 20]
-        logger.row(values(30, loss=0.75))
-    logger.close()
-    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [("10", "0.5"), ("20", "0.5"), ("30", "0.75")]
-
-
-def test_progress_of_other_columns_is_kept_whole_on_a_full_disk(tmp_path):
-    (tmp_path / "progress.csv").write_text("step,loss\n10,0.5\n")
-    with full_disk(0), pytest.raises(OSError, match="File too large"):
-        RunLogger(tmp_path, start_step=10)
-    assert (tmp_path / "progress.csv").read_text() == "step,loss\n10,0.5\n" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_full_disk_loses_no_row(tmp_path):

@@ -1,9 +1,7 @@
-"""Messages: there and back, bits, lost parts, and damaged ones; `python tests/test_message.py 10000` tries so many."""
+"""Messages: there and back, bits, lost parts, and damaged ones."""
 
 import random
 import struct
-import sys
-import time
 import zlib
 from collections import Counter
 
@@ -12,7 +10,6 @@ import pytest
 
 from guided_diffusion.console import InputError
 from guided_diffusion.diffusion.solvers import SamplerSettings
-from guided_diffusion.link import source_coding
 from guided_diffusion.link.message import CRC_BYTES, HEADER_BYTES, PARTS, Header, Message, read_header, receive_parts
 from guided_diffusion.link.source_coding import choice_bits
 
@@ -27,13 +24,13 @@ def make(seed=0, sampler=None, **fields):
     fields = {"height": 24, "width": 40, "num_classes": 35, "bank_size": 1000, "fingerprint": b"12345678"} | fields
     header, rng = Header(sampler=SamplerSettings(**sampler or {}), **fields), random.Random(seed)
     boundary = planes(header.height, header.width, 2, seed + 1).astype(bool) if header.boundaries else None
-    edges = planes(*header.edge_shape, header.edge_levels, seed + 2, 2) if header.edge_levels else None
+    edges = planes(*header.shape(header.edge_scale), header.edge_levels, seed + 2, 2) if header.edge_levels else None
     atoms, codewords = header.step_atoms, []
     for _ in range(header.selected_steps):
         indices = sorted(rng.sample(range(header.step_candidates), atoms))
         codewords.append((tuple(indices), tuple(rng.choice((-1, 1)) for _ in range(atoms))))
     start = rng.randrange(header.bank_size) if header.start_sent else None
-    label = planes(*header.label_shape, header.num_classes, seed)
+    label = planes(*header.shape(header.label_scale), header.num_classes, seed)
     return Message(header, label, boundary, edges, start, tuple(codewords))
 
 
@@ -155,15 +152,6 @@ def test_receive_parts_keeps_the_beginning_of_lost_indices():
         assert found.start_index == (WHOLE.start_index if size >= 2 else None)
 
 
-def test_receive_parts_names_a_missing_plugin(monkeypatch):
-    def refuse(*_):
-        raise source_coding.MissingPlugin("pip install pillow-jxl-plugin")
-
-    monkeypatch.setattr("guided_diffusion.link.message.decode_map", refuse)
-    with pytest.raises(InputError, match="pip install pillow-jxl-plugin"):
-        receive_parts(WHOLE.parts())
-
-
 def with_right_crcs(data):
     """Make every CRC right again."""
     if len(data) < HEADER_BYTES:
@@ -203,30 +191,28 @@ MUTATIONS = {
 }
 
 
-def fuzz(count, seed=0):
-    """Read `count` damaged messages; return what became of them, and the seconds of the slowest.
+def fuzz(count):
+    """Read `count` damaged messages; return what became of them.
 
     Honest damage (CRCs as they were) must be an InputError or leave the message as it was; forged CRCs must give an
     InputError or a message that is consistent in itself.
     """
-    rng, outcomes, slowest = random.Random(seed), Counter(), 0.0
+    rng, outcomes = random.Random(0), Counter()
     originals = {make(k, **fields).to_bytes(): make(k, **fields) for k, fields in enumerate(KINDS)}
     for _ in range(count):
         kind = rng.choice(list(MUTATIONS))
-        data = MUTATIONS[kind](rng, rng.choice(list(originals)), rng.choice(list(originals)))
-        started, found = time.perf_counter(), None
+        data, found = MUTATIONS[kind](rng, rng.choice(list(originals)), rng.choice(list(originals))), None
         try:
             found = Message.from_bytes(data)
         except InputError as error:
             assert "\n" not in str(error)
-        slowest = max(slowest, time.perf_counter() - started)
         if found is not None and not kind.startswith("forged"):
             assert data in originals and same(found, originals[data]), f"{kind}: passed as right"
         elif found is not None and found.header.height * found.header.width <= 2**12:
             assert same(Message.from_bytes(found.to_bytes()), found), f"{kind}: not consistent"
         outcomes[kind, "refused" if found is None else "original" if data in originals else "another message"] += 1
         fuzz_reception(rng, data)
-    return outcomes, slowest
+    return outcomes
 
 
 def fuzz_reception(rng, data):
@@ -239,13 +225,6 @@ def fuzz_reception(rng, data):
 
 
 def test_message_fuzz():
-    outcomes, _ = fuzz(1000)
+    outcomes = fuzz(1000)
     assert all(outcomes[kind, "refused"] for kind in MUTATIONS)
     assert outcomes["forged header", "another message"]  # the CRCs alone do not refuse everything here
-
-
-if __name__ == "__main__":
-    outcomes, slowest = fuzz(int(sys.argv[1]))
-    for (kind, what), count in sorted(outcomes.items()):
-        print(f"{count:6d}  {kind}: {what}")
-    print(f"slowest reading {slowest:.3f} s")

@@ -1,7 +1,5 @@
 """Measures on pictures against closed forms and naive loops."""
 
-import subprocess
-import sys
 import urllib.error
 
 import numpy as np
@@ -45,9 +43,6 @@ def test_colour_error_of_a_tint(pictures):
     torch.testing.assert_close(colour_error(pictures + tint, pictures), expected, atol=1e-6, rtol=0)
 
 
-# -- structural similarity --------------------------------------------------------------------------------------------
-
-
 def scene(n, height, width, seed=0):
     """Smooth pictures (n, 3, height, width) in [-1, 1]."""
     coarse = torch.rand(n, 3, height // 8 + 1, width // 8 + 1, generator=torch.Generator().manual_seed(seed)) * 2 - 1
@@ -88,59 +83,38 @@ def test_ms_ssim_scales_fit_the_picture(short, scales):
         assert ms_ssim(a, a).tolist() == pytest.approx([1, 1], abs=1e-6)
 
 
-# -- LPIPS ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
-def backbones(tmp_path_factory):
-    """Files with the convolutions of an AlexNet and a SqueezeNet that were never trained."""
-    folder = tmp_path_factory.mktemp("backbones")
-    for name, kind in (("alex", "alexnet"), ("squeeze", "squeezenet1_1")):
-        with torch.device("meta"):
-            network = getattr(torchvision.models, kind)(weights=None).features
-        stream = torch.Generator().manual_seed(0)
-        weights = {
-            f"features.{key}": torch.randn(value.shape, generator=stream) / max(1, value[0].numel()) ** 0.5
-            for key, value in network.state_dict().items()
-        }
-        torch.save(weights, folder / f"{name}.pth")
-    return folder
+def alexnet(tmp_path_factory):
+    """A file with the convolutions of an AlexNet that was never trained."""
+    with torch.device("meta"):
+        network = torchvision.models.alexnet(weights=None).features
+    stream, weights = torch.Generator().manual_seed(0), {}
+    for key, value in network.state_dict().items():
+        weights[f"features.{key}"] = torch.randn(value.shape, generator=stream) / max(1, value[0].numel()) ** 0.5
+    path = tmp_path_factory.mktemp("backbones") / "alex.pth"
+    torch.save(weights, path)
+    return path
 
 
-def test_lpips_network_leaves_the_global_stream_alone(backbones):
+def test_lpips_network_leaves_the_global_stream_alone(alexnet):
     before = torch.random.get_rng_state()
-    network = lpips_network(str(backbones / "squeeze.pth"))
+    network = lpips_network(str(alexnet))
     assert torch.equal(torch.random.get_rng_state(), before)
     a = scene(2, 64, 64)
     assert lpips(network, a, a).tolist() == [0, 0] and (lpips(network, a, a.flip(3)) > 0).all()
 
 
-def test_lpips_network_refuses_another_networks_weights(tmp_path, backbones):
-    torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"--lpips_weights .*other.pth: not torchvision's AlexNet, VGG16"):
-        lpips_network(tmp_path / "other.pth")
-    part = torch.load(backbones / "alex.pth", weights_only=True)
-    del part["features.6.bias"]
-    torch.save(part, tmp_path / "part.pth")
-    with pytest.raises(InputError, match=r"part.pth: no whole AlexNet .*features.6.bias"):
-        Metrics(["lpips"], lpips_weights=tmp_path / "part.pth")
-
-
-@pytest.mark.parametrize("content", ["module", "text", "list", "none"])
+@pytest.mark.parametrize("content", ["module", "text", "none", "other"])
 def test_lpips_network_names_bad_files(content, tmp_path):
     path = tmp_path / "weights.pth"
     if content == "text":
         path.write_text("hello")
     elif content != "none":
-        torch.save(torch.nn.Linear(1, 1) if content == "module" else [1], path)
-    with pytest.raises(
-        InputError, match=r"--lpips_weights .*weights.pth: (cannot be read|damaged, or no state dict)"
-    ) as caught:
+        torch.save(torch.nn.Linear(1, 1) if content == "module" else {"conv.weight": torch.zeros(3)}, path)
+    found = "not torchvision's AlexNet" if content == "other" else "cannot be read"
+    with pytest.raises(InputError, match=rf"--lpips_weights .*weights.pth: {found}") as caught:
         Metrics(["psnr", "lpips"], lpips_weights=str(path))
     assert "\n" not in str(caught.value)
-
-
-# -- downloads --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -154,32 +128,20 @@ def test_metrics_without_weights_are_one_line(torch_home, monkeypatch):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr("torch.hub.urlopen", refuse)
-    message = (
-        "--metrics lpips: AlexNet's weights are not at .*alexnet-owt.*no route.*give --lpips_weights FILE .*leave lpips"
-    )
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(InputError, match=r"--lpips_weights .*alexnet-owt.*no route.*leave lpips out") as caught:
         Metrics(["lpips"])
     assert "\n" not in str(caught.value)
-    assert not list(torch_home.glob("*"))  # nothing half-written
+    with pytest.raises(InputError, match=r"no Inception .*pip install torch-fidelity, .*--features") as caught:
+        Metrics(["kid"])
+    assert "\n" not in str(caught.value)
 
 
-def test_lpips_network_comes_from_torch_home(torch_home, backbones, monkeypatch):
+def test_lpips_network_comes_from_torch_home(torch_home, alexnet, monkeypatch):
     monkeypatch.setattr("torch.hub.urlopen", None)
     torch_home.mkdir(parents=True)
-    (torch_home / "alexnet-owt-7be5be79.pth").symlink_to(backbones / "alex.pth")
+    (torch_home / "alexnet-owt-7be5be79.pth").symlink_to(alexnet)
     a = scene(2, 64, 64)
     assert Metrics(["lpips"]).per_picture(a.flip(3), a)["lpips"].shape == (2,)
-
-
-def test_inception_features_need_torch_fidelity(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(
-        InputError, match="need Inception from torch-fidelity: pip install torch-fidelity, give --features"
-    ):
-        Metrics(["kid"])
-
-
-# -- sets of features -------------------------------------------------------------------------------------------------
 
 
 def test_frechet_distance_equals_the_closed_form():
@@ -225,22 +187,13 @@ def test_kernel_distance_equals_the_unbiased_estimate():
 
 def test_metrics_over_the_set_take_own_features():
     measures = Metrics(["fid", "kid"], features=lambda x: x.mean((2, 3)))
-    assert measures.over_the_set
     original, made = scene(20, 16, 16), scene(20, 16, 16, seed=5)
-    for rows in (slice(0, 7), slice(7, 20)):
-        measures.update(made[rows], original[rows], None)
-    values = measures.compute()
+    values = measures.over_the_set((made[rows], original[rows], None) for rows in (slice(0, 7), slice(7, 20)))
     assert set(values) == {"fid_features", "kid_features", "kid_features_std"}
     assert values["fid_features"] == pytest.approx(frechet_distance(made.mean((2, 3)), original.mean((2, 3))), rel=1e-5)
-    assert any("10 of 20 pictures" in note for note in measures.notes)
-    assert not any("unreliable" in note for note in measures.notes)
-    fresh = measures.fresh()
-    fresh.update(original, original, None)
-    assert fresh.compute()["fid_features"] == pytest.approx(0, abs=1e-9)
-    assert measures.compute() == values
-
-
-# -- labels -----------------------------------------------------------------------------------------------------------
+    assert measures.over_the_set([(original, original, None)])["fid_features"] == pytest.approx(0, abs=1e-9)
+    assert measures.notes == []
+    assert measures.over_the_set([(made[:1], original[:1], None)]) == {} and "there is 1" in measures.notes[0]
 
 
 def test_accuracy_and_iou_count_pixels():
@@ -259,33 +212,28 @@ def test_miou_stands_beside_its_ceiling():
     label[:, :, 2:] = 3
     original = label.expand(-1, 3, -1, -1) / 2 - 1.0
     measures = Metrics(["miou"], num_classes=4, segmenter=lambda x: ((x[:, :1] + 1) * 2).round().long())
-    assert measures.compute() == {}
-    measures.update(torch.full_like(original, -1), original, label)
-    values = measures.compute()
+    assert measures.over_the_set([]) == {}
+    values = measures.over_the_set([(torch.full_like(original, -1), original, label)])
     assert values == {"pixel_accuracy": 0.5, "miou": 0.25, "pixel_accuracy_real": 1.0, "miou_real": 1.0}
 
 
-# -- the choice of measures -------------------------------------------------------------------------------------------
-
-
-def test_metrics_per_picture_do_not_depend_on_the_batch(backbones):
+def test_metrics_per_picture_do_not_depend_on_the_batch(alexnet):
     a, b = scene(3, 64, 80), scene(3, 64, 80, seed=1)
-    measures = Metrics(["lpips", "psnr", "ssim", "ms_ssim"], lpips_weights=backbones / "alex.pth")
+    measures = Metrics(["lpips", "psnr", "ssim", "ms_ssim"], lpips_weights=alexnet)
     values = measures.per_picture(a, b)
-    assert list(values) == ["psnr", "ssim", "ms_ssim", "lpips"] and not measures.over_the_set
-    assert all(value.shape == (3,) for value in values.values())
-    for k in range(3):  # a picture's measures do not depend on its batch
+    assert list(values) == ["psnr", "ssim", "ms_ssim", "lpips"] and measures.over_the_set([]) == {}
+    for k in range(3):
         alone = measures.per_picture(a[k : k + 1], b[k : k + 1])
         assert all(float(alone[name][0]) == pytest.approx(float(values[name][k]), rel=1e-4) for name in values)
     assert measures.notes == ["ms_ssim at 64x80 has room for 3 of 5 scales; compare with equal sizes only"]
 
 
 @pytest.mark.parametrize("name", ["mse", "ssim", "lpips"])
-def test_distance_ranks_candidates(name, backbones):
+def test_distance_ranks_candidates(name, alexnet):
     original = scene(1, 64, 64)
     noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(4))
     candidates = torch.cat([original + level * noise for level in (0.4, 0, 0.1)]).clamp(-1, 1)
-    values = distance(name, lpips_weights=backbones / "alex.pth")(candidates, original)
+    values = distance(name, lpips_weights=alexnet)(candidates, original)
     assert values.shape == (3,) and values.argsort().tolist() == [1, 2, 0] and abs(float(values[1])) < 1e-6
 
 
@@ -297,9 +245,3 @@ def test_bootstrap_interval_equals_the_normal_approximation():
     assert bootstrap_interval(values) == (low, high) != bootstrap_interval(values, seed=1)
     assert bootstrap_interval(values, level=0.5)[0] > low
     assert bootstrap_interval([3.0]) == (3.0, 3.0)
-
-
-def test_metrics_import_without_torchmetrics():
-    code = "import sys, guided_diffusion.evaluation.metrics; print('torchmetrics' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "False\n"

@@ -5,7 +5,6 @@ import pickle
 import pytest
 import torch
 
-from guided_diffusion.console import InputError
 from guided_diffusion.link.noise_bank import FreshNoise, NoiseBank
 from guided_diffusion.random_streams import generator, integer, stream_seed
 
@@ -94,8 +93,6 @@ def test_noise_bank_refuses_what_it_has_not():
     for index in (-1, 10):
         with pytest.raises(IndexError, match=rf"index {index}: the bank has 10 entries, 0\.\.\.9"):
             NoiseBank((3, 4, 8), 10)[index]
-    with pytest.raises(InputError, match=r"--noise_bank_size 0: .* at least 1"):
-        NoiseBank((3, 4, 8), 0)
 
 
 def test_noise_bank_of_another_shape_shares_size_and_seed():

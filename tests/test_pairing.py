@@ -19,17 +19,12 @@ def touch(root, *names):
 
 def touch_cityscapes(root, *stems, split="train", kinds=("image", "label", "instance")):
     for stem in stems:
-        touch(
-            root,
-            *(
-                {
-                    "image": f"leftImg8bit/{split}/{stem}_leftImg8bit.png",
-                    "label": f"gtFine/{split}/{stem}_gtFine_labelIds.png",
-                    "instance": f"gtFine/{split}/{stem}_gtFine_instanceIds.png",
-                }[kind]
-                for kind in kinds
-            ),
-        )
+        names = {
+            "image": f"leftImg8bit/{split}/{stem}_leftImg8bit.png",
+            "label": f"gtFine/{split}/{stem}_gtFine_labelIds.png",
+            "instance": f"gtFine/{split}/{stem}_gtFine_instanceIds.png",
+        }
+        touch(root, *(names[kind] for kind in kinds))
 
 
 def refuse(*fragments, mode="cityscapes", data_dir, is_train=True):

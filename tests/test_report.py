@@ -54,21 +54,11 @@ def table(folder, name="baselines.csv"):
         return list(csv.DictReader(f))
 
 
-# -- pictures and numbers ---------------------------------------------------------------------------------------------
-
-
 def test_means_and_intervals_equal_numpys():
     values = [20.5, 21.0, 19.0, 30.25]
-    rows = [{"psnr_db": str(v), "steps": k, "path": "x"} for k, v in enumerate(values)] + [
-        {"psnr_db": "", "seconds": None}
-    ]
+    rows = [{"psnr_db": str(v), "steps": k, "path": "x"} for k, v in enumerate(values)] + [{"psnr_db": ""}]
     assert means(rows) == {"psnr_db": np.mean(values), "steps": 1.5}
     assert intervals(rows) == {"psnr_db": list(bootstrap_interval(values))}
-    low, high = intervals(rows)["psnr_db"]
-    assert min(values) < low < np.mean(values) < high < max(values)
-
-
-# -- over the set -----------------------------------------------------------------------------------------------------
 
 
 def brightness(images):
@@ -78,12 +68,11 @@ def brightness(images):
 def test_whole_set_measures_the_files(results):
     folder, rows = results
     assert measures().whole_set(folder, rows) == {}
-    found = measures("fid,kid,miou", features=lambda images: images.mean((2, 3)), segmenter=brightness).whole_set(
-        folder, rows
-    )
+    features = {"features": lambda images: images.mean((2, 3))}
+    found = measures("fid,kid,miou", **features, segmenter=brightness).whole_set(folder, rows)
     assert found["miou_real"] == 1.0 and 0.5 < found["miou"] < 1
     assert 0 < found["fid_features"] < 0.01 and "kid_features" in found
-    same = measures("fid", features=lambda images: images.mean((2, 3))).whole_set(folder, rows, "images")
+    same = measures("fid", **features).whole_set(folder, rows, "images")
     assert same["fid_features"] == pytest.approx(0, abs=1e-6)
 
 
@@ -96,9 +85,6 @@ def test_summarise_writes_what_it_returns(results):
     assert (summary["link"], summary["pictures"], summary["with_problems"]) == ("ideal", 3, 1)
     assert summary["mean"] == {"bits_total": 8 * 600, "psnr_db": 21} and summary["set"]["miou_real"] == 1
     assert "baselines" not in summary
-
-
-# -- codecs -----------------------------------------------------------------------------------------------------------
 
 
 def test_compare_keeps_within_the_messages_bits(results):
@@ -151,23 +137,15 @@ def test_compare_takes_the_messages_channel(results, snr, problem):
     assert grey == (problem is not None)
 
 
-# -- curves -----------------------------------------------------------------------------------------------------------
-
-
 def point(psnr, problems=0, **more):
     return {"mean": {"psnr_db": psnr}, "set": {"miou": 0.5}, "pictures": 4, "with_problems": problems, **more}
 
 
+JPEG = {"jpeg": {"mean": {"psnr_db": 15.0}, "set": {}, "without_picture": 2}}
 SUMMARIES = [
     ("analog", "None", 10.0, point(20.0)),
     ("analog", "med", 10.0, point(19.0)),
-    ("analog", "None", 5.0, point(18.0)),
-    (
-        "digital",
-        "None",
-        5.0,
-        point("inf", 1, baselines={"jpeg": {"mean": {"psnr_db": 15.0}, "set": {}, "without_picture": 2}}),
-    ),
+    ("digital", "None", 5.0, point("inf", 1, baselines=JPEG)),
     ("ideal", "None", math.inf, point(21.0)),
 ]
 
@@ -178,7 +156,6 @@ def test_write_curves_as_a_table(tmp_path):
     assert (tmp_path / "curves.csv").read_text().splitlines() == [
         "line,snr_db,psnr_db,miou,bad_pictures",
         "analog,10.0,20.0,0.5,0.0",
-        "analog,5.0,18.0,0.5,0.0",
         '"analog, pool med",10.0,19.0,0.5,0.0',
         "digital,5.0,inf,0.5,0.25",
         '"digital, jpeg",5.0,15.0,,0.5',
@@ -191,7 +168,6 @@ def test_write_curves_as_a_figure(tmp_path):
     assert "curves.png" in write_curves(tmp_path, SUMMARIES)
     with Image.open(tmp_path / "curves.png") as figure:
         assert figure.width > 2 * figure.height  # three panels side by side
-        assert len(np.unique(np.asarray(figure.convert("L")))) > 10
 
 
 def test_write_curves_without_matplotlib_hints_at_it(tmp_path, monkeypatch):
@@ -199,9 +175,6 @@ def test_write_curves_without_matplotlib_hints_at_it(tmp_path, monkeypatch):
     line = write_curves(tmp_path, SUMMARIES)
     assert "pip install matplotlib" in line and "\n" not in line
     assert (tmp_path / "curves.csv").exists() and not (tmp_path / "curves.png").exists()
-
-
-# -- printed lines ----------------------------------------------------------------------------------------------------
 
 
 def test_score_and_cost_lines_are_means():

@@ -48,33 +48,6 @@ def test_claim_refuses_a_folder_with_other_files(tmp_path, name):
         ResultsFolder(tmp_path, COLUMNS).claim({})
 
 
-def test_claim_lets_another_process_claim_and_write_meanwhile(results, monkeypatch):
-    """The other is through between two looks of this one: it sees no settings.json, but would see results.csv."""
-    settings, late, looks = results.path / "settings.json", ResultsFolder(results.path, COLUMNS), []
-    kept = settings.read_bytes()
-    settings.unlink()
-    exists = type(settings).exists
-
-    def look(path):
-        found = exists(path)
-        if not looks:
-            settings.write_bytes(kept)
-            results.write_table([])
-        looks.append(path)
-        return found
-
-    monkeypatch.setattr(type(settings), "exists", look)
-    late.claim({"snr": 10.0, "pool": "None"})
-    assert settings in looks
-
-
-@pytest.mark.parametrize("contents", ["[]", "{"])
-def test_claim_names_a_broken_settings_file(results, contents):
-    (results.path / "settings.json").write_text(contents)
-    with pytest.raises(InputError, match=r"settings\.json"):
-        results.claim({})
-
-
 def test_row_is_finished_with_its_picture(results):
     row = {"name": "n", "psnr_db": "1.5", "realised_snr_db": math.inf, "more": 3}
     results.write_row(row)

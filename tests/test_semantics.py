@@ -6,12 +6,11 @@ import torch
 from guided_diffusion.console import InputError
 from guided_diffusion.data.semantics import (
     SemanticCoding,
+    boundaries,
     conditioning_channels,
     describe,
     edge_symbols,
     encode_semantics,
-    inner_boundaries,
-    instance_edges,
     received_semantics,
     restore,
 )
@@ -54,14 +53,10 @@ def test_encode_semantics_one_hot_against_a_loop(scene):
         assert torch.equal(encode_semantics(label.to(dtype), None, None, K), expected)
 
 
-def test_instance_edges_against_a_loop(scene):
-    edge = instance_edges(scene[1])
-    assert edge.dtype == torch.float32 and torch.equal(edge, naive_edges(scene[1]))
-
-
-def test_instance_edges_of_instances_told_apart_beyond_8_bits():
-    instance = torch.tensor([[[[26_000, 26_000 + 256]]]], dtype=torch.int32)
-    assert instance_edges(instance).flatten().tolist() == [1, 1]
+def test_boundaries_between_instances_against_a_loop(scene):
+    assert torch.equal(boundaries(scene[1]).float(), naive_edges(scene[1]))
+    instance = torch.tensor([[[[26_000, 26_000 + 256]]]], dtype=torch.int32)  # alike in 8 bits
+    assert boundaries(instance).all()
 
 
 def test_encode_semantics_edge_plane_is_the_sum_of_both_edges(scene):
@@ -70,11 +65,6 @@ def test_encode_semantics_edge_plane_is_the_sum_of_both_edges(scene):
     assert y.shape == (2, K + 1, 5, 7)
     torch.testing.assert_close(y[:, K:], naive_edges(instance) + image_edge, rtol=0, atol=0)
     assert torch.equal(y[:, :K], encode_semantics(label, None, None, K))
-
-
-def test_encode_semantics_edge_plane_from_one_kind_of_edge_alone(scene):
-    label, instance, image_edge = scene
-    assert encode_semantics(*scene, K, edge_plane=False).shape[1] == K
     assert torch.equal(encode_semantics(label, instance, None, K)[:, K:], naive_edges(instance))
     assert torch.equal(encode_semantics(label, None, image_edge, K)[:, K:], image_edge)
 
@@ -120,16 +110,16 @@ def test_received_semantics_without_loss_the_receiver_has_the_data_sets_semantic
     assert torch.equal(received_semantics(*scene, K, edge_plane=False), encode_semantics(*scene, K, edge_plane=False))
 
 
-def test_inner_boundaries_within_classes_are_what_the_label_map_does_not_tell():
+def test_boundaries_within_classes_are_what_the_label_map_does_not_tell():
     label, instance, _ = grown()
-    inner = inner_boundaries(label, instance)
+    inner = boundaries(instance, label)
     naive = torch.zeros_like(inner)
     for n, _, i, j in torch.cartesian_prod(*map(torch.arange, label.shape)).tolist():
         for a, b in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
             if 0 <= a < label.shape[2] and 0 <= b < label.shape[3] and label[n, 0, a, b] == label[n, 0, i, j]:
                 naive[n, 0, i, j] |= bool(instance[n, 0, a, b] != instance[n, 0, i, j])
     assert torch.equal(inner, naive) and inner.any()
-    assert torch.equal(torch.maximum(instance_edges(label), inner.float()), instance_edges(instance))
+    assert torch.equal(boundaries(label) | inner, boundaries(instance))
 
 
 @pytest.mark.parametrize("scale", [2, 4, 8])

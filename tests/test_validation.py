@@ -97,15 +97,6 @@ def test_score_repeats_whatever_the_global_stream(model):
     assert scores[0] == scores[1]
 
 
-def test_score_sees_weights_and_semantics(model):
-    look = validation()
-    first = look.score(model, random_weights(model, 1), 2)
-    assert first != look.score(model, random_weights(model, 2), 2)
-    flipped = [{**one, "label": one["label"].flip(3)} for one in ITEMS]
-    other = Validation(flipped, inputs(), look.diffusion, None, PANEL, CPU, "fp32")
-    assert first != other.score(model, random_weights(model, 1), 2)
-
-
 def test_score_looks_at_fixed_timesteps_spread_over_the_axis(model, monkeypatch):
     look, seen = validation(), []
     losses = look.diffusion.training_losses
@@ -119,11 +110,6 @@ def test_score_looks_at_fixed_timesteps_spread_over_the_axis(model, monkeypatch)
     assert [t for t, _, _ in seen] == [2, 12, 7, 17, 12, 2, 17, 7]
     assert all(torch.equal(x, ITEMS[k // 2 % 3]["image"]) for k, (_, x, _) in enumerate(seen))
     assert all(torch.equal(noise, noise_of(k // 2)[None]) for k, (_, _, noise) in enumerate(seen))
-
-
-def test_score_in_bf16_is_near(model):
-    weights = random_weights(model)
-    assert validation("bf16").score(model, weights, 2) == pytest.approx(validation().score(model, weights, 2), rel=0.05)
 
 
 class OneOf:
@@ -169,15 +155,6 @@ def test_validation_leaves_own_weights_gradients_and_mode_alone(model, what, tra
     assert all(m.training == training for m in model.modules())
 
 
-@pytest.mark.parametrize("what", ["score", "preview"])
-def test_validation_gives_own_weights_back_after_an_error(model, what, monkeypatch):
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    monkeypatch.setattr(TrainingInputs, "conditioning", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        look_at(what, model, random_weights(model))
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training
-
-
 # -- preview ----------------------------------------------------------------------------------------------------------
 
 
@@ -194,15 +171,6 @@ def test_preview_shows_originals_and_their_error(model):
     np.testing.assert_array_equal(second, shown)
 
 
-def test_preview_shows_the_given_weights_the_same_way_every_time(model):
-    look = validation()
-    panels = []
-    for seed, value in ((0, 0.1), (1, 0.1), (0, -0.4)):
-        torch.manual_seed(seed)
-        panels.append(look.preview(model, constant_weights(model, value), 2)[0])
-    assert (panels[0] == panels[1]).all() and (panels[0] != panels[2]).any()
-
-
 def test_preview_measures_the_colour_error_of_a_known_picture(model):
     # A network that predicts x_0 = 0.25 everywhere regenerates a flat grey.
     def process(**respacing):
@@ -213,8 +181,3 @@ def test_preview_measures_the_colour_error_of_a_known_picture(model):
     originals = torch.cat([one["image"] for one in ITEMS])
     expected = colour_error(torch.full_like(originals, 0.25), originals).mean()
     assert error == pytest.approx(float(expected), abs=1e-4)
-
-
-def test_preview_takes_no_more_items_than_there_are(model):
-    panel, _ = validation().preview(model, model.state_dict(), 50)
-    assert panel.shape[0] == 18 + 3 * (H * 6 + 4) + 4

@@ -50,11 +50,10 @@ def _scene(array, first, height, width):
 
 def open_cache(dataset):
     """Return the `ArrayCache` of a `SceneDataset`; build it first where there is none, or one of other contents."""
-    parent, root = dataset.cache_dir, os.fspath(dataset.data_dir)
-    split = "train" if dataset.is_train else "val"
+    root, split = os.fspath(dataset.data_dir), "train" if dataset.is_train else "val"
     name = f"{os.path.basename(os.path.abspath(root))}_{dataset.dataset_mode}_{split}_{dataset.image_size}"
-    name = re.sub(r"[^\w.-]", "_", name) + ("_no_instance" if dataset.no_instance else "")
-    folder = os.path.join(parent, name)
+    name += "_no_instance" if dataset.no_instance else ""
+    folder = os.path.join(dataset.cache_dir, re.sub(r"[^\w.-]", "_", name))
     recipe = {"mode": dataset.dataset_mode, "split": split, "image_size": dataset.image_size, "Pillow": PIL.__version__}
     recipe["kinds"] = ["label"] + ["image", "edge"] * dataset.has_images + ["instance"] * dataset.has_instances
     paths = [path for pair in dataset.pairs for path in pair[:3] if path]
@@ -62,7 +61,7 @@ def open_cache(dataset):
     recipe["files"] = dict(zip(names, _in_threads(lambda path: list(bf.stat(path)[:2]), paths), strict=True))
     try:
         if difference := _difference(folder, recipe):
-            log(f"building the cache {folder} of {len(dataset)} scenes ({difference}); later runs find it there")
+            log(f"building the cache {folder} of {len(dataset)} scenes ({difference})")
             shutil.rmtree(folder, ignore_errors=True)
             part = f"{folder}.{secrets.token_hex(4)}.tmp"
             try:
@@ -73,7 +72,7 @@ def open_cache(dataset):
                 shutil.rmtree(part, ignore_errors=True)
         return ArrayCache(folder)
     except OSError as error:
-        raise InputError(f"--cache_dir {parent}: {error.strerror}; make room, or name another folder") from error
+        raise InputError(f"--cache_dir {dataset.cache_dir}: {error.strerror}; make room, or name another") from error
 
 
 def _difference(folder, recipe):
@@ -82,29 +81,29 @@ def _difference(folder, recipe):
         made = ArrayCache(folder).recipe
     except (OSError, ValueError, KeyError):
         return "there is no whole one"
-    other = [key for key in recipe if made.get(key) != recipe[key]]
-    return f"the one that is there was made from other {', '.join(other)}" if other else ""
+    other = ", ".join(key for key in recipe if made.get(key) != recipe[key])
+    return other and f"the one that is there was made from other {other}"
 
 
 def _build(folder, recipe, dataset):
     indices = range(len(dataset))
     sizes = [size or (0, 0) for size in _in_threads(dataset.sample_size, indices)]
-    starts = itertools.accumulate((height * width for height, width in sizes), initial=0)
-    scenes = [(start, *size) for start, size in zip(starts, [*sizes, (0, 0)], strict=True)]
+    *starts, end = itertools.accumulate((height * width for height, width in sizes), initial=0)
+    scenes = [(start, *size) for start, size in zip(starts, sizes, strict=True)]
     os.makedirs(folder)
     arrays = {}
     for kind in recipe["kinds"]:
         path, (planes, dtype) = os.path.join(folder, f"{kind}.npy"), KINDS[kind]
-        arrays[kind] = open_memmap(path, "w+", dtype, (*planes, scenes[-1][0]))
+        arrays[kind] = open_memmap(path, "w+", dtype, (*planes, end))
         with open(path, "r+b") as f:
             os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))  # a full disk shows here, not as a SIGBUS later
 
     def fill(index):
-        found = dataset.read(index)
-        views = {kind: _scene(array, *scenes[index]) for kind, array in arrays.items()}
-        for kind, view in views.items():
+        found, whole = dataset.read(index), True
+        for kind, array in arrays.items():
+            view = _scene(array, *scenes[index])
             view[:] = found[kind]
-        whole = all(np.array_equal(view, found[kind]) for kind, view in views.items())  # no id takes more bits
+            whole &= np.array_equal(view, found[kind])  # else an id takes more bits
         return scenes[index] if whole else None
 
     recipe["scenes"] = _in_threads(fill, indices, desc="cache", unit="scene")

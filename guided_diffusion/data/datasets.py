@@ -25,13 +25,20 @@ class View(NamedTuple):
 
     size: tuple[int, int]  # (width, height)
     short: int  # side that the halving of the picture aims at
-    box: tuple[int, int, int, int] | None = None  # (left, top, right, bottom)
+    box: tuple[int, int, int, int]  # (left, top, right, bottom)
     flip: bool = False
 
-    def of(self, picture):
-        """Cut and mirror a Pillow image that was resized to `size`."""
-        if self.box:
-            picture = picture.crop(self.box)
+    def ids(self, ids):
+        """Return the view of an id image as an array (H, W)."""
+        return np.asarray(self._cut(ids.resize(self.size, Image.Resampling.NEAREST)))
+
+    def picture(self, picture):
+        """Return the view of a picture as arrays: image (3, H, W), edge (H, W) uint8."""
+        picture = self._cut(pictures.resize_picture(picture, self.size, self.short))
+        return {"image": pictures.planes(picture), "edge": pictures.edge_pixels(picture)}
+
+    def _cut(self, picture):
+        picture = picture.crop(self.box)
         return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else picture
 
 
@@ -39,8 +46,7 @@ class View(NamedTuple):
 class SceneDataset(Dataset):
     """The scenes of one split, as a torch map-style dataset.
 
-    `pairs` lists the files (`Pair`: image, label, instance, stem) in sorted order; `has_images` and `has_instances` say
-    what the folders hold. Every bad flag, folder or (in `item`) file is an InputError.
+    `pairs` lists the files (`Pair`) in sorted order. Every bad flag, folder or (in `item`) file is an InputError.
 
     :param data_dir: the folder of the dataset (`dataset_mode`: cityscapes, ade20k or coco), local or gs:// or az://.
     :param image_size: short side of the samples in pixels; ade20k and coco become squares of it.
@@ -49,8 +55,7 @@ class SceneDataset(Dataset):
     :param no_instance: leave instance maps aside.
     :param augment: flip and crop at random in `item(index, position)`, as `random_flip` and `random_crop` say.
     :param seed: seed of the augmentation.
-    :param cache_dir: keep the resized pictures and maps in memory-mapped files there, made when the first dataset asks
-        for them ("": no cache). Samples are the same. Without effect where `crops`: those are cut from the pictures.
+    :param cache_dir: keep the resized pictures and maps in memory-mapped files there ("": no cache); not where `crops`.
     """
 
     dataset_mode: str
@@ -96,7 +101,11 @@ class SceneDataset(Dataset):
         label (1, H, W) int64; instance (1, H, W) int32, where there are instances; path (of the image, else of the
         label); position (the index where none is given).
         """
-        arrays = self._arrays(index, position)
+        arrays = self.cache.arrays(index) if self.cache else None
+        if arrays is None:
+            arrays = self.read(index, position)
+        elif self._flips(position):  # edges, too: the filter treats left and right alike
+            arrays = {name: array[..., ::-1] for name, array in arrays.items()}
         label = self.class_ids(index, arrays["label"]).astype(np.int64)
         sample = {"label": torch.from_numpy(label)[None]}  # (1, H, W)
         if "image" in arrays:
@@ -118,7 +127,7 @@ class SceneDataset(Dataset):
         """Return (H, W) that `item(index)` will have, from the file's header alone."""
         pair = self.pairs[index]
         view = self._view(pictures.picture_size(pair.label or pair.image), None)
-        left, top, right, bottom = view.box or (0, 0, *view.size)
+        left, top, right, bottom = view.box
         return bottom - top, right - left
 
     def read(self, index, position=None):
@@ -129,45 +138,31 @@ class SceneDataset(Dataset):
         pair = self.pairs[index]
         label = pictures.read_ids(pair.label, "label")
         view = self._view(label.size, position)
-        arrays = {"label": _ids_in(view, label)}  # (H, W)
+        arrays = {"label": view.ids(label)}
         if pair.image:
             picture = pictures.read_picture(pair.image)
             _check_same_size(pair.image, picture.size, pair.label, label.size)
-            arrays |= _picture_in(view, picture)
+            arrays |= view.picture(picture)
         if pair.instance:
             instance = pictures.read_ids(pair.instance, "instance")
             _check_same_size(pair.instance, instance.size, pair.label, label.size)
-            arrays["instance"] = _ids_in(view, instance)  # (H, W)
-        return arrays
-
-    def _arrays(self, index, position):
-        """Return what `read` does, from the cache where it is there."""
-        arrays = self.cache.arrays(index) if self.cache else None
-        if arrays is None:
-            return self.read(index, position)
-        if self._flips(position):
-            # Edges, too: the filter treats left and right alike
-            return {name: array[..., ::-1] for name, array in arrays.items()}
+            arrays["instance"] = view.ids(instance)
         return arrays
 
     def _flips(self, position):
-        wanted = self.augment and self.random_flip and position is not None
-        return wanted and uniform(self.seed, "flip", position) < 0.5
+        augments = self.augment and self.random_flip and position is not None
+        return augments and uniform(self.seed, "flip", position) < 0.5
 
     def _view(self, size, position):
         """Choose the `View` of a scene of this (width, height)."""
-        flip = self._flips(position)
-        side = self.image_size
-        if not self.facts.square:
-            return View(pictures.fitted_size(size, side), side, None, flip)
-        if not self.is_train:
-            return View((side, side), side, None, flip)
-
-        crops = self.crops and position is not None
-        short = side
+        flip, side = self._flips(position), self.image_size
+        if not (self.facts.square and self.is_train):
+            fitted = (side, side) if self.facts.square else pictures.fitted_size(size, side)
+            return View(fitted, side, (0, 0, *fitted), flip)
+        crops, short = self.crops and position is not None, side
         if crops:
             choices = math.ceil(side / SMALLEST_CROP) - side + 1
-            short = side + integer(self.seed, "crop_scale", choices, position)
+            short += integer(self.seed, "crop_scale", choices, position)
         width, height = pictures.fitted_size(size, short)
         left, top = (width - side) // 2, (height - side) // 2
         if crops:
@@ -182,17 +177,13 @@ class SceneDataset(Dataset):
         if ids.min() < 0:
             raise InputError(f"{path} has id {ids.min()}; class ids start at 0: correct the file")
         if self.num_classes is not None and ids.max() >= self.num_classes:
-            raise InputError(
-                f"{path} has id {ids.max()}, but --num_classes is {self.num_classes}; "
-                "raise --num_classes, or correct the file or --dataset_mode"
-            )
+            found = f"{path} has id {ids.max()}, but --num_classes is {self.num_classes}"
+            raise InputError(f"{found}; raise --num_classes, or correct the file or --dataset_mode")
         return ids
 
 
 class PictureFolder(SceneDataset):
-    """Pictures whose label maps come from an extractor, so that the link runs on images alone; else a `SceneDataset`.
-
-    The instance map is the label map: an extractor tells classes apart, not instances.
+    """Pictures whose label maps (and, alike, instance maps) come from an extractor; else a `SceneDataset`.
 
     :param extract: function (1, 3, H, W) in [-1, 1] -> (1, 1, H, W) class ids.
     """
@@ -208,7 +199,7 @@ class PictureFolder(SceneDataset):
     def read(self, index, position=None):
         """Read a scene's picture, resized, and extract its label map (see `SceneDataset.read`)."""
         picture = pictures.read_picture(self.pairs[index].image)
-        arrays = _picture_in(self._view(picture.size, position), picture)
+        arrays = self._view(picture.size, position).picture(picture)
         label = self.extract(torch.from_numpy(pictures.centred(arrays["image"]))[None])[0, 0].numpy()  # (H, W)
         return arrays | {"label": label} | ({"instance": label} if self.has_instances else {})
 
@@ -216,21 +207,10 @@ class PictureFolder(SceneDataset):
         return label
 
 
-def _ids_in(view, ids):
-    return np.asarray(view.of(ids.resize(view.size, Image.Resampling.NEAREST)))  # (H, W)
-
-
-def _picture_in(view, picture):
-    picture = view.of(pictures.resize_picture(picture, view.size, view.short))
-    return {"image": pictures.planes(picture), "edge": pictures.edge_pixels(picture)}  # (3, H, W), (H, W)
-
-
 def _check_same_size(path, size, label_path, label_size):
     if size != label_size:
-        raise InputError(
-            f"{path} is {size[0]}x{size[1]} pixels, but {label_path} is {label_size[0]}x{label_size[1]}; "
-            "give files of one size"
-        )
+        sizes = f"{path} is {size[0]}x{size[1]} pixels, but {label_path} is {label_size[0]}x{label_size[1]}"
+        raise InputError(f"{sizes}; give files of one size")
 
 
 def label_histogram(dataset, progress=False):
@@ -251,22 +231,7 @@ def label_histogram(dataset, progress=False):
     return total
 
 
-def load_data(
-    *,
-    dataset_mode,
-    data_dir,
-    batch_size,
-    image_size,
-    is_train=True,
-    deterministic=False,
-    num_classes=None,
-    no_instance=False,
-    random_flip=True,
-    random_crop=True,
-    seed=0,
-    cache_dir="",
-    **loading,
-):
+def load_data(*, dataset_mode, data_dir, batch_size, image_size, is_train=True, deterministic=False, **options):
     """Return a generator of the batches of one split: endless in a seeded order, or one pass in file order.
 
     Batches are dicts: image (N, 3, H, W) float32 in [-1, 1] and image_edge (N, 1, H, W) float32 in [0, 1] where the
@@ -276,17 +241,16 @@ def load_data(
     :param batch_size: samples per batch on this rank.
     :param deterministic: one pass in sorted order without augmentation, the last batch smaller; position is the index.
     :param start: the position to begin with (0); resuming continues at the position after the last one seen.
-    :param stop: positions from here on are left out (None: no end, or the end of the pass).
     :param rank, world_size: this process and their number (0, 1). Batch b, row j is position
         start + (b·world_size + rank)·batch_size + j.
     :param num_workers: processes that read ahead (0: read in this process).
     :param pin_memory: page-locked batches, where there is an accelerator.
     :param on_bad_image: error raises for a bad file; skip puts the next good scene of the list at its position.
     :param prepare: picklable function batch -> batch, which the workers call.
-    For the other parameters see `SceneDataset`.
+    The other parameters are those of `SceneDataset`.
     :raises InputError: here for bad flags and folders, while iterating for bad files.
     """
-    augment = is_train and not deterministic
-    scene = dataset_mode, data_dir, image_size, is_train, num_classes, no_instance
-    dataset = SceneDataset(*scene, augment, random_flip, random_crop, seed, cache_dir)
-    return scene_batches(dataset, batch_size=batch_size, deterministic=deterministic, **loading)
+    scene = {name: options.pop(name) for name in SceneDataset.__dataclass_fields__ if name in options}
+    scene["augment"] = is_train and not deterministic
+    dataset = SceneDataset(dataset_mode, data_dir, image_size, is_train, **scene)
+    return scene_batches(dataset, batch_size=batch_size, deterministic=deterministic, **options)

@@ -2,13 +2,12 @@
 
 A *position* is the place of a sample in the endless data order. Epoch e = position // n visits all n scenes in a
 permutation that follows from (seed, e); flip and crop follow from (seed, position). So batch size, workers and ranks
-change nothing, and resuming is starting at a position. A bad file that is skipped keeps its position: the next good
-scene of the list stands in for it.
+change nothing, and resuming is starting at a position. A bad scene that is skipped keeps its position.
 """
 
 import atexit
-import math
 import signal
+import sys
 import weakref
 from functools import lru_cache
 from typing import NamedTuple
@@ -46,13 +45,12 @@ def scene_batches(
     batch_size,
     deterministic=False,
     start=0,
-    stop=None,
     rank=0,
     world_size=1,
-    num_workers=0,
-    pin_memory=False,
     on_bad_image="error",
     prepare=None,
+    num_workers=0,
+    pin_memory=False,
 ):
     """Return a generator of the batches of a `SceneDataset`; parameters and errors as in `load_data`."""
     for flag, value, least in (("batch_size", batch_size, 1), ("start", start, 0), ("num_workers", num_workers, 0)):
@@ -60,12 +58,12 @@ def scene_batches(
             raise InputError(f"--{flag} is {value}; give {least} or more")
     if on_bad_image not in ("error", "skip"):
         raise InputError(f"--on_bad_image is {on_bad_image!r}; give error or skip")
-    end = len(dataset) if deterministic else math.inf
-    end = end if stop is None else min(stop, end)
+    end = len(dataset) if deterministic else sys.maxsize
+    firsts = range(start + rank * batch_size, end, batch_size * world_size)
     loader = DataLoader(
         _Batches(dataset, not deterministic, on_bad_image == "skip", prepare),
         batch_size=None,  # the dataset makes whole batches
-        sampler=_positions(start + rank * batch_size, end, batch_size, batch_size * world_size),
+        sampler=(range(first, min(first + batch_size, end)) for first in firsts),  # positions
         num_workers=num_workers,
         collate_fn=_unchanged,
         worker_init_fn=_init_worker,
@@ -75,13 +73,6 @@ def scene_batches(
     batches = _checked(loader)
     _unfinished.add(batches)
     return batches
-
-
-def _positions(first, stop, batch_size, stride):
-    """Yield the list of positions of one batch after the other."""
-    while first < stop:
-        yield list(range(first, min(first + batch_size, stop)))
-        first += stride
 
 
 def _checked(loader):
@@ -102,11 +93,10 @@ def _end_workers():
 
 
 class _Batches(Dataset):
-    """Batches by lists of positions. An InputError is returned, not raised: torch would bury it in a traceback."""
+    """Batches by ranges of positions. An InputError is returned, not raised: torch would bury it in a traceback."""
 
     def __init__(self, dataset, shuffled, skips, prepare):
-        self.dataset = dataset
-        self.shuffled = shuffled
+        self.dataset, self.shuffled = dataset, shuffled
         self.most = min(len(dataset), MOST_SKIPPED) if skips else 1  # scenes that are tried for a position
         self.prepare = prepare or _unchanged
 
@@ -122,12 +112,11 @@ class _Batches(Dataset):
         """Return the sample at a position, or the next good one; add the bad scenes before it to `skipped`."""
         n, bad = len(self.dataset), []
         first = order(self.dataset.seed, position, n) if self.shuffled else position
-        for turn in range(self.most):
-            index = (first + turn) % n
+        for index in range(first, first + self.most):
             try:
-                sample = self.dataset.item(index, position)
+                sample = self.dataset.item(index % n, position)
             except InputError as error:
-                bad.append(Skipped(self.dataset.path(index), str(error)))
+                bad.append(Skipped(self.dataset.path(index % n), str(error)))
             else:
                 skipped.update(dict.fromkeys(bad))
                 return sample
@@ -141,10 +130,7 @@ def collate(samples):
     for sample in samples:
         if sample["label"].shape != first["label"].shape:
             sizes = [f"{each['path']} ({each['label'].shape[2]}x{each['label'].shape[1]})" for each in (first, sample)]
-            raise InputError(
-                f"{' and '.join(sizes)} differ in size and cannot share a batch; "
-                "use --batch_size 1 or pictures of one aspect"
-            )
+            raise InputError(f"{' and '.join(sizes)} differ in size; use --batch_size 1 or pictures of one aspect")
     batch = {key: torch.stack([each[key] for each in samples]) for key in first if torch.is_tensor(first[key])}
     batch["path"] = [sample["path"] for sample in samples]
     batch["position"] = torch.tensor([sample["position"] for sample in samples])  # (N,)

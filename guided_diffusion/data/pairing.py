@@ -34,18 +34,12 @@ class Layout(NamedTuple):
 
 
 class DatasetFacts(NamedTuple):
-    """What differs between datasets.
+    """What differs between datasets."""
 
-    :param layouts: accepted arrangements; the first one whose label folder is there is taken.
-    :param num_classes: number of class ids after `map_ids`.
-    :param map_ids: raw ids of a label file (int array) -> class ids (int array).
-    :param square: pictures become squares (crops in training) instead of keeping their aspect.
-    """
-
-    layouts: tuple[Layout, ...]
-    num_classes: int
-    map_ids: Callable
-    square: bool
+    layouts: tuple[Layout, ...]  # accepted arrangements; the first one whose label folder is there is taken
+    num_classes: int  # after `map_ids`
+    map_ids: Callable  # raw ids of a label file (int array) -> class ids (int array)
+    square: bool  # pictures become squares (crops in training) instead of keeping their aspect
 
 
 def cityscapes_ids(ids):
@@ -88,15 +82,12 @@ DATASETS = {
 
 
 class Pair(NamedTuple):
-    """The files of one scene; what the folder has none of is None.
-
-    `stem` is the label's path below its split folder without the ending, such as "aachen/aachen_000000_000019".
-    """
+    """The files of one scene; what the folder has none of is None."""
 
     image: str | None
     label: str | None
     instance: str | None
-    stem: str
+    stem: str  # the path below the split's folder without the ending, such as "aachen/aachen_000000_000019"
 
 
 def dataset_facts(dataset_mode):
@@ -112,17 +103,13 @@ def is_remote(path):
 
 
 def find_pairs(dataset_mode, data_dir, is_train, no_instance=False):
-    """List the files of one split and pair them by stem, in sorted order.
-
-    Files without a partner are left out and named in one warning. Without any picture (or instance map) in the folders,
-    the pairs hold None in its place.
+    """List the files of one split and pair them by stem, in sorted order; files without a partner are left out.
 
     :param dataset_mode: a key of `DATASETS`.
     :param data_dir: the dataset's folder, local or gs:// or az://.
     :param is_train: the training split, else the validation split.
     :param no_instance: leave instance maps aside.
     :return: a list of `Pair`, not empty.
-    :raises InputError: missing or empty folders, or no two files that match.
     """
     layouts = dataset_facts(dataset_mode).layouts
     try:
@@ -132,22 +119,18 @@ def find_pairs(dataset_mode, data_dir, is_train, no_instance=False):
         if not there:
             expected = " or ".join(layout.labels.folder(is_train) for layout in layouts)
             found = ", ".join(sorted(bf.listdir(data_dir))[:5]) or "nothing"
-            raise InputError(
-                f"--data_dir {data_dir} has no folder {expected} with the labels; it holds {found}: "
-                f"correct --data_dir, --dataset_mode ({dataset_mode}) or --is_train ({is_train})"
-            )
-        layout = there[0]
-        images, labels = (_listed(data_dir, files, is_train) for files in layout[:2])
-        wants_instances = layout.instances and not no_instance
-        instances = _listed(data_dir, layout.instances, is_train) if wants_instances else {}
+            has = f"--data_dir {data_dir} has no folder {expected} with the labels; it holds {found}"
+            raise InputError(f"{has}: correct it, --dataset_mode ({dataset_mode}) or --is_train ({is_train})")
+        layout = there[0]._replace(instances=None) if no_instance else there[0]
+        kinds = zip(("picture", "label", "instance map"), layout, strict=True)
+        tables = {kind: _listed(data_dir, files, is_train) if files else {} for kind, files in kinds}
     except (OSError, bf.Error) as error:
-        raise InputError(
-            f"--data_dir {data_dir} cannot be listed ({' '.join(str(error).split())}); check it"
-        ) from error
-    if not labels:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--data_dir {data_dir} cannot be listed ({reason}); check it") from error
+    if not tables["label"]:
         folder = bf.join(data_dir, layout.labels.folder(is_train))
         raise InputError(f"{folder} has no label file (*{layout.labels.endings[0]}); fill it or correct --data_dir")
-    return _pair(data_dir, {"picture": images, "label": labels, "instance map": instances})
+    return _pair(data_dir, tables)
 
 
 def find_pictures(dataset_mode, data_dir, is_train):
@@ -155,16 +138,12 @@ def find_pictures(dataset_mode, data_dir, is_train):
 
     :return: list of `Pair` with image and stem, sorted by stem, not empty.
     """
-    files = Files(("", ""), PICTURES)
-    for layout in dataset_facts(dataset_mode).layouts:
-        if bf.isdir(bf.join(data_dir, layout.images.folder(is_train))):
-            files = layout.images
-            break
+    folders = [layout.images for layout in dataset_facts(dataset_mode).layouts]
+    there = [files for files in folders if bf.isdir(bf.join(data_dir, files.folder(is_train)))]
+    files = there[0] if there else Files(("", ""), PICTURES)
     found = _listed(data_dir, files, is_train)
     if not found:
-        raise InputError(
-            f"--data_dir {data_dir}: no pictures ({', '.join(files.endings)}); name a folder with pictures"
-        )
+        raise InputError(f"--data_dir {data_dir}: no pictures ({', '.join(files.endings)}); name another folder")
     return [Pair(path, None, None, stem) for stem, path in sorted(found.items())]
 
 

@@ -21,17 +21,8 @@ from .pairing import is_remote
 # Modes whose pixels are one integer; of "P" the index counts, not the colour
 ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 # What Pillow and blobfile raise for files that are missing, cut off or damaged
-READ_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    IndexError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    bf.Error,
-)
+READ_ERRORS = (OSError, SyntaxError, ValueError, IndexError, EOFError, struct.error, zlib.error)
+READ_ERRORS += (Image.DecompressionBombError, bf.Error)
 
 
 @contextmanager
@@ -40,8 +31,6 @@ def _opened(path):
     try:
         with bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb") as file, Image.open(file) as image:
             yield image
-    except InputError:
-        raise
     except READ_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} cannot be read as a picture ({reason}); replace or remove it") from error
@@ -59,14 +48,11 @@ def read_ids(path, kind="label"):
     :raises InputError: the file is unreadable, or is a colour picture.
     """
     with _opened(path) as image:
-        if image.mode not in ID_MODES:
-            raise InputError(
-                f"{path} is a colour picture (mode {image.mode}), but a {kind} file has one id per pixel; "
-                "use the id files of the dataset, not its colour renderings"
-            )
-        image.load()
-        # Pillow does not resize big-endian pixels
-        return image.convert("I") if image.mode == "I;16B" else image.copy()
+        ids = image.copy()
+    if ids.mode not in ID_MODES:
+        found = f"{path} is a colour picture (mode {ids.mode}), but a {kind} file has one id per pixel"
+        raise InputError(f"{found}; use the id files of the dataset, not its colour renderings")
+    return ids.convert("I") if ids.mode == "I;16B" else ids  # Pillow does not resize big-endian pixels
 
 
 def picture_size(path):
@@ -82,24 +68,17 @@ def ids_array(ids):
 
 def fitted_size(size, short):
     """Return the size with the same aspect whose short side is `short`, after the halvings of `resize_picture`."""
-    width, height = _halved(size, short)
-    scale = short / min(width, height)
-    return round(width * scale), round(height * scale)
+    while min(size) >= 2 * short:
+        size = (size[0] // 2, size[1] // 2)
+    scale = short / min(size)
+    return round(size[0] * scale), round(size[1] * scale)
 
 
 def resize_picture(picture, size, short):
     """Halve by BOX while the short side is at least 2·`short`, then BICUBIC to `size`."""
-    halved = picture.size
-    while min(halved) >= 2 * short:
-        halved = (halved[0] // 2, halved[1] // 2)
-        picture = picture.resize(halved, Image.Resampling.BOX)
+    while min(picture.size) >= 2 * short:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     return picture.resize(size, Image.Resampling.BICUBIC)
-
-
-def _halved(size, short):
-    while min(size) >= 2 * short:
-        size = (size[0] // 2, size[1] // 2)
-    return size
 
 
 def edge_pixels(picture):

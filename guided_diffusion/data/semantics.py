@@ -7,8 +7,6 @@ from torch.nn import functional as F
 
 from ..console import InputError
 
-SCALES = (1, 2, 4, 8)
-
 
 @dataclass(frozen=True)
 class SemanticCoding:
@@ -27,8 +25,8 @@ class SemanticCoding:
 
     def __post_init__(self):
         for name in ("label_scale", "edge_scale"):
-            if getattr(self, name) not in SCALES:
-                raise InputError(f"--{name} {getattr(self, name)}: expected one of {', '.join(map(str, SCALES))}")
+            if getattr(self, name) not in (1, 2, 4, 8):
+                raise InputError(f"--{name} {getattr(self, name)}: expected 1, 2, 4 or 8")
         if self.edge_levels == 1 or not 0 <= self.edge_levels <= 256:
             raise InputError(f"--edge_levels {self.edge_levels}: expected 0 (no image edges), or 2 to 256 levels")
         if not 0 < self.edge_threshold <= 1:
@@ -46,17 +44,8 @@ def enlarge(small, scale, height, width):
     return small.repeat_interleave(scale, 2).repeat_interleave(scale, 3)[:, :, :height, :width]
 
 
-def instance_edges(instance):
-    """Mark the pixels that have a 4-neighbour with another instance id: (N, 1, H, W) integers -> float32, 0 or 1."""
-    return _borders(instance).float()
-
-
-def inner_boundaries(label, instance):
-    """Mark pixels with a 4-neighbour of the same class but of another instance: (N, 1, H, W) integers -> bool."""
-    return _borders(instance, label)
-
-
-def _borders(ids, label=None):
+def boundaries(ids, label=None):
+    """Mark pixels with a 4-neighbour of another id (given label: and of the same class): (N, 1, H, W) ints -> bool."""
     marked = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
     for axis in (2, 3):
         last = ids.shape[axis] - 1
@@ -83,9 +72,9 @@ def describe(label, instance, image_edge, coding):
     """Reduce the semantics to what is sent.
 
     :param instance, image_edge: (N, 1, H, W), or None.
-    :return: label ids (N, 1, h, w), `inner_boundaries` (N, 1, H, W) or None, `edge_symbols` (N, 1, h', w') or None.
+    :return: label ids (N, 1, h, w), `boundaries` in classes (N, 1, H, W) or None, `edge_symbols` (N, 1, h', w') or None
     """
-    boundary = None if instance is None else inner_boundaries(label, instance)
+    boundary = None if instance is None else boundaries(instance, label)
     symbols = None if image_edge is None else edge_symbols(image_edge.float(), coding)
     return shrink_labels(label, coding.label_scale), boundary, symbols
 
@@ -102,7 +91,7 @@ def restore(label, boundary, symbols, coding, size, num_classes, one_hot=True, e
     label = enlarge(label, coding.label_scale, *size)
     edges = 0
     if boundary is not None:
-        edges = torch.maximum(instance_edges(label), boundary.float())
+        edges = (boundaries(label) | boundary.bool()).float()
     if symbols is not None:
         edges = edges + enlarge(symbols, coding.edge_scale, *size).float() / max(coding.edge_levels - 1, 1)
     return encode_semantics(label, None, edges, num_classes, one_hot, edge_plane)
@@ -111,8 +100,8 @@ def restore(label, boundary, symbols, coding, size, num_classes, one_hot=True, e
 def received_semantics(label, instance, image_edge, num_classes, one_hot=True, edge_plane=True, coding=None):
     """Build the conditioning tensor as it is after source coding, for both ends: decode(encode(m))."""
     coding = coding or SemanticCoding()
-    sent = describe(label, instance, image_edge, coding)
-    return restore(*sent, coding, label.shape[2:], num_classes, one_hot, edge_plane)
+    described = describe(label, instance, image_edge, coding)
+    return restore(*described, coding, label.shape[2:], num_classes, one_hot, edge_plane)
 
 
 def conditioning_channels(num_classes, one_hot=True, no_instance=False):
@@ -137,18 +126,17 @@ def encode_semantics(label, instance, image_edge, num_classes, one_hot=True, edg
         if low < 0 or high >= num_classes:
             found = int(low if low < 0 else high)
             raise InputError(f"label map has id {found}, but num_classes is {num_classes}")
+    planes = label.float()
     if one_hot:
-        n, _, h, w = label.shape
-        planes = torch.zeros(n, num_classes, h, w, device=label.device).scatter_(1, label, 1.0)
-    else:
-        planes = label.float()
+        zeros = torch.zeros(len(label), num_classes, *label.shape[2:], device=label.device)
+        planes = zeros.scatter_(1, label, 1.0)
     if edge_plane is None:
         edge_plane = instance is not None or image_edge is not None
     if not edge_plane:
         return planes
     edges = torch.zeros_like(planes[:, :1])
     if instance is not None:
-        edges += instance_edges(instance)
+        edges += boundaries(instance)
     if image_edge is not None:
         edges += image_edge
     return torch.cat([planes, edges], dim=1)

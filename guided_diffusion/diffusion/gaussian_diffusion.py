@@ -109,31 +109,22 @@ class GaussianDiffusion(nn.Module):
         :param output: (N, 3 or 6, H, W), what a denoiser gives for (x, t).
         :return: dict of mean, variance, log_variance and pred_xstart, each (N, 3, H, W).
         """
-        output, raw = self._split(output)
-        pred_xstart = self.predict_xstart(output, x, t)
+        pred_xstart = self.predict_xstart(output[:, :3], x, t)
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean, _, _ = self.q_posterior(pred_xstart, x, t)
         if self.learn_sigma:
-            fraction = (raw + 1) / 2  # 0: posterior variance, 1: beta
+            fraction = (output[:, 3:] + 1) / 2  # 0: posterior variance, 1: beta
             log_variance = fraction * self.at("log_betas", t) + (1 - fraction) * self.at("posterior_log_variance", t)
         else:
             log_variance = self.at("fixed_log_variance", t).expand_as(x)
         return {"mean": mean, "variance": log_variance.exp(), "log_variance": log_variance, "pred_xstart": pred_xstart}
 
-    def _split(self, output):
-        """Return the mean part (N, 3, H, W) and, with a learned variance, the raw variance part."""
-        return output.chunk(2, dim=1) if self.learn_sigma else (output, None)
-
     def p_mean_variance(self, model, x, t, y, s=1.0, clip_denoised=True):
-        """Mean and variance of one reverse step (DDPM algorithm 2; guidance as in `guided_denoiser`).
+        """Mean and variance of one reverse step (DDPM algorithm 2), guided by scale s: see `posterior`.
 
         :param model: callable (x, timesteps, y).
-        :param x: (N, 3, H, W).
-        :param t: (N,) steps of this chain.
-        :param y: (N, C, H, W) conditioning.
-        :param s: guidance scale, at least 1.
-        :return: dict of mean, variance, log_variance and pred_xstart, each (N, 3, H, W).
+        :param x, t, y: (N, 3, H, W), (N,) steps of this chain, (N, C, H, W) conditioning.
         """
         settings = SamplerSettings(s=s, clip_denoised=clip_denoised)  # checks them
         return self.posterior(guided_denoiser(model, self, y, settings.s)(x, t), x, t, settings.clip_denoised)
@@ -152,12 +143,12 @@ class GaussianDiffusion(nn.Module):
         if self.loss_type.endswith("kl"):
             vb = self._variational_term(output, x_start, x, t)
             return {"loss": vb * self.num_timesteps if self.loss_type == "rescaled_kl" else vb, "vb": vb}
-        mean, raw = self._split(output)
+        mean = output[:, :3]
         terms = {"mse": mean_flat((self.target(x_start, t, noise) - mean) ** 2)}
         terms["loss"] = terms["mse"]
         if self.learn_sigma:
             # The term trains the variance alone: the mean prediction is frozen in it.
-            vb = self._variational_term(torch.cat([mean.detach(), raw], dim=1), x_start, x, t)
+            vb = self._variational_term(torch.cat([mean.detach(), output[:, 3:]], dim=1), x_start, x, t)
             terms["vb"] = vb * self.num_timesteps / 1000 if self.loss_type == "rescaled_mse" else vb
             terms["loss"] = terms["mse"] + terms["vb"]
         return terms

@@ -37,12 +37,7 @@ class SampleResult:
 
 
 def sample(model, diffusion, y, noise, method="ddpm", s=1.0, eta=0.0, clip_denoised=True, **options):
-    """Run the reverse chain from x_T = noise: `run_chain` with its most used settings as arguments.
-
-    :param method, s, eta, clip_denoised: see `SamplerSettings`.
-    :param options: seeds, step_noise, early_stop, on_step and cache_bytes: see `run_chain`.
-    :return: `SampleResult`.
-    """
+    """Run the reverse chain from x_T = noise: `run_chain` (for the options) with `SamplerSettings` as arguments."""
     settings = SamplerSettings(method, s=s, eta=eta, clip_denoised=clip_denoised)
     return run_chain(model, diffusion, y, noise, settings, **options)
 
@@ -72,14 +67,13 @@ def run_chain(
     :param settings: the `SamplerSettings`; the respacing in them is the diffusion's.
     :param seeds: (N,) integers. Sample k's fresh noise at a step follows from seeds[k] and the original timestep alone,
         whatever the batch. Without it, torch's global generator is used.
-    :param step_noise: function (t, x, out) -> z (n, 3, H, W), or None for the usual noise. n counts the samples still
-        running; out["rows"] (n,), on the host, says which they are.
+    :param step_noise: function (t, x, out) -> z (n, 3, H, W), or None for the usual noise; out["rows"] (n,), on the
+        host, says which samples still run.
     :param early_stop: an `EarlyStop`: finished samples leave the batch with their predicted x_0 as the answer.
     :param on_step: function (t, x, out), called at every step with the step number, x_t and the prediction.
     :param cache_bytes: see `Conditioning`.
     :param network_steps: run the network at so many steps only, evenly spread, and hold the predicted x_0 between them
         (not with early stopping). The noises stay those of the whole chain: a cheap look at its picture.
-    :return: `SampleResult`.
     """
     if y.shape[0] not in (1, len(noise)) or noise.shape[2:] != y.shape[2:]:
         raise InputError(f"noise {tuple(noise.shape)} and conditioning {tuple(y.shape)} differ in N, H or W")

@@ -33,7 +33,7 @@ class DPMSolver:
     x_{t-1} = (sigma_{t-1} / sigma_t) x_t + alpha_{t-1} (1 - e^{-h}) D, where h is the step in log(alpha / sigma) and D
     extrapolates x_0's predictions to the middle of the step. The first and the last step are DDIM's: of first order.
 
-    :param evaluated: steps at which the network runs. D is held between them: the chain is that of these steps alone.
+    :param evaluated: steps at which the network runs; D is held between them.
     """
 
     def __init__(self, diffusion, evaluated):
@@ -57,11 +57,6 @@ class DPMSolver:
             self.previous = x_start
         keep, pull = self.weights[step]
         return keep * x + pull * self.direction
-
-    def keep(self, rows):
-        """Keep the history of the samples at `rows` (n,) alone."""
-        if self.previous is not None:
-            self.previous = self.previous[rows]
 
 
 @dataclass(frozen=True)
@@ -97,11 +92,7 @@ class SamplerSettings:
 
 
 class StepRule:
-    """One step of the chosen sampler: which posterior, whether there is noise, and x_{t-1}.
-
-    :param settings: the `SamplerSettings`.
-    :param network_steps: at how many steps the network runs, evenly spread, the first among them; None: at all.
-    """
+    """One step of the sampler that `SamplerSettings` choose, in a chain whose network runs at `network_steps` steps."""
 
     def __init__(self, diffusion, settings, network_steps=None):
         steps, tail = diffusion.num_timesteps, settings.tail_steps
@@ -128,8 +119,8 @@ class StepRule:
 
     def keep(self, rows):
         """Go on with the samples at `rows` (n,) alone."""
-        if self.solver is not None:
-            self.solver.keep(rows)
+        if self.solver is not None and self.solver.previous is not None:
+            self.solver.previous = self.solver.previous[rows]
 
     def __call__(self, step, out, x, t, z):
         """Return x_{t-1} (N, 3, H, W) from the posterior `out` of step `step`, x_t, t (N,) and a noise z or None."""

@@ -25,8 +25,7 @@ class ResBlock(nn.Module):
     :param channels, out_channels: widths, multiples of 32.
     :param stride: downsampling rate of the block's input.
     :param resample: "up" or "down" (by 2, inside the block) or "".
-    :param emb_channels: width of the time embedding.
-    :param label_channels: planes of the conditioning y, which `SPADEResBlock` alone sees.
+    :param emb_channels, label_channels: widths of the time embedding and of y, which `SPADEResBlock` alone sees.
     :param scale_shift: the time embedding scales and shifts the second norm; otherwise it is added.
     """
 
@@ -41,8 +40,7 @@ class ResBlock(nn.Module):
         conv_out = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self._add_layers(conv_in, conv_out, nn.Dropout(dropout), label_channels, (stride, out_stride))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, (2 if scale_shift else 1) * out_channels))
-        same = channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def _add_layers(self, conv_in, conv_out, dropout, label_channels, strides):
         self.in_layers = nn.Sequential(normalization(conv_in.in_channels), nn.SiLU(), conv_in)
@@ -131,9 +129,7 @@ class _Blocks:
     def layers(self, spade, channels, width, stride, num_heads):
         """Return a residual block and, where the picture is small enough, attention."""
         layers = [self.residual(spade, channels, width, stride)]
-        if stride in self.attention_strides:
-            layers.append(self.attention(width, num_heads))
-        return layers
+        return [*layers, self.attention(width, num_heads)] if stride in self.attention_strides else layers
 
     def resampling(self, spade, channels, stride, direction):
         if self.resblock_updown:
@@ -268,17 +264,13 @@ def check_size(height, width, divisor):
     """Raise InputError unless `divisor`, the network's total downsampling, divides both sides of the picture."""
     if height % divisor or width % divisor:
         nearest = [max(divisor, round(side / divisor) * divisor) for side in (height, width)]
-        raise InputError(
-            f"picture size {height}x{width}: this network halves {divisor.bit_length() - 1} times, so both sides must"
-            f" be multiples of {divisor}, for example {nearest[0]}x{nearest[1]}; change --image_size or --channel_mult"
-        )
+        needed = f"both sides must be multiples of {divisor}, for example {nearest[0]}x{nearest[1]}"
+        raise InputError(f"picture size {height}x{width}: {needed}; change --image_size or --channel_mult")
 
 
 def _level_width(mult, model_channels):
     width = int(mult * model_channels)
     if width < 32 or width % 32:
-        raise InputError(
-            f"--num_channels {model_channels} with channel multiplier {mult:g} makes a level {width} wide;"
-            " every level must be a multiple of 32"
-        )
+        found = f"--num_channels {model_channels} with channel multiplier {mult:g} makes a level {width} wide"
+        raise InputError(f"{found}; every level must be a multiple of 32")
     return width

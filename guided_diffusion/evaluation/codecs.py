@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, features
 
-from ..config import CODECS
 from ..console import InputError
+from ..link.source_coding import jxl_available
 
 SCALES = (1, 2, 4, 8)  # the picture is coded at 1/scale of its size and enlarged by the receiver
 NEAR = 12  # qualities around the best so far among which slow settings look
@@ -24,7 +24,7 @@ SEARCHED = {
     "avif": (_AVIF | {"speed": 6},),
     "jxl": (_JXL | {"effort": 3},),
 }
-LAST_WORD = {"avif": (_AVIF | {"speed": 4},), "jxl": (_JXL | {"effort": 9},)}
+LAST_WORD = {"avif": _AVIF | {"speed": 4}, "jxl": _JXL | {"effort": 9}}
 QUALITIES = {"jpeg": (1, 95), "webp": (0, 100), "avif": (0, 99), "jxl": (0, 99)}  # above, pictures are lossless
 
 
@@ -42,15 +42,7 @@ class Coded(NamedTuple):
 
 def available(codec):
     """Tell whether a codec of `CODECS` is installed; AVIF and WebP come with Pillow, JPEG XL with pillow-jxl-plugin."""
-    if codec not in CODECS:
-        raise InputError(f"--baseline {codec}: unknown; choose from {', '.join(CODECS)}")
-    if codec == "jxl":
-        try:
-            import pillow_jxl  # noqa: F401  (registers itself with Pillow)
-        except ImportError:
-            return False
-        return True
-    return codec == "jpeg" or bool(features.check(codec))
+    return jxl_available() if codec == "jxl" else codec == "jpeg" or bool(features.check(codec))
 
 
 def check_installed(codec):
@@ -99,7 +91,7 @@ def _fitting(codec, small, budget, options, low, high):
     data = encode(codec, small, low, options)
     if len(data) > budget:
         return None
-    best = (low, data)
+    best = low, data
     while low < high:
         middle = (low + high + 1) // 2
         data = encode(codec, small, middle, options)
@@ -117,14 +109,13 @@ def best_within(codec, picture, budget_bytes):
 
     :param codec: of `CODECS`.
     :param picture: (H, W, 3) uint8.
-    :raises InputError: an unknown codec, or one that is not installed.
     """
     check_installed(codec)
     height, width = picture.shape[:2]
-    lowest, highest = QUALITIES[codec]
+    low, high = QUALITIES[codec]
     smaller, best, best_psnr = {}, None, -np.inf
 
-    def consider(scale, options, low, high):
+    def consider(scale, options):
         nonlocal best, best_psnr
         found = _fitting(codec, smaller[scale], budget_bytes, options, low, high)
         if found:
@@ -140,10 +131,9 @@ def best_within(codec, picture, budget_bytes):
         uncoded = np.asarray(_resized(smaller[scale], width, height, Image.Resampling.BICUBIC))
         if best is None or _psnr(uncoded, picture) > best_psnr:
             for options in SEARCHED[codec]:
-                consider(scale, options, lowest, highest)
+                consider(scale, options)
     if best:
-        lowest, highest = max(lowest, best.quality - NEAR), min(highest, best.quality + NEAR)
-    scale = best.scale if best else SCALES[-1]  # another setting may fit where none did
-    for options in LAST_WORD.get(codec, ()):
-        consider(scale, options, lowest, highest)
+        low, high = max(low, best.quality - NEAR), min(high, best.quality + NEAR)
+    if codec in LAST_WORD:
+        consider(best.scale if best else SCALES[-1], LAST_WORD[codec])  # it may fit where no other did
     return best

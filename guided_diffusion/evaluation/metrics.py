@@ -1,14 +1,10 @@
 """Measures on pictures (N, 3, H, W) in [-1, 1]: per picture, and over a set of pictures.
 
-SSIM, MS-SSIM, LPIPS, Inception features and the confusion matrix come from torchmetrics, which is imported when it is
-needed: it takes seconds.
+torchmetrics, which has most of them, is imported when it is needed: it takes seconds.
 """
 
-import copy
 import functools
-import os
 import re
-import socket
 
 import numpy as np
 import torch
@@ -19,18 +15,6 @@ from ..link.selection import mse
 
 # MS-SSIM (Wang et al. 2003): weights from the finest scale to the coarsest.
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-_WINDOW = 11  # pixels: the Gaussian window of SSIM
-_RELEASES = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
-_INCEPTION = f"{_RELEASES}/weights-inception-2015-12-05-6726825d.pth"
-# LPIPS's networks, by a weight that only they have: torchmetrics' name, torchvision's names.
-_BACKBONES = {
-    "features.0.weight (64, 3, 11, 11)": ("alex", "AlexNet"),
-    "features.28.weight (512, 512, 3, 3)": ("vgg", "VGG16"),
-    "features.3.squeeze.weight (16, 64, 1, 1)": ("squeeze", "SqueezeNet1_1"),
-}
-
-
-# -- per picture ------------------------------------------------------------------------------------------------------
 
 
 def psnr(regenerated, original):
@@ -55,10 +39,9 @@ def ssim(regenerated, original):
 
 
 def ms_ssim_scales(height, width):
-    """Return how many of MS-SSIM's five scales fit: the window must fit the smallest (torchmetrics asks for more)."""
-    short = min(height, width)
-    fitting = [n for n in range(1, 6) if short >> (n - 1) >= _WINDOW and short // (n - 1 or 1) ** 2 >= _WINDOW]
-    return max(fitting, default=0)
+    """Return how many of MS-SSIM's five scales torchmetrics takes at a size."""
+    shortest = (11, 22, 44, 99, 176)
+    return sum(min(height, width) >= short for short in shortest)
 
 
 def ms_ssim(regenerated, original):
@@ -78,8 +61,10 @@ def ms_ssim(regenerated, original):
 
 def lpips(network, regenerated, original):
     """Learned perceptual distance, (N,), 0 for equal pictures (Zhang et al. 2018); `network` is `lpips_network`'s."""
+    device = next(network.parameters()).device
     with torch.no_grad():
-        return network(regenerated.float().clamp(-1, 1), original.float().clamp(-1, 1)).reshape(-1)
+        pair = (images.float().clamp(-1, 1).to(device) for images in (regenerated, original))
+        return network(*pair).reshape(-1)
 
 
 def _unit(images):
@@ -91,8 +76,6 @@ def distance(name, lpips_weights="", device="cpu"):
     """Return a distance for searches: function of candidates (N, 3, H, W) and original (1, 3, H, W) that gives (N,).
 
     Smaller is better: "mse" on the [-1, 1] range, "ssim" (1 - SSIM), "lpips".
-
-    :raises InputError: no weights for LPIPS.
     """
     if name == "mse":
         return mse
@@ -108,9 +91,6 @@ def bootstrap_interval(values, seed=0, draws=1000, level=0.95):
     rows = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     low, high = np.quantile(values[rows].mean(1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-# -- over a set of pictures -------------------------------------------------------------------------------------------
 
 
 def frechet_distance(first, second):
@@ -144,9 +124,8 @@ def kernel_distance(first, second, subset_size, seed=0, subsets=100):
 
 def confusion_matrix(predicted, label, num_classes):
     """Count pixels by (true class, predicted class): (K, K) int64; ids (N, 1, H, W) are in 0..K-1, K = num_classes."""
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
-    return multiclass_confusion_matrix(predicted, label, num_classes, validate_args=False)
+    pairs = label.flatten().long() * num_classes + predicted.flatten().long()
+    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def accuracy_and_iou(confusion):
@@ -162,15 +141,13 @@ def accuracy_and_iou(confusion):
 
 
 class Metrics:
-    """The measures that a run was asked for. Everything they need is checked, and loaded, here.
-
-    `notes` are lines for the run to print. `over_the_set` says whether `update` and `compute` measure anything.
+    """The measures that a run was asked for, with their networks; `notes` are lines for the run to print.
 
     :param names: of `METRICS`.
     :param num_classes: of the label maps, for miou.
     :param lpips_weights, fid_weights: files of the networks; "": from TORCH_HOME, or downloaded.
-    :param features: function from pictures to (N, D) for fid and kid, in place of Inception (unless fid_weights is
-        given too); what it measures is called fid_features and kid_features.
+    :param features: function from pictures to (N, D) for fid and kid, in place of Inception; what it measures is called
+        fid_features and kid_features.
     :param segmenter: function from pictures to ids (N, 1, H, W), for miou.
     :raises InputError: a network is missing.
     """
@@ -181,24 +158,9 @@ class Metrics:
         self.names = [name for name in METRICS if name in names]
         self.num_classes, self.segmenter, self.device, self.notes = num_classes, segmenter, device, []
         self._lpips = lpips_network(lpips_weights, device) if "lpips" in names else None
-        self._extractors = {}  # by the suffix of the result's name
-        if {"fid", "kid"} & {*names}:
-            if features is not None:
-                self._extractors["_features"] = features
-            if features is None or fid_weights:
-                self._extractors[""] = inception_features(fid_weights, device)
-        self.over_the_set = bool({"fid", "kid", "miou"} & {*names})
-        self._forget()
-
-    def _forget(self):
-        self._kept = {suffix: ([], []) for suffix in self._extractors}
-        self._confusions = [torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64) for _ in range(2)]
-
-    def fresh(self):
-        """Return the same measures, with the same networks and notes, for another set of pictures."""
-        other = copy.copy(self)
-        other._forget()
-        return other
+        self._features, self._suffix = features, "_features"
+        if features is None and {"fid", "kid"} & {*names}:
+            self._features, self._suffix = inception_features(fid_weights, device), ""
 
     def _note(self, line):
         if line not in self.notes:
@@ -208,89 +170,75 @@ class Metrics:
         """Measure pictures (N, 3, H, W) in [-1, 1]: dict from name to (N,), for psnr, ssim, ms_ssim and lpips."""
         height, width = original.shape[2:]
         scales = ms_ssim_scales(height, width)
+        functions = {"psnr": psnr, "lpips": functools.partial(lpips, self._lpips)}
+        if scales:
+            functions |= {"ssim": ssim, "ms_ssim": ms_ssim}
+        else:
+            self._note(f"{height}x{width} pictures are smaller than the 11-pixel window of ssim and ms_ssim: left out")
         if 0 < scales < 5 and "ms_ssim" in self.names:
             self._note(f"ms_ssim at {height}x{width} has room for {scales} of 5 scales; compare with equal sizes only")
-        functions = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim, "lpips": functools.partial(lpips, self._lpips)}
-        values = {}
-        for name in self.names:
-            if name in ("ssim", "ms_ssim") and not scales:
-                self._note(f"{name} is left out: {height}x{width} pictures are smaller than its {_WINDOW}-pixel window")
-            elif name in functions:
-                where = self.device if name == "lpips" else original.device
-                values[name] = functions[name](regenerated.to(where), original.to(where)).cpu()
-        return values
+        return {name: functions[name](regenerated, original).cpu() for name in self.names if name in functions}
 
-    def update(self, regenerated, original, label):
-        """Take pictures (N, 3, H, W) in [-1, 1] and label maps (N, 1, H, W) into the set's measures."""
-        pair = regenerated.float().clamp(-1, 1).to(self.device), original.float().to(self.device)
-        for suffix, extractor in self._extractors.items():
-            for kept, images in zip(self._kept[suffix], pair, strict=True):
-                kept.append(extractor(images).float().cpu())
-        if "miou" in self.names:
-            for confusion, images in zip(self._confusions, pair, strict=True):
-                confusion += confusion_matrix(self.segmenter(images).cpu(), label.cpu(), self.num_classes)
+    def over_the_set(self, batches):
+        """Measure a set of pictures: a dict of floats, empty where nothing such was asked for.
 
-    def compute(self):
-        """Return the set's measures as a dict of floats.
+        fid, kid and kid_std (over subsets of 50 pictures, at most half of all); miou and pixel_accuracy of the
+        regenerated pictures against the label maps, miou_real and pixel_accuracy_real of the originals: the ceiling.
 
-        fid, kid and kid_std (over subsets); miou and pixel_accuracy of the regenerated pictures against the label maps,
-        and miou_real and pixel_accuracy_real of the originals: the ceiling.
+        :param batches: iterable of regenerated, original (N, 3, H, W) in [-1, 1] and label maps (N, 1, H, W).
         """
-        values = {}
-        for suffix, kept in self._kept.items():
-            values |= self._set_distances(suffix, *(torch.cat([torch.zeros(0), *batches]) for batches in kept))
-        if self._confusions[0].sum():
-            for suffix, confusion in zip(("", "_real"), self._confusions, strict=True):
+        distances, classes = {"fid", "kid"} & {*self.names}, "miou" in self.names
+        if not (distances or classes):
+            return {}
+        features, confusions = ([], []), torch.zeros(2, self.num_classes, self.num_classes).long()
+        for *pair, label in batches:
+            for kept, confusion, images in zip(features, confusions, pair, strict=True):
+                images = images.float().clamp(-1, 1).to(self.device)
+                if distances:
+                    kept.append(self._features(images).float().cpu())
+                if classes:
+                    confusion += confusion_matrix(self.segmenter(images).cpu(), label.cpu(), self.num_classes)
+        values, n = {}, sum(map(len, features[0]))
+        if n > 1:
+            values = self._set_distances(*map(torch.cat, features))
+        elif distances:
+            self._note(f"fid and kid are left out: they need 2 pictures, and there is {n}")
+        if confusions[0].any():
+            for suffix, confusion in zip(("", "_real"), confusions, strict=True):
                 values[f"pixel_accuracy{suffix}"], values[f"miou{suffix}"] = accuracy_and_iou(confusion)
         return values
 
-    def _set_distances(self, suffix, regenerated, original):
-        n, values = len(original), {}
-        if n < 2:
-            self._note(f"fid{suffix} and kid{suffix} are left out: they need 2 pictures, and there is {n}")
-            return {}
+    def _set_distances(self, regenerated, original):
+        (n, dimension), fid, kid = original.shape, f"fid{self._suffix}", f"kid{self._suffix}"
+        values = {}
         if "fid" in self.names:
-            values[f"fid{suffix}"] = frechet_distance(regenerated, original)
-            if n <= original.shape[1]:
-                found = f"{n} pictures for {original.shape[1]} features"
-                self._note(f"fid{suffix} is unreliable: {found}; kid{suffix} copes with few")
+            values[fid] = frechet_distance(regenerated, original)
+            if n <= dimension:
+                self._note(f"{fid} is unreliable: {n} pictures for {dimension} features; {kid} copes with few")
         if "kid" in self.names:
             subset = max(2, min(50, n // 2))  # half of the pictures at most: subsets of all would not differ
-            values[f"kid{suffix}"], values[f"kid{suffix}_std"] = kernel_distance(regenerated, original, subset)
-            self._note(
-                f"kid{suffix} is the mean over 100 subsets of {subset} of {n} pictures, kid{suffix}_std its spread"
-            )
+            values[kid], values[f"{kid}_std"] = kernel_distance(regenerated, original, subset)
         return values
 
 
-# -- networks ---------------------------------------------------------------------------------------------------------
-
-
 def lpips_network(path="", device="cpu"):
-    """Return torchmetrics' LPIPS network: its own linear weights over a backbone from a file.
+    """Return torchmetrics' LPIPS network: its own linear weights over torchvision's AlexNet.
 
-    :param path: torchvision's AlexNet, VGG16 or SqueezeNet1.1; "": AlexNet from TORCH_HOME, or downloaded.
+    :param path: AlexNet's weights; "": from TORCH_HOME, or downloaded.
     :raises InputError: a file that is missing, damaged or of another network.
     """
     from torchmetrics.functional.image.lpips import _NoTrainLpips
     from torchvision.models import AlexNet_Weights
 
-    path = path or _hub_file(AlexNet_Weights.DEFAULT.url, "lpips", "AlexNet's weights")
-    weights = _load_tensors(path, "lpips_weights")
-    found = {f"{key} {tuple(value.shape)}" for key, value in weights.items() if torch.is_tensor(value)}
-    kind, name = next((kind for mark, kind in _BACKBONES.items() if mark in found), (None, None))
-    if kind is None:
-        raise InputError(
-            f"--lpips_weights {path}: not torchvision's AlexNet, VGG16 or SqueezeNet1.1; give one of these"
-        )
+    weights = _read_weights(path, "lpips", AlexNet_Weights.DEFAULT.url)
     with torch.random.fork_rng(devices=[]):  # initial weights would shift torch's global stream
-        network = _NoTrainLpips(net=kind, pnet_rand=True)
+        network = _NoTrainLpips(net="alex", pnet_rand=True)
     # torchmetrics cuts the backbone into slices, whose layers keep their number: slice2.3.weight is features.3.weight
-    renamed = {key: "features." + re.sub(r"^slice(s\.)?\d+\.", "", key) for key in network.net.state_dict()}
+    renamed = {key: re.sub(r"^slice\d+", "features", key) for key in network.net.state_dict()}
     try:
         network.net.load_state_dict({key: weights[theirs] for key, theirs in renamed.items()})
-    except (KeyError, RuntimeError) as error:
-        raise InputError(f"--lpips_weights {path}: no whole {name} ({_reason(error)}); get the file again") from None
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise InputError(f"--lpips_weights {path}: not torchvision's AlexNet ({_reason(error)})") from None
     return network.to(device)
 
 
@@ -300,57 +248,29 @@ def inception_features(path="", device="cpu"):
     :param path: pt_inception-2015-12-05-6726825d.pth; "": from TORCH_HOME, or downloaded.
     :raises InputError: torch-fidelity, which has the network, is missing; or the file is missing, damaged or another.
     """
-    try:
-        import torch_fidelity  # noqa: F401
-        from torchmetrics.image.fid import NoTrainInceptionV3
-    except ImportError:
-        hint = "pip install torch-fidelity, give --features FILE instead, or leave them out of --metrics"
-        raise InputError(f"--metrics fid and kid need Inception from torch-fidelity: {hint}") from None
-    path = path or _hub_file(_INCEPTION, "fid", "the Inception weights")
-    _load_tensors(path, "fid_weights")  # torch-fidelity itself would unpickle anything
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    if path:
+        _read_weights(path, "fid")  # torch-fidelity itself would unpickle anything
     try:
         with torch.random.fork_rng(devices=[]):
-            network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        wanted = "give pt_inception-2015-12-05-6726825d.pth"
-        raise InputError(f"--fid_weights {path}: not the Inception of FID ({_reason(error)}); {wanted}") from None
-
-    def features(images):
-        with torch.no_grad():
-            return network((_unit(images) * 255).round().to(torch.uint8))
-
-    return features
+            network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path) if path else None).to(device)
+    except Exception as error:  # torch-fidelity is missing, or whatever it raises for other files
+        hint = "pip install torch-fidelity, give pt_inception-2015-12-05-6726825d.pth as --fid_weights, or --features"
+        raise InputError(f"--metrics fid and kid: no Inception ({_reason(error)}); {hint}") from None
+    return torch.no_grad()(lambda images: network((_unit(images) * 255).round().to(torch.uint8)))
 
 
-def _load_tensors(path, flag):
+def _read_weights(path, metric, url=""):
+    """Return the tensors of a file; without a path, of TORCH_HOME's copy of `url`, downloaded where it is missing."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError as error:
-        raise InputError(f"--{flag} {path}: cannot be read ({error.strerror}); give a file of weights") from None
-    except Exception:  # torch raises many kinds for damaged and for refused files
-        raise InputError(f"--{flag} {path}: damaged, or no state dict of tensors alone; get the file again") from None
+        if path:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged and for refused files
+        found = f"--{metric}_weights {path or url}: cannot be read ({_reason(error)})"
+        raise InputError(f"{found}; give a file of weights, or leave {metric} out") from None
 
 
 def _reason(error):
     return (" ".join(str(error).split()) or type(error).__name__)[:160]
-
-
-def _hub_file(url, metric, what):
-    """Return where TORCH_HOME keeps a file, after downloading it if it is not there."""
-    name = url.rsplit("/", 1)[1]
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    for known in (path, path.replace("weights-inception", "pt_inception")):  # pytorch-fid's name for the same file
-        if os.path.exists(known):
-            return known
-    timeout = socket.getdefaulttimeout()
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        socket.setdefaulttimeout(10)  # seconds of silence: some compute nodes have no way out
-        torch.hub.download_url_to_file(url, path, hash_prefix=name.rsplit("-", 1)[1].split(".")[0])
-    except (OSError, RuntimeError) as error:
-        found = f"{what} are not at {path} and cannot be downloaded ({_reason(error)})"
-        hint = f"give --{metric}_weights FILE ({url}), or leave {metric} out"
-        raise InputError(f"--metrics {metric}: {found}; {hint}") from None
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return path

@@ -59,12 +59,12 @@ def picture_grid(rows, captions, gap=4):
     canvas = Image.new("RGB", (len(captions) * (width + gap) + gap, head + len(rows) * (height + gap) + gap), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
     for column, caption in enumerate(captions):
-        draw.text((gap + column * (width + gap), 2), caption, fill="black", font=font)
-    for i, row in enumerate(rows):
-        for column, picture in enumerate(row):
-            if picture is not None:
-                tile = Image.fromarray(picture).resize((width, height), Image.NEAREST)
-                canvas.paste(tile, (gap + column * (width + gap), head + gap // 2 + i * (height + gap)))
+        left = gap + column * (width + gap)
+        draw.text((left, 2), caption, fill="black", font=font)
+        for i, row in enumerate(rows):
+            if row[column] is not None:
+                tile = Image.fromarray(row[column]).resize((width, height), Image.NEAREST)
+                canvas.paste(tile, (left, head + gap // 2 + i * (height + gap)))
     return np.asarray(canvas)
 
 
@@ -73,11 +73,10 @@ def write_panel(results, rows, columns):
 
     :param columns: caption -> kind of picture file, or a function from a row's name to a picture (H, W, 3) uint8.
     """
-
-    def picture_of(kind, name):
-        return kind(name) if callable(kind) else read_picture_file(results.file(kind, name))
-
-    lines = [[picture_of(kind, row["name"]) for kind in columns.values()] for row in rows]
+    lines = []
+    for row in rows:
+        name = row["name"]
+        lines.append([k(name) if callable(k) else read_picture_file(results.file(k, name)) for k in columns.values()])
     if any(picture is not None for line in lines for picture in line):
         save_picture(picture_grid(lines, list(columns)), results.path / "panel.png")
 

@@ -1,6 +1,7 @@
 """What a sampling run amounts to: measures per picture and over the set, classical codecs at the same bits, curves."""
 
 import csv
+import itertools
 import math
 import sys
 
@@ -65,17 +66,15 @@ class Measures:
 
     def whole_set(self, results, rows, kind="samples"):
         """Return the measures over all pictures of a results folder (FID, KID, mIoU, as asked for)."""
-        metrics = self.metrics.fresh()
-        if not metrics.over_the_set:
-            return {}
-        batches = _batches(results, rows)
-        for names in tqdm(batches, desc=f"measuring {kind}", unit="batch", file=sys.stderr, leave=False):
-            made, original = (torch.cat([_read(results.file(k, name)) for name in names]) for k in (kind, "images"))
-            ids = np.stack([_read_ids(results.file("labels", name)) for name in names])  # (N, H, W)
-            metrics.update(made, original, torch.from_numpy(ids).long()[:, None])
-        return metrics.compute()
 
-    # -- classical codecs ---------------------------------------------------------------------------------------------
+        def batches():
+            bar = tqdm(rows, desc=f"measuring {kind}", unit="picture", file=sys.stderr, leave=False)
+            read = ([_read(results.file(k, row["name"])) for k in (kind, "images", "labels")] for row in bar)
+            for _, equal in itertools.groupby(read, lambda pictures: pictures[0].shape):
+                while batch := [*itertools.islice(equal, BATCH)]:
+                    yield [torch.cat(pictures) for pictures in zip(*batch, strict=True)]
+
+        return self.metrics.over_the_set(batches())
 
     def compare(self, results, rows, link, seed, numbers):
         """Code every picture with each classical codec within its message's bits; write baselines.csv and the pictures.
@@ -84,7 +83,10 @@ class Measures:
         :param numbers: path -> the number that a picture's channel noise follows from.
         :return: the rows.
         """
-        done, found = _earlier(results.path / "baselines.csv"), []
+        done, found = {}, []
+        if (results.path / "baselines.csv").exists():
+            with open(results.path / "baselines.csv", newline="") as f:
+                done = {(row["path"], row["codec"]): row for row in csv.DictReader(f)}
         for row in tqdm(rows, desc="classical codecs", unit="picture", file=sys.stderr, leave=False):
             picture = read_picture_file(results.file("images", row["name"]))
             for codec in self.codecs if picture is not None else ():
@@ -104,8 +106,7 @@ class Measures:
     def _code(self, results, row, codec, picture, link, stream):
         from .codecs import best_within
 
-        height, width = picture.shape[:2]
-        budget = int(row["bits_total"])
+        (height, width), budget = picture.shape[:2], int(row["bits_total"])
         coded = best_within(codec, picture, budget // 8)
         out = {"path": row["path"], "name": row["name"], "codec": codec, "budget_bits": budget}
         shown = np.full_like(picture, 128)  # what the receiver sees where no picture arrives
@@ -125,8 +126,6 @@ class Measures:
         save_picture(shown, results.file(f"baseline_{codec}", row["name"]))
         return out | self.per_picture(from_uint8(shown), from_uint8(picture))
 
-    # -- the summary --------------------------------------------------------------------------------------------------
-
     def summarise(self, results, rows, baseline_rows, facts):
         """Write summary.json: means, 95 % intervals over pictures, measures over the set; return it.
 
@@ -134,55 +133,31 @@ class Measures:
         """
         measured = [row for row in rows if results.file("images", row["name"]).exists()]
         kind = "samples" if (results.path / "samples").exists() else "local"
-        summary = {**facts, "pictures": len(rows), "with_problems": sum(bool(row.get("problems")) for row in rows)}
+        summary = {**facts, "pictures": len(rows), "with_problems": _problems(rows)}
         if any(row.get("mismatch_db") for row in rows):
             summary["equal_pictures"] = sum(row.get("mismatch_db") == "inf" for row in rows)
         summary |= {"mean": means(rows), "interval_95": intervals(rows), "set": self.whole_set(results, measured, kind)}
-        for codec in self.codecs:
+        for codec in self.codecs if baseline_rows else ():
+            from .codecs import container_bytes
+
             own = [row for row in baseline_rows if row["codec"] == codec]
-            if own:
-                summary.setdefault("baselines", {})[codec] = self._summarise_codec(results, codec, own)
+            found = {"container_bytes": container_bytes(codec), "without_picture": _problems(own)}
+            found |= {"mean": means(own), "interval_95": intervals(own)}
+            found["set"] = self.whole_set(results, own, f"baseline_{codec}")
+            summary.setdefault("baselines", {})[codec] = found
         results.write_json("summary.json", summary)
         return summary
 
-    def _summarise_codec(self, results, codec, rows):
-        from .codecs import container_bytes
 
-        return {
-            "container_bytes": container_bytes(codec),
-            "without_picture": sum(bool(row.get("problems")) for row in rows),
-            "mean": means(rows),
-            "interval_95": intervals(rows),
-            "set": self.whole_set(results, rows, f"baseline_{codec}"),
-        }
-
-
-def _batches(results, rows):
-    """Names in batches of pictures of one size."""
-    batches = []
-    for row in rows:
-        with Image.open(results.file("labels", row["name"])) as label:
-            size = label.size
-        if not batches or batches[-1][0] != size or len(batches[-1][1]) == BATCH:
-            batches.append((size, []))
-        batches[-1][1].append(row["name"])
-    return [names for _, names in batches]
-
-
-def _read_ids(path):
-    with Image.open(path) as ids:
-        return np.array(ids)
+def _problems(rows):
+    return sum(bool(row.get("problems")) for row in rows)
 
 
 def _read(path):
-    return from_uint8(read_picture_file(path))
-
-
-def _earlier(path):
-    if not path.exists():
-        return {}
-    with open(path, newline="") as f:
-        return {(row["path"], row["codec"]): row for row in csv.DictReader(f)}
+    """Read a picture (1, 3, H, W) in [-1, 1], or a label map (1, 1, H, W)."""
+    with Image.open(path) as picture:
+        pixels = np.array(picture)
+    return from_uint8(pixels) if pixels.ndim == 3 else torch.from_numpy(pixels).long()[None, None]
 
 
 def _columns(rows):
@@ -216,7 +191,7 @@ def _plain(value):
 def score_lines(rows):
     """A line that says how near the pictures are to the originals, in means; none where nothing was measured."""
     mean = means([row for row in rows if row.get("psnr_db")])
-    if "psnr_db" not in mean:
+    if not mean:
         return []
     similar = f"SSIM {mean['ssim']:.3f}, " if "ssim" in mean else ""
     psnr, colour = float(mean["psnr_db"]), mean["colour_error"]
@@ -235,10 +210,9 @@ def cost_lines(rows):
         snr = f"{mean['realised_snr_db']:.2f} dB"
         if "eb_n0_db" not in mean:
             return [*lines, f"channel: {uses}; plane power over noise power {snr}"]
-        lost = sum(bool(row.get("problems")) for row in rows)
         lines.append(f"channel: {uses}; realised Es/N0 {snr}, Eb/N0 {mean['eb_n0_db']:.2f} dB")
         blocks = f"{mean['block_errors']:.1f} of {mean['blocks']:.1f} blocks lost per picture"
-        lines.append(f"{blocks}; {lost} pictures lack a part")
+        lines.append(f"{blocks}; {_problems(rows)} pictures lack a part")
     return lines
 
 
@@ -265,9 +239,10 @@ def write_curves(folder, summaries):
     for link, pool, snr, summary in summaries:
         pictures = max(1, summary["pictures"])
         name = link if pool == "None" else f"{link}, pool {pool}"
-        lines.setdefault(name, []).append((snr, _values(summary, summary["with_problems"] / pictures)))
-        for codec, baseline in summary.get("baselines", {}).items():
-            values = _values(baseline, baseline["without_picture"] / pictures)
+        values = {**summary["mean"], **summary["set"], "bad_pictures": summary["with_problems"] / pictures}
+        lines.setdefault(name, []).append((snr, values))
+        for codec, found in summary.get("baselines", {}).items():
+            values = {**found["mean"], **found["set"], "bad_pictures": found["without_picture"] / pictures}
             lines.setdefault(f"{link}, {codec}", []).append((snr, values))
     measures = [name for name in CURVES if any(name in own for line in lines.values() for _, own in line)]
     with atomic_write(folder / "curves.csv") as f:
@@ -276,25 +251,18 @@ def write_curves(folder, summaries):
         for name, line in lines.items():
             writer.writerows([name, snr, *(own.get(m, "") for m in measures)] for snr, own in line)
     try:
-        import matplotlib
+        _draw(lines, measures, folder / "curves.png")
     except ImportError:
         return f"curves.csv is in {folder}; for curves.png, pip install matplotlib"
-    matplotlib.use("Agg")
-    _draw(lines, measures, folder / "curves.png")
     return f"curves.csv and curves.png are in {folder}"
 
 
-def _values(summary, bad_pictures):
-    over_the_set = {name: value for name, value in summary["set"].items() if isinstance(value, float)}
-    return {**summary["mean"], **over_the_set, "bad_pictures": bad_pictures}
-
-
 def _draw(lines, measures, path):
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    size = (4 * len(measures), 3.4)
-    figure, axes = pyplot.subplots(1, len(measures), figsize=size, squeeze=False, layout="constrained")
-    for axis, measure in zip(axes[0], measures, strict=True):
+    figure = Figure(figsize=(4 * len(measures), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(measures), squeeze=False)[0]
+    for axis, measure in zip(axes, measures, strict=True):
         for name, line in lines.items():
             points = sorted((snr, own[measure]) for snr, own in line if isinstance(own.get(measure), float | int))
             finite = [(snr, value) for snr, value in points if math.isfinite(snr)]
@@ -304,7 +272,6 @@ def _draw(lines, measures, path):
                 axis.axhline(points[0][1], linestyle="--", linewidth=1, label=name)
         axis.set(xlabel="SNR in dB (analog: nominal; digital: Es/N0)", ylabel=measure)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
     with atomic_write(path, "wb") as f:
         figure.savefig(f, format="png", dpi=110)
-    pyplot.close(figure)

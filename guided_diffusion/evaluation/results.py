@@ -60,25 +60,17 @@ class ResultsFolder:
         # Looked for before settings.json, which another process may be writing just now.
         foreign = [name for name in ("results.csv", "config.json") if (self.path / name).exists()]
         if path.exists():
-            self._compare(path, json.loads(json.dumps(settings)))  # infinity and tuples as they were written
+            earlier = json.loads(path.read_text())
+            for name, value in json.loads(json.dumps(settings)).items():  # infinity and tuples as they were written
+                if earlier.get(name) != value:
+                    found = f"--results_path {self.path} holds results with {name} {earlier.get(name)!r}, now {value!r}"
+                    raise InputError(f"{found}; choose another folder for other settings")
         elif foreign:
             found = f"--results_path {self.path} holds a {foreign[0]} that is not of sampling"
             raise InputError(f"{found}; choose another folder")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("settings.json", settings)
-
-    def _compare(self, path, settings):
-        try:
-            earlier = json.loads(path.read_text())
-        except ValueError:
-            earlier = None
-        if not isinstance(earlier, dict):
-            raise InputError(f"{path}: no JSON object; choose another --results_path")
-        for name, value in settings.items():
-            if earlier.get(name) != value:
-                found = f"--results_path {self.path} holds results with {name} {earlier.get(name)!r}, now {value!r}"
-                raise InputError(f"{found}; choose another folder for other settings")
 
     def file(self, kind, name, ending=".png"):
         """Path of one picture's file of a kind, such as "samples"."""

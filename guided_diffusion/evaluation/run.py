@@ -83,19 +83,15 @@ class SceneRun:
         rows, sents, arrivals = [], [], []
         for k, scene in zip(numbers, scenes, strict=True):
             started = time.monotonic()
-            sent = self.transmitter.send(scene, self._start(k), on_step)
-            row = self._sent_row(k, sent) | {"transmit_seconds": f"{time.monotonic() - started:.3f}"}
+            sents.append(self.transmitter.send(scene, self._start(k), on_step))
+            rows.append(self._sent_row(k, sents[-1]) | {"transmit_seconds": f"{time.monotonic() - started:.3f}"})
             if not self.transmitting:
                 stream = generator(self.config.seed, "channel", self.numbers[k])
-                arrival, facts = self.channel.send(sent, self.receiver, stream)
-                row |= facts | {"problems": " ".join(arrival.problems) if arrival else "header"}
+                arrival, facts = self.channel.send(sents[-1], self.receiver, stream)
+                rows[-1] |= facts | {"problems": " ".join(arrival.problems) if arrival else "header"}
                 arrivals.append(arrival)
-            rows.append(row)
-            sents.append(sent)
         if self.transmitting:
             images = torch.stack([sent.choice.picture for sent in sents])
-            for row, sent in zip(rows, sents, strict=True):
-                row["steps"] = sent.choice.steps
         else:
             images = self._receive(rows, arrivals, sents, on_step)
         for j, k in enumerate(numbers):
@@ -126,9 +122,10 @@ class SceneRun:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path, "wb") as f:
                 f.write(message.to_bytes())
-        row = {"path": self.paths[k], "name": self.names[k], "bank_index": self._shown(message.start_index)}
-        row |= {f"bits_{part}": bits[part] for part in PARTS} | {"bpp": f"{bits['total'] / (height * width):.4f}"}
-        if not self.transmitting:
+        row = {"path": self.paths[k], "name": self.names[k], **_size_columns(bits, height, width)}
+        if self.transmitting:
+            row |= {"bank_index": self._shown(message.start_index), "steps": choice.steps}
+        else:
             row |= {"link": config.link, "snr_db": f"{config.snr:g}", "pool": config.pool}
         if choice is not None:
             row["evaluations"] = choice.evaluations
@@ -143,8 +140,6 @@ class SceneRun:
         started = time.monotonic()
         images = torch.zeros(len(sents), 3, *sents[0].y.shape[2:])
         there = [j for j, arrival in enumerate(arrivals) if arrival is not None]
-        for row in rows:
-            row["bank_index"] = ""
         if there:
             result = self.receiver.pictures([arrivals[j] for j in there], on_step=on_step)
             images[there] = result.images.float().cpu()
@@ -155,18 +150,17 @@ class SceneRun:
         return images
 
     def _write(self, k, scene, sent, arrival, image):
-        config, pictures = self.config, {}
+        form, files = (self.config.num_classes, self.config.one_hot_label), {}
         ids = scene["label"][0, 0].numpy().astype(np.uint8)  # (H, W)
-        save_picture(ids, self.results.file("labels", self.names[k]), palette(config.num_classes))
+        save_picture(ids, self.results.file("labels", self.names[k]), palette(self.config.num_classes))
         if "image" in scene:
-            pictures["images"] = to_uint8(scene["image"])[0]
+            files["images"] = to_uint8(scene["image"])[0]
         if sent.choice is not None:
-            pictures["local"] = to_uint8(sent.choice.picture[None])[0]
+            files["local"] = to_uint8(sent.choice.picture[None])[0]
         if not self.transmitting:
             received = torch.zeros_like(sent.y) if arrival is None else arrival.y
-            pictures["received"] = show_semantics(received, config.num_classes, config.one_hot_label)[0]
-            pictures["samples"] = to_uint8(image)[0]
-        for kind, picture in pictures.items():
+            files |= {"received": show_semantics(received, *form)[0], "samples": to_uint8(image)[0]}
+        for kind, picture in files.items():
             save_picture(picture, self.results.file(kind, self.names[k]))
 
     def _measure(self, scene, sent, image):
@@ -208,11 +202,11 @@ class SceneRun:
             return show_semantics(y, config.num_classes, config.one_hot_label)[0]
 
         columns = {"original": "images", "sent semantics": sent_semantics}
-        channel = "" if config.link == "ideal" else f" {config.snr:g} dB"
-        channel += f", {config.pool}" if config.link == "analog" and config.pool != "None" else ""
         if self.transmitting:
             columns["local picture"] = "local"
         else:
+            channel = "" if config.link == "ideal" else f" {config.snr:g} dB"
+            channel += f", {config.pool}" if config.link == "analog" and config.pool != "None" else ""
             columns |= {f"received, {config.link}{channel}": "received", "regenerated": "samples"}
         columns |= {f"{codec}, same bits": f"baseline_{codec}" for codec in codecs}
         write_panel(self.results, rows, columns)
@@ -236,8 +230,6 @@ class MessageRun:
             raise InputError(f"--messages {folder}: no {MESSAGE} files there; write them with --role transmit")
         self.paths = [str(path) for path in self.files]
         self.names = [str(path.relative_to(folder).with_suffix("")).replace("/", "__") for path in self.files]
-        if len({*self.names}) < len(self.names):
-            raise InputError(f"--messages {folder}: two files would give pictures of one name; rename one of them")
         for path in self.files[: config.num_samples]:  # what cannot be received is refused before the long work
             read_message(path, parts["make_chain"])
 
@@ -264,8 +256,7 @@ class MessageRun:
         save_picture(to_uint8(image)[0], self.results.file("samples", name))
         row = {"path": self.paths[k], "name": name, "bank_index": arrival.start, "steps": int(result.steps[0])}
         row |= {"link": "messages", "seconds": f"{time.monotonic() - started:.3f}"}
-        row |= {f"bits_{part}": bits[part] for part in PARTS}
-        row["bpp"] = f"{bits['total'] / (header.height * header.width):.4f}"
+        row |= _size_columns(bits, header.height, header.width)
         row["picture_sha256"] = picture_digest(image[0])
         return [row | {"message_sha256": file_digest(self.files[k]).hex()}]
 
@@ -284,6 +275,10 @@ def read_message(path, check=lambda header: None):
         return message
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _size_columns(bits, height, width):
+    return {f"bits_{part}": bits[part] for part in PARTS} | {"bpp": f"{bits['total'] / (height * width):.4f}"}
 
 
 class Run:
@@ -360,10 +355,10 @@ def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
     :param share: the `Share` of each point's pictures that this process makes.
     :param quiet: show no progress bar.
     """
-    found, runs, summaries, made = sweep(config) if config.role != "receive" else [config], [], [], 0
-    for number, point in enumerate(found, 1):
+    points, runs, summaries, made = sweep(config) if config.role != "receive" else [config], [], [], 0
+    for number, point in enumerate(points, 1):
         run = Run(point, weights, parts, share, quiet)
-        place = f" ({number} of {len(found)})" if len(found) > 1 else ""
+        place = f" ({number} of {len(points)})" if len(points) > 1 else ""
         part = f"share {share.index + 1} of {share.count} of " if share.count > 1 else ""
         what = f"{part}{run.count} {run.work.items} with {weights}"
         log(f"{run.work.verb} {what} into {point.results_path}{place}")
@@ -378,9 +373,12 @@ def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
         summaries = [run.sum_up(rows, log) for run, rows in zip(runs, tables, strict=True)]
     for note in parts["measures"].metrics.notes if "measures" in parts else ():
         log(f"note: {note}")
-    if len(found) > 1:
-        curves = [(run.config.link, run.config.pool, run.config.snr) for run in runs]
-        log(write_curves(Path(config.results_path), [(*c, s) for c, s in zip(curves, summaries, strict=True)]))
+    if len(points) > 1:
+        log(
+            write_curves(
+                Path(config.results_path), [(p.link, p.pool, p.snr, s) for p, s in zip(points, summaries, strict=True)]
+            )
+        )
     for run in runs:
         run.results.remove_leftovers()
 

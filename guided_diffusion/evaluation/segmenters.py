@@ -25,17 +25,15 @@ class Network:
         self.run, self.name, self.batch, self.device = run, name, batch, device
 
     def __call__(self, images):
-        groups = images.to(self.device).split(self.batch or max(1, len(images)))
+        size = self.batch or len(images)
+        missing = -len(images) % size  # of the last group
+        padded = torch.cat([images, images[:1].expand(missing, -1, -1, -1)]).to(self.device)
         try:
             with torch.no_grad():
-                return torch.cat([self._whole_group(group) for group in groups])
+                return torch.cat([self.run(group) for group in padded.split(size)])[: len(images)]
         except Exception as error:  # whatever a foreign network raises, most often about the size
             found = f"fails on {images.shape[2]}x{images.shape[3]} pictures ({_reason(error)})"
             raise InputError(f"{self.name} {found}; give a network of that size") from None
-
-    def _whole_group(self, group):
-        missing = (self.batch or len(group)) - len(group)
-        return self.run(torch.cat([group, group[:1].expand(missing, -1, -1, -1)]))[: len(group)]
 
 
 def load_network(path, flag, device="cpu"):
@@ -47,20 +45,20 @@ def load_network(path, flag, device="cpu"):
     name, formats = f"--{flag} {path}", "TorchScript (torch.jit.save) nor an exported program (torch.export.save)"
     if not os.path.isfile(path):
         raise InputError(f"{name}: no such file; give a TorchScript file or exported program")
-    if not zipfile.is_zipfile(path):
+    parts = set()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            parts = {part for record in archive.namelist() for part in record.split("/")}
+    if not {"model.json", "code"} & parts:
         raise InputError(f"{name}: neither {formats}, or cut short; write it again")
-    with zipfile.ZipFile(path) as archive:
-        parts = {part for record in archive.namelist() for part in record.split("/")}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remark that TorchScript is on its way out
-            if "model.json" in parts:
-                return _program(path, name, device)
             if "code" in parts:
                 return Network(torch.jit.load(path, map_location=device).eval(), name, None, device)
+            return _program(path, name, device)
     except Exception as error:  # torch raises many kinds for damaged files
         raise InputError(f"{name}: damaged ({_reason(error)}); write it again") from None
-    raise InputError(f"{name}: neither {formats}; write it with one of these")
 
 
 def _reason(error):
@@ -73,9 +71,9 @@ def _program(path, name, device):
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(program, device)
-    inputs = set(program.graph_signature.user_inputs)
-    given = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
-    batch = given[0].meta["val"].shape[0]  # a symbol: any batch
+    inputs = program.graph_signature.user_inputs
+    given = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs)
+    batch = given.meta["val"].shape[0]  # a symbol: any batch
     return Network(program.module(), name, batch if isinstance(batch, int) else None, device)
 
 
@@ -115,7 +113,7 @@ def features_of(network):
 
     def features(images):
         out = network(images)
-        if not torch.is_tensor(out) or out.dim() not in (2, 4) or len(out) != len(images):
+        if not torch.is_tensor(out) or out.dim() not in (2, 4):
             found = tuple(out.shape) if torch.is_tensor(out) else type(out).__name__
             raise InputError(f"--features gave {found} for {len(images)} pictures; it must give (N, D) or (N, D, H, W)")
         return out.float().mean((2, 3)) if out.dim() == 4 else out.float()

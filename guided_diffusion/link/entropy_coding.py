@@ -1,11 +1,12 @@
 """Adaptive binary arithmetic coding of small maps, with the coded neighbours of a pixel as its context.
 
-Library formats spend much of a small label map on headers and on statistics that they learn too slowly. This coder
-asks, pixel by pixel in raster order, if the symbol is that of the left, upper, upper right or upper left pixel, and
-spells it out where every answer is no. Each answer is one binary decision whose probability is counted per context; a
-new context starts from a coarser one's probability. JBIG2 and JPEG-LS work in this way; the arithmetic is that of
-carry-less range coders (as in lpaq): integers alone, so that both ends agree on any machine.
+This coder asks, pixel by pixel in raster order, if the symbol is that of the left, upper, upper right or upper left
+pixel, and spells it out where every answer is no. Each answer is one binary decision whose probability is counted per
+context; a new context starts from a coarser one's probability. JBIG2 and JPEG-LS work in this way; the arithmetic is
+that of carry-less range coders (as in lpaq): integers alone, so that both ends agree on any machine.
 """
+
+import itertools
 
 import numpy as np
 
@@ -20,15 +21,11 @@ _START, _MOST = 8, 500  # twice the count that a new probability stands for, and
 
 
 def encode(symbols, count):
-    """Code a map losslessly.
-
-    :param symbols: (h, w) uint8 in 0...count-1, at most 2^17 of them.
-    :param count: 2...64.
-    :return: bytes, or None where the map is too irregular for this coder.
-    """
+    """Code (h, w) uint8 symbols in 0...count-1 losslessly: bytes, or None where the map is too large or irregular."""
     code, finish = _coder()
     rows = np.pad(symbols, ((2, 0), (2, 2))).tolist()
-    return finish() if _walk(rows, count, code) else None
+    small = symbols.size <= MAX_PIXELS and count <= MAX_SYMBOLS
+    return finish() if small and _walk(rows, count, code) else None
 
 
 def decode(data, height, width, count):
@@ -46,11 +43,11 @@ def _coder(data=None):
     """Return (code, finish) of an encoder, or of a decoder of `data`.
 
     `code(node, bit)` codes one decision whose node is [probability, count, coarser node or None], and counts it; the
-    decoder ignores `bit` and returns the one coded. `finish()` returns all bytes coded, which tell a decoder whether
-    `data` is the one coding of its map.
+    decoder ignores `bit` and returns the one coded. `finish()` returns all bytes coded: a decoder compares its `data`.
     """
     low, high, out = 0, _TOP, bytearray()
-    value = int.from_bytes((data or b"")[:4].ljust(4, b"\0"), "big")
+    source = itertools.chain(data or b"", itertools.repeat(0))
+    value = int.from_bytes(itertools.islice(source, 4), "big")
 
     def code(node, bit):
         nonlocal low, high, value
@@ -64,9 +61,7 @@ def _coder(data=None):
         while low ^ high < 2**24:  # the first byte is settled
             out.append(high >> 24)
             low, high = low << 8 & _TOP, high << 8 & _TOP | 255
-            if data is not None:
-                at = len(out) + 3
-                value = value << 8 & _TOP | (data[at] if at < len(data) else 0)
+            value = value << 8 & _TOP | next(source)
         while node is not None:
             node[0] += (target - node[0]) * 2 // node[1]
             node[1] += 2 * (node[1] < _MOST)
@@ -86,9 +81,8 @@ def _coder(data=None):
 def _walk(rows, count, code):
     """Code the map, or fill it in with a decoder's `code`.
 
-    Return False where new contexts and spelt-out symbols, which take most of the time, exceed one per eight pixels and
-    4,096 more; or a decoder meets a symbol spelt out that an encoder would not spell. `rows` are lists of symbols in a
-    frame of zeros: two rows above, two columns at either side.
+    Return False where new contexts and spelt-out symbols, which take the time, exceed one per eight pixels and 4,096
+    more, or no encoder would spell a symbol. `rows` are framed by zeros: two rows above, two columns at either side.
     """
     contexts, coarse, trees = {}, {}, {}
     bits = (count - 1).bit_length()
@@ -112,29 +106,22 @@ def _walk(rows, count, code):
                     break
             else:
                 budget -= 1
-                row[x] = symbol = _spell(symbol, bits, trees.setdefault(west, {}), code)
+                tree, prefix = trees.setdefault(west, {}), 1
+                for k in reversed(range(bits)):  # the highest first, each in the context of those before
+                    node = tree.setdefault(prefix, [_ONE // 2, _START // 2, None])
+                    prefix = prefix * 2 + code(node, symbol >> k & 1)
+                row[x] = symbol = prefix - (1 << bits)
                 if budget < 0 or symbol >= count or any(symbol == guess for guess, _ in context):
                     return False
     return True
 
 
 def _context(key, count, bits, coarse):
-    """Return [(guess, node)] for a context's distinct neighbours; the last node is None where no other symbol is left.
-
-    The coarser context is the four nearest neighbours of a two-valued map, and which of them are equal of any other.
-    """
+    """Return [(guess, node)] of the distinct neighbours; the last node is None where no other symbol is left."""
     near = [key >> bits * k & (1 << bits) - 1 for k in range(4)]  # left, upper, upper right, upper left
     guesses = list(dict.fromkeys(near))
+    # The coarser context: the four neighbours where two symbols occur, else which of the four are equal
     shape = tuple(near) if count == 2 else tuple(map(guesses.index, near))
     nodes = [coarse.setdefault((shape, k), [_ONE // 2, _START, None]) for k in range(len(guesses))]
     context = [(guess, [node[0], _START, node]) for guess, node in zip(guesses, nodes, strict=True)]
     return context if len(guesses) < count else [*context[:-1], (guesses[-1], None)]
-
-
-def _spell(symbol, bits, tree, code):
-    """Code a symbol bit by bit, the highest first, each in the context of those before."""
-    prefix = 1
-    for k in reversed(range(bits)):
-        node = tree.setdefault(prefix, [_ONE // 2, _START // 2, None])
-        prefix = prefix * 2 + code(node, symbol >> k & 1)
-    return prefix - (1 << bits)

@@ -16,7 +16,7 @@ import numpy as np
 from ..console import InputError
 from ..diffusion.solvers import SamplerSettings
 from . import source_coding
-from .source_coding import MissingPlugin, decode_map, encode_map, pack_choices, unpack_choices
+from .source_coding import decode_map, encode_map, pack_choices, unpack_choices
 
 PARTS = ("header", "labels", "edges", "indices")
 CRC_BYTES = 4
@@ -63,8 +63,7 @@ HEADER_BYTES = _FIELDS.size + CRC_BYTES
 class Header:
     """What a receiver must know besides the maps and the noise.
 
-    :param height, width: of the picture, 1...8192 pixels, at most 2^24 in all.
-    :param num_classes: of the label map, 1...256.
+    :param height, width, num_classes: of the picture, 1...8192 pixels, at most 2^24 in all; 1...256 classes.
     :param one_hot, edge_plane: the form of the conditioning (see `encode_semantics`).
     :param boundaries: boundaries between instances of one class are part of the edges.
     :param label_scale, edge_scale: 1, 2, 4 or 8 pixels to one that is sent.
@@ -101,15 +100,9 @@ class Header:
         eta, s = (float(np.float32(value)) for value in (self.sampler.eta, self.sampler.s))
         object.__setattr__(self, "sampler", replace(self.sampler, eta=eta, s=s))
 
-    @property
-    def label_shape(self):
-        """(h, w) of the label map as sent."""
-        return -(-self.height // self.label_scale), -(-self.width // self.label_scale)
-
-    @property
-    def edge_shape(self):
-        """(h, w) of the image edges as sent."""
-        return -(-self.height // self.edge_scale), -(-self.width // self.edge_scale)
+    def shape(self, scale):
+        """(h, w) of a map that is sent at a scale."""
+        return -(-self.height // scale), -(-self.width // scale)
 
     def check(self):
         """Raise InputError unless a message can carry these values; return them as they are sent, by name."""
@@ -176,9 +169,9 @@ def read_header(data):
 class Message:
     """One picture's message, or what arrived of one. `from_bytes` is the exact inverse of `to_bytes`.
 
-    :param label: (h, w) uint8 class ids of the header's `label_shape`.
+    :param label: (h, w) uint8 class ids, of the header's shape(label_scale).
     :param boundary: (H, W) bool, or None without `boundaries`.
-    :param edges: (h, w) uint8 symbols below edge_levels, of the header's `edge_shape`, or None with 0 levels.
+    :param edges: (h, w) uint8 symbols below edge_levels, of its shape(edge_scale), or None with 0 levels.
     :param start_index: bank entry of x_T, or None without `start_sent`.
     :param codewords: per selected step (indices, signs), tuples of step_atoms integers (see `pack_choices`).
     :param problems: names of parts that were lost: what they say is None (codewords: fewer), without the header all.
@@ -233,7 +226,6 @@ def receive_parts(parts, indices_prefix=b""):
 
     :param parts: {part: bytes, or None where it is lost}.
     :param indices_prefix: a beginning of the indices that is known to be right, for when the whole is not.
-    :raises InputError: only where a part is good and needs a plugin that this machine lacks.
     """
     head = (parts.get("header") or b"")[:HEADER_BYTES]
     try:
@@ -247,8 +239,6 @@ def receive_parts(parts, indices_prefix=b""):
             if part is None or len(part) != length:
                 raise InputError("lost")
             read[name] = _READERS[name](header, _without_crc(name, part, head))
-        except MissingPlugin:
-            raise
         except InputError:
             problems.append(name)
     if "indices" in problems:
@@ -279,14 +269,12 @@ def _encode_edges(header, boundary, edges):
     first = encode_map(boundary, 2) if boundary is not None and boundary.any() else b""
     if edges is None:
         return first
-    second = encode_map(edges, header.edge_levels)
-    if boundary is None:
-        return second
     length, left = bytearray(), len(first)
     while left > 127:
         length.append(left & 127 | 128)
         left >>= 7
-    return bytes([*length, left]) + first + second
+    length.append(left)
+    return (b"" if boundary is None else bytes(length) + first) + encode_map(edges, header.edge_levels)
 
 
 def _read_edges(header, data):
@@ -297,7 +285,7 @@ def _read_edges(header, data):
         first, data = _split_edges(data) if header.edge_levels else (data, b"")
         boundary = decode_map(first, *size, 2).astype(bool) if first else np.zeros(size, bool)
     if header.edge_levels:
-        edges = decode_map(data, *header.edge_shape, header.edge_levels)
+        edges = decode_map(data, *header.shape(header.edge_scale), header.edge_levels)
     elif data:
         raise InputError(f"message: {len(data)} bytes of edges that the header does not name; send it again")
     return boundary, edges
@@ -319,7 +307,7 @@ def _read_choices(header, data, prefix=False):
 
 
 _READERS = {
-    "labels": lambda header, data: decode_map(data, *header.label_shape, header.num_classes),
+    "labels": lambda header, data: decode_map(data, *header.shape(header.label_scale), header.num_classes),
     "edges": _read_edges,
     "indices": _read_choices,
 }

@@ -4,7 +4,6 @@ import math
 
 import torch
 
-from ..console import InputError
 from ..random_streams import generator, integer, stream_seed
 
 MAX_STATES = 1900  # of 5,056 bytes each: below 10 MB for any bank size
@@ -14,20 +13,14 @@ class NoiseBank:
     """`size` standard-normal tensors that follow from one seed; entry i is made when it is asked for.
 
     Equal, bit for bit, to `torch.manual_seed(seed); torch.randn(size, *shape)` on the CPU where 3HW is a multiple of
-    16; otherwise to drawing entry after entry. CPUs without AVX2 may differ in the last bits (up to 2e-6).
+    16; otherwise to drawing entry after entry. CPUs without AVX2 may differ in the last bits (up to 2e-6). Kept in
+    memory are the generator's states at every entry (every few in banks of more than 1,900) up to the last asked for.
 
-    The bank itself is never in memory: the generator's states are, at every entry (every few in banks of more than
-    1,900), as far as entries were asked for.
-
-    :param shape: shape of one entry, such as (3, 256, 512).
-    :param size: number of entries eta, at least 1.
-    :param seed: the shared seed.
+    :param shape, size, seed: of one entry, such as (3, 256, 512); number of entries eta, at least 1; the shared seed.
     :param cache_entries: keep so many entries in memory, most recently used first, for searches over many.
     """
 
     def __init__(self, shape=(3, 256, 512), size=1000, seed=150, cache_entries=0):
-        if size < 1:
-            raise InputError(f"--noise_bank_size {size}: a noise bank needs at least 1 entry")
         self.shape, self.size, self.seed, self.cache_entries = tuple(shape), size, seed, cache_entries
         self.stride = math.ceil(size / MAX_STATES)
         self._walker, self._states = torch.Generator().manual_seed(seed), []
@@ -103,7 +96,6 @@ class NoiseBank:
 class FreshNoise(NoiseBank):
     """Ordinary diffusion (--noise_bank_size 0) with a bank's interface: a noise per position, and no index to send.
 
-    :param shape: shape of one noise.
     :param purpose, chain_purpose: random streams of a position's noise and of the chain behind it (`random_streams`).
     """
 

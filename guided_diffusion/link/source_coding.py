@@ -15,20 +15,22 @@ from PIL import Image
 from ..console import InputError
 from . import entropy_coding
 
-CONSTANT, CONTEXT, JXL, LZMA = range(4)  # containers
+try:
+    import pillow_jxl  # registers JPEG XL with Pillow
+except ImportError:
+    pillow_jxl = None
+
+CONSTANT, CONTEXT, JXL, LZMA, PACKED = 0, 1, 2, 3, 11  # containers; PACKED: LZMA of symbols of 1, 2 or 4 bits
+LISTED = 4  # bit beside the container's: the palette is a list, not a bitmap
 MAX_CANDIDATES, MAX_ATOMS = 2**13, 2**8  # of per-step selection: bound the work of unranking
 MAX_SIDE, MAX_PIXELS = 2**13, 2**24
-
-
-class MissingPlugin(InputError):
-    """The bytes are good, but this machine lacks what reads them."""
 
 
 # -- id maps ----------------------------------------------------------------------------------------------------------
 
 
 def encode_map(ids, num_values):
-    """Code an id map without loss in the smallest container that this machine offers.
+    """Code an id map without loss in the smallest container.
 
     :param ids: (h, w) uint8 (or bool), every id below num_values.
     :param num_values: how many ids there are, 1...256; the receiver knows it.
@@ -47,82 +49,56 @@ def encode_map(ids, num_values):
 def decode_map(data, height, width, num_values):
     """Undo `encode_map`: return (height, width) uint8, every id below num_values.
 
-    :raises InputError: damaged bytes, bytes left over, or JPEG XL without the plugin that reads it.
+    :raises InputError: damaged bytes, or bytes left over.
     """
-    if len(data) < 2 or data[0] >= 32:
-        raise InputError("coded map: damaged container byte; send it again")
-    container, form, option = data[0] & 3, data[0] >> 2 & 1, data[0] >> 3
-    if container == CONSTANT:
-        if data[0] or len(data) != 2 or data[1] >= num_values:
-            raise InputError("coded map: damaged constant map; send it again")
+    if len(data) < 2:
+        raise InputError(f"a coded map of {len(data)} bytes: it is cut off; send it again")
+    container = data[0] & ~LISTED
+    if data[0] == CONSTANT and len(data) == 2 and data[1] < num_values:
         return np.full((height, width), data[1], np.uint8)
-    values, body = _read_palette(data[1:], form, num_values)
-    if container == JXL:
-        symbols = _from_jxl(body, height, width, option)
-    elif container == LZMA:
-        symbols = _from_lzma(body, height, width, len(values), option)
-    else:
+    values, body = _read_palette(data[1:], data[0] & LISTED, num_values)
+    if container == CONTEXT:
         symbols = entropy_coding.decode(body, height, width, len(values))
+    elif container in (LZMA, PACKED):
+        symbols = _from_lzma(body, height, width, _depth(len(values)) if container == PACKED else 8)
+    elif container in range(JXL, 32, 8):
+        symbols = _from_jxl(body, height, width, container >> 3)
+    else:
+        raise InputError("coded map: damaged container byte; send it again")
     if symbols.max() >= len(values):
         raise InputError(f"coded map: symbol {symbols.max()}, but it lists {len(values)} values; send it again")
     return values[symbols]
 
 
-def jxl_available():
-    """Whether this machine reads and writes JPEG XL (pillow-jxl-plugin)."""
-    try:
-        import pillow_jxl  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def _coded(symbols, values, num_values):
-    """Yield the map in every container.
-
-    A byte (bits 0-1 container, 2 form of the palette, 3-4 option: packed, or width of JPEG XL's groups), palette, body.
-    """
-    form, palette = _palette(values, num_values)
-
-    def contained(container, option, body):
-        return bytes([container | form << 2 | option << 3]) + palette + body
-
-    if symbols.size <= entropy_coding.MAX_PIXELS and len(values) <= entropy_coding.MAX_SYMBOLS:
-        body = entropy_coding.encode(symbols, len(values))
-        if body is not None:
-            yield contained(CONTEXT, 0, body)
-    yield from (contained(LZMA, packed, _lzma(symbols, len(values), packed)) for packed in (0, 1))
-    # No effort is best for all maps, and the highest takes 4 µs per pixel.
-    efforts = (7, 10) if symbols.size <= 2**17 else (7, 9) if symbols.size <= 2**20 else (7,)
-    for effort in efforts if jxl_available() else ():
-        yield from (contained(JXL, option, body) for option, body in _to_jxl(symbols, effort))
+    """Return the map in every container: a byte that names it, palette, body."""
+    listed, palette = _palette(values, num_values)
+    bodies = {CONTEXT: entropy_coding.encode(symbols, len(values))}
+    bodies |= {LZMA: _lzma(symbols, 8), PACKED: _lzma(symbols, _depth(len(values)))}
+    bodies |= _to_jxl(symbols)
+    return [bytes([name | listed]) + palette + body for name, body in bodies.items() if body is not None]
 
 
 def _palette(values, num_values):
-    """Return (form, bytes): a bitmap of the values that occur (form 0), or a count and a list (1) if it is shorter."""
+    """Return (0, a bitmap of the values that occur), or (LISTED, their count and list) where that is shorter."""
     bitmap = np.zeros(num_values, bool)
     bitmap[values] = True
     listed = bytes([len(values) - 1, *values.tolist()])
     packed = np.packbits(bitmap).tobytes()
-    return (1, listed) if len(listed) < len(packed) else (0, packed)
+    return (LISTED, listed) if len(listed) < len(packed) else (0, packed)
 
 
-def _read_palette(data, form, num_values):
+def _read_palette(data, listed, num_values):
     """Undo `_palette`: return (values uint8 ascending, the bytes behind)."""
-    size = data[0] + 2 if form else -(-num_values // 8)
+    size = data[0] + 2 if listed else -(-num_values // 8)
     head = np.frombuffer(data[:size], np.uint8)
-    values = head[1:] if form else np.flatnonzero(np.unpackbits(head)).astype(np.uint8)
+    values = head[1:] if listed else np.flatnonzero(np.unpackbits(head)).astype(np.uint8)
     if len(head) < size or len(values) < 2 or values[-1] >= num_values or (np.diff(values.astype(int)) <= 0).any():
         raise InputError("coded map: damaged list of values; send it again")
     return values, data[size:]
 
 
-# -- LZMA: what is left where the map is large or irregular and there is no JPEG XL ------------------------------------
-
-
-def _lzma_filters(size):
-    # The decoder takes dict_size of memory.
-    return [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(4096, size), "lc": 0, "lp": 0, "pb": 0}]
+# -- LZMA: for maps that are too large or irregular for the context coder ---------------------------------------------
 
 
 def _depth(count):
@@ -130,32 +106,32 @@ def _depth(count):
     return next(depth for depth in (1, 2, 4, 8) if count <= 1 << depth)
 
 
-def _lzma(symbols, count, packed):
-    raw = symbols.tobytes()
-    if packed:
-        bits = np.unpackbits(symbols.reshape(-1, 1), axis=1)[:, 8 - _depth(count) :]  # (h·w, depth)
-        raw = np.packbits(bits).tobytes()
-    return lzma.compress(raw, lzma.FORMAT_RAW, filters=_lzma_filters(len(raw)))
+def _lzma_options(size):
+    # The decoder takes dict_size of memory.
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(4096, size), "lc": 0, "lp": 0, "pb": 0}]
+    return {"format": lzma.FORMAT_RAW, "filters": filters}
 
 
-def _from_lzma(data, height, width, count, packed):
-    depth = _depth(count) if packed else 8
+def _lzma(symbols, depth):
+    bits = np.unpackbits(symbols.reshape(-1, 1), axis=1)[:, 8 - depth :]  # (h·w, depth)
+    raw = np.packbits(bits).tobytes()
+    return lzma.compress(raw, **_lzma_options(len(raw)))
+
+
+def _from_lzma(data, height, width, depth):
     size = -(-height * width * depth // 8)
-    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters(size))
+    reader = lzma.LZMADecompressor(**_lzma_options(size))
     try:
         raw = reader.decompress(data, max_length=size + 1)
     except (lzma.LZMAError, EOFError) as error:
         raise InputError(f"coded map: damaged LZMA data ({error}); send it again") from None
-    if packed > 1 or len(raw) != size or not reader.eof or reader.unused_data:
+    if len(raw) != size or not reader.eof or reader.unused_data:
         raise InputError(f"coded map: LZMA data that is no map of {width}x{height} pixels; send it again")
-    flat = np.frombuffer(raw, np.uint8)
-    if depth < 8:
-        bits = np.unpackbits(flat)[: height * width * depth].reshape(-1, depth)
-        flat = np.packbits(bits, axis=1)[:, 0] >> (8 - depth)
-    return flat.reshape(height, width)
+    bits = np.unpackbits(np.frombuffer(raw, np.uint8))[: height * width * depth].reshape(-1, depth)
+    return (np.packbits(bits, axis=1)[:, 0] >> (8 - depth)).reshape(height, width)
 
 
-# -- JPEG XL -----------------------------------------------------------------------------------------------------------
+# -- JPEG XL: 3 to 36 % below the others on image edges of 16 and more levels ----------------------------------------
 #
 # The head of a codestream (ISO/IEC 18181-1: picture size, 8-bit grey, one modular frame over the whole picture) follows
 # from the map's size and is not sent. Its fields are texts of bits here, the lowest bit first.
@@ -168,10 +144,6 @@ def _bits(value, count):
     return f"{value:0{count}b}"[::-1]
 
 
-def _bytes(bits):
-    return np.packbits([int(bit) for bit in bits], bitorder="little").tobytes()
-
-
 def _jxl_head(height, width, shift):
     """Return the codestream's bytes before its table of contents; groups are 128 << shift pixels wide."""
     ratio = next((k for k, (a, b) in enumerate(_RATIOS, 1) if height * a // b == width), 0)
@@ -179,27 +151,31 @@ def _jxl_head(height, width, shift):
     if small := all(side % 8 == 0 and side <= 256 for side in sides):
         sides = [_bits(side // 8 - 1, 5) for side in sides]
     else:
-        sides = [_bits(side - 1 > 511, 2) + _bits(side - 1, 13 if side > 512 else 9) for side in sides]
+        sides = [_bits(side > 512, 2) + _bits(side - 1, 13 if side > 512 else 9) for side in sides]
     size = str(int(small)) + sides[0] + _bits(ratio, 3) + "".join(sides[1:])
     frame = "000100000" + _bits(shift, 2) + "000001" + "0" * 11  # no crop, the last frame, groups in their usual order
-    return b"\xff\x0a" + _bytes(size + _METADATA) + _bytes(frame)
+    packed = (np.packbits([*map(int, bits)], bitorder="little") for bits in (size + _METADATA, frame))
+    return b"\xff\x0a" + b"".join(part.tobytes() for part in packed)
 
 
-def _to_jxl(symbols, effort):
-    """Yield (shift, codestream without its head), or nothing where this plugin writes another head."""
-    file = io.BytesIO()
-    # One thread: the bytes are the same, and starting many takes longer than a small map.
-    Image.fromarray(symbols).save(file, "JXL", lossless=True, effort=effort, num_threads=0)
-    for shift in range(4):
-        head = _jxl_head(*symbols.shape, shift)
-        if file.getvalue().startswith(head):
-            yield shift, file.getvalue()[len(head) :]
-            return
+def _to_jxl(symbols):
+    """Return {container: codestream without its head}; {} without the plugin, or where it writes another head."""
+    if pillow_jxl is None:
+        return {}
+    files = []
+    for effort in (7, 10) if symbols.size <= 2**17 else (7,):  # neither is best for all maps; 10 takes 4 µs per pixel
+        file = io.BytesIO()
+        # One thread: the bytes are the same, and starting many takes longer than a small map.
+        Image.fromarray(symbols).save(file, "JXL", lossless=True, effort=effort, num_threads=0)
+        files.append(file.getvalue())
+    smallest = min(files, key=len)
+    heads = {JXL | shift << 3: _jxl_head(*symbols.shape, shift) for shift in range(4)}
+    return {container: smallest[len(head) :] for container, head in heads.items() if smallest.startswith(head)}
 
 
 def _from_jxl(data, height, width, shift):
-    if not jxl_available():
-        raise MissingPlugin("the message has a JPEG XL map, which needs a plugin: pip install pillow-jxl-plugin")
+    if pillow_jxl is None:
+        raise InputError("the message has a JPEG XL map, which needs a plugin: pip install pillow-jxl-plugin")
     try:
         with Image.open(io.BytesIO(_jxl_head(height, width, shift) + data), formats=["JXL"]) as image:
             return np.array(image)  # (height, width)

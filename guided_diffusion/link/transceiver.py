@@ -7,6 +7,7 @@ machine, library version and thread count when both are made alone (batch 1).
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from ..console import InputError
@@ -27,10 +28,10 @@ def condition(header, label, boundary=None, edges=None):
     """
     size, form = (header.height, header.width), (header.num_classes, header.one_hot, header.edge_plane)
     coding = SemanticCoding(header.label_scale, header.edge_levels, edge_scale=header.edge_scale)
+    if header.boundaries and boundary is None:
+        boundary = np.zeros(size, bool)  # boundaries between classes follow from the labels
     planes = (None if plane is None else torch.from_numpy(plane)[None, None] for plane in (label, boundary, edges))
     label, boundary, edges = planes  # (1, 1, h, w) each
-    if header.boundaries and boundary is None:
-        boundary = torch.zeros(1, 1, *size, dtype=torch.bool)  # boundaries between classes follow from the labels
     return restore(label.long(), boundary, edges, coding, size, *form)
 
 
@@ -47,8 +48,7 @@ class Transmitter:
     """Turns scenes into messages.
 
     :param template: a `Header` that says everything but the picture's size and what is found out on the way.
-    :param coding: the `SemanticCoding`.
-    :param chain: the `Chain` that both ends run, for local generative feedback.
+    :param coding, chain: the `SemanticCoding`, and the `Chain` that both ends run, for local generative feedback.
     :param choose: function (chain, y, scene, start, on_step) -> `Choice`, or None to take the start that is asked for.
     :param local: make the local picture even where nothing is chosen.
     """
@@ -82,29 +82,26 @@ class Transmitter:
         """
         if self.choose is not None and "image" not in scene:
             raise InputError("noise selection compares with the picture, and this split has labels alone")
-        (message, y), choice = self.describe(scene), None
+        (message, y), choice, codewords = self.describe(scene), None, ()
         header = message.header
         if self.choose is not None:
             choice = self.choose(self.chain, y, scene, start, on_step)
         elif self.local:
-            result = self.chain.run(y, [start], on_step=on_step)
-            spent = self.chain.evaluations(result)
-            choice = Choice(start, (), None, spent, result.images[0].cpu(), int(result.steps))
+            choice = self.chain.choice(self.chain.run(y, [start], on_step=on_step), start)
         if choice is not None:
-            start, message = choice.index, replace(message, codewords=choice.codewords)
+            start, codewords = choice.index, choice.codewords
             if choice.steps < self.chain.diffusion.num_timesteps:
                 header = replace(header, stop_step=choice.steps)
-        return Sent(replace(message, header=header, start_index=start if header.start_sent else None), y, choice)
+        start = start if header.start_sent else None
+        return Sent(replace(message, header=header, start_index=start, codewords=codewords), y, choice)
 
 
 @dataclass(frozen=True)
 class Arrival:
     """What a receiver knows of one picture before it makes it.
 
-    :param y: (1, C, H, W) conditioning.
-    :param start: bank index of x_T.
-    :param codewords: of the selected steps, or of the first of them.
-    :param problems: what was lost.
+    :param y, start: (1, C, H, W) conditioning, and the bank index of x_T.
+    :param codewords, problems: of the selected steps, or of the first of them; and the names of parts that were lost.
     """
 
     header: Header
@@ -139,17 +136,15 @@ class Receiver:
 
     def pictures(self, arrivals, on_step=None):
         """Run the chains of arrivals of one picture size, together where they ask for one chain: a `SampleResult`."""
-        groups = {}
+        groups, results = {}, {}
         for k, arrival in enumerate(arrivals):
             chain = self.make_chain(arrival.header)
-            groups.setdefault(id(chain), (chain, []))[1].append(k)
-        images, steps = [None] * len(arrivals), [None] * len(arrivals)
-        for chain, numbers in groups.values():
-            own = [arrivals[k] for k in numbers]
-            y, starts = torch.cat([arrival.y for arrival in own]), [arrival.start for arrival in own]
-            result = chain.run(y, starts, [arrival.codewords for arrival in own], on_step=on_step)
-            for k, image, taken in zip(numbers, result.images, result.steps, strict=True):
-                images[k], steps[k] = image, taken
+            groups.setdefault(id(chain), (chain, {}))[1][k] = arrival
+        for chain, own in groups.values():
+            y, starts = torch.cat([each.y for each in own.values()]), [each.start for each in own.values()]
+            result = chain.run(y, starts, [each.codewords for each in own.values()], on_step=on_step)
+            results |= zip(own, zip(result.images, result.steps, strict=True), strict=True)
+        images, steps = zip(*(results[k] for k in range(len(arrivals))), strict=True)
         return SampleResult(torch.stack(images), torch.stack(steps))
 
 
@@ -160,11 +155,7 @@ class Receiver:
 
 
 class AnalogChannel:
-    """Gaussian noise on the semantic planes, then a pool (GESCO, see `channel`); header and indices arrive.
-
-    :param sigma: standard deviation of the noise.
-    :param pool: "None", "med", "mean" or "max".
-    """
+    """Gaussian noise sigma on the semantic planes, then a pool (see `channel`); header and indices arrive."""
 
     def __init__(self, sigma, pool="None"):
         self.sigma, self.pool = sigma, pool
@@ -187,10 +178,7 @@ class IdealChannel:
 
 
 class DigitalChannel:
-    """The message's bytes, channel-coded part by part (see `channel_coding`).
-
-    :param link: a `DigitalLink`.
-    """
+    """The message's bytes, channel-coded part by part by a `DigitalLink` (see `channel_coding`)."""
 
     def __init__(self, link):
         self.link = link

@@ -280,6 +280,7 @@ class Group:
         if self.world_size > 1:
             self.largest(0)
             dist.destroy_process_group()
+            time.sleep(0.5)  # a gloo thread that lets go of its last tensor while Python ends would abort the process
 
 
 def _fulfil(future, work):
