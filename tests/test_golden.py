@@ -1,7 +1,7 @@
 """What must not change from one version to the next: values noted in golden.json.
 
-Integers (message bytes, flags, columns) are compared exactly, floats with a tolerance for other CPUs. After a change that is
-meant, `PYTHONPATH=. python tests/test_golden.py` writes the file anew.
+Integers (message bytes, flags, columns) are compared exactly, floats with a tolerance for other CPUs. After a change
+that is meant, `PYTHONPATH=. python tests/test_golden.py` writes the file anew.
 """
 
 import csv

@@ -352,5 +352,9 @@ def write_toy_scenes(data_dir, train=200, val=16, height=128, width=256, seed=0,
             Image.fromarray(image).save(root / f"leftImg8bit/{name}_leftImg8bit.png")
             Image.fromarray(label).save(root / f"gtFine/{name}_gtFine_labelIds.png")
             Image.fromarray(instance.astype(np.uint16)).save(root / f"gtFine/{name}_gtFine_instanceIds.png")
-        os.replace(root, target)
+        try:
+            os.replace(root, target)
+        except OSError:
+            if not (target / "leftImg8bit").is_dir():  # else another process drew them meanwhile
+                raise
     return data_dir

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, features
 
 from ..console import InputError
-from ..link.source_coding import jxl_available
+from ..link.source_coding import pillow_jxl
 
 SCALES = (1, 2, 4, 8)  # the picture is coded at 1/scale of its size and enlarged by the receiver
 NEAR = 12  # qualities around the best so far among which slow settings look
@@ -42,7 +42,7 @@ class Coded(NamedTuple):
 
 def available(codec):
     """Tell whether a codec of `CODECS` is installed; AVIF and WebP come with Pillow, JPEG XL with pillow-jxl-plugin."""
-    return jxl_available() if codec == "jxl" else codec == "jpeg" or bool(features.check(codec))
+    return bool(pillow_jxl) if codec == "jxl" else codec == "jpeg" or bool(features.check(codec))
 
 
 def check_installed(codec):

@@ -230,6 +230,8 @@ class MessageRun:
             raise InputError(f"--messages {folder}: no {MESSAGE} files there; write them with --role transmit")
         self.paths = [str(path) for path in self.files]
         self.names = [str(path.relative_to(folder).with_suffix("")).replace("/", "__") for path in self.files]
+        if len({*self.names}) < len(self.names):
+            raise InputError(f"--messages {folder}: two files would give pictures of one name; rename one of them")
         for path in self.files[: config.num_samples]:  # what cannot be received is refused before the long work
             read_message(path, parts["make_chain"])
 
