@@ -1,16 +1,13 @@
-"""Quality against seconds per picture, from a quality study and a benchmark of the same checkpoint (needs matplotlib).
+"""Quality against seconds per picture, from a quality study (needs matplotlib).
 
-python docs/plot_quality.py quality/quality.csv benchmark_camvid.json out.png
+python docs/plot_quality.py quality/quality.csv out.png
 
-Seconds are the benchmark's: the label-map work and a step's time, times the steps that a sampler took on average.
-Prints the table behind the figure; the band is what runs of the first sampler, which differ in the noise index alone,
-span.
+Seconds are the study's own. Prints the table behind the figure; the band is what runs of the first sampler, which
+differ in the noise index alone, span.
 """
 
 import csv
-import json
 import sys
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -21,27 +18,15 @@ from matplotlib import pyplot
 MEASURES = {"psnr_db": "PSNR in dB", "ssim": "SSIM", "kid": "KID (segmenter features)"}
 
 
-def cost(benchmark):
-    """Return (plain step, fast step, label-map work) in seconds, fp32."""
-    parts = json.loads(Path(benchmark).read_text())["parts"]
-    steps = {row[0]: row[3] / 1e3 for row in parts["step"]["rows"] if row[1] == "fp32"}  # path, precision, batch, ms
-    # path, precision, sampler, steps, seconds
-    pictures = [row for row in parts["picture"]["rows"] if row[:2] == ["fast", "fp32"]]
-    once = min(row[4] - row[3] * steps["fast"] for row in pictures)
-    return steps["plain"], steps["fast"], max(0.0, once)
-
-
-def points(table, benchmark):
-    """Return one dict per sampler: mean over runs, spread (half the range) of its runs, seconds, factor over plain."""
+def points(table):
+    """Return one dict per sampler: mean over runs, spread (half the range) of its runs, factor over the first one."""
     with open(table, newline="") as f:
         rows = list(csv.DictReader(f))
-    plain, fast, once = cost(benchmark)
     found = []
     for name in dict.fromkeys(row["sampler"] for row in rows):
         own = [row for row in rows if row["sampler"] == name]
-        steps = np.mean([float(row["steps"]) for row in own])
-        point = {"sampler": name, "runs": len(own), "steps": steps, "seconds": once + steps * fast}
-        point["times_faster"] = 1000 * plain / point["seconds"]
+        point = {"sampler": name, **{key: np.mean([float(row[key]) for row in own]) for key in ("steps", "seconds")}}
+        point["times_faster"] = (found or [point])[0]["seconds"] / point["seconds"]
         for measure in MEASURES:
             values = [float(row[measure]) for row in own]
             point[measure], point[f"{measure}_spread"] = np.mean(values), np.ptp(values) / 2
@@ -49,9 +34,9 @@ def points(table, benchmark):
     return found
 
 
-def main(table, benchmark, out):
+def main(table, out):
     """Draw the figure and print the table."""
-    found = points(table, benchmark)
+    found = points(table)
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         reference = found[0]
