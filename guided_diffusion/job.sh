@@ -59,7 +59,8 @@ run_job() {
       wait "$run" || code=$?
     done
   fi
-  # 75: saved and stopped; 138 and 143: ended by USR1 or TERM before Python could listen; 137: killed because another task was.
-  case $code$asked in 75* | 138* | 143* | 1371) requeue "$code" ;; esac
+  # 75: saved and stopped; 138: ended by USR1 before Python could listen. Ended by TERM (143), or killed with another task
+  # (137): only where this script was signalled, for in that way srun ends the others where one task fails.
+  case $code$asked in 75* | 138* | 1431 | 1371) requeue "$code" ;; esac
   exit "$code"
 }
