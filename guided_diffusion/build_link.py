@@ -69,7 +69,9 @@ def receiving_parts(config, weights, log, ranks=None):
 
     @functools.cache
     def model_of(precision):  # another message may ask for another one
-        return devices.for_sampling(copy.deepcopy(model), device, precision, config.compile, log)
+        shared = precision == "fp32" and not config.compile  # neither rounds nor compiles it
+        own = model if shared else copy.deepcopy(model)
+        return devices.for_sampling(own, device, precision, config.compile, log)
 
     make_chain = ChainMaker(config, config.image_size, 2 * config.image_size, device, weights, model_of)
     return {"make_chain": make_chain, "receiver": lambda: Receiver(make_chain)}
