@@ -30,8 +30,8 @@ def regenerate(config, given, ranks):
     from guided_diffusion.training.distributed import find_share
 
     quiet = ranks.rank > 0  # one process of a job logs and shows a progress bar
-    tell = (lambda line: None) if quiet else log
-    weights = find_weights(config.model_path, config.dry_run, tell)
+    log_main = (lambda line: None) if quiet else log
+    weights = find_weights(config.model_path, config.dry_run, log_main)
     trained, source = trained_config(weights)
     warnings = flags.adopt_training_config(config, given, trained, source) if trained else []
     flags.check_bank(config, given)
@@ -42,7 +42,7 @@ def regenerate(config, given, ranks):
         found = f"no config.json beside {weights}: prediction, schedule and noise bank are taken from the flags"
         warnings.append(f"{found}; weights from elsewhere saw all image edges: give --edge_levels 256")
     for line in warnings:
-        tell(f"warning: {line}")
+        log_main(f"warning: {line}")
     if config.role != "receive":
         build.draw_toy_scenes(config, given, log)
     if not config.results_path and not config.dry_run:
@@ -59,8 +59,8 @@ def regenerate(config, given, ranks):
     from guided_diffusion import build_link
     from guided_diffusion.evaluation.run import run_pictures
 
-    build = build_link.receiving_parts if config.role == "receive" else build_link.sampling_parts
-    parts = build(config, weights, tell, ranks)
+    make_parts = build_link.receiving_parts if config.role == "receive" else build_link.sampling_parts
+    parts = make_parts(config, weights, log_main, ranks)
     run_pictures(config, weights, parts, log, find_share(ranks, config.share_array), quiet)
 
 

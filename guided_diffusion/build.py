@@ -7,12 +7,12 @@ import os
 
 import torch
 
-from .config import ema_rates, model_and_diffusion_defaults, multipliers, numbers
+from .config import NETWORK_FLAGS, check_flag, model_and_diffusion_defaults, numbers, parts_of
 from .console import InputError
 from .data.datasets import SceneDataset
 from .data.semantics import SemanticCoding, conditioning_channels
 from .diffusion.gaussian_diffusion import create_gaussian_diffusion
-from .diffusion.unet import DEFAULT_CHANNEL_MULT, SPADE_PLACES, UNetModel, check_size
+from .diffusion.unet import DEFAULT_CHANNEL_MULT, UNetModel, check_size
 from .link.channel import snr_to_sigma
 from .link.noise_bank import FreshNoise, NoiseBank
 from .random_streams import stream_seed
@@ -35,22 +35,19 @@ def create_model_and_diffusion(**flags):
     if odd:
         hint = "unknown or missing; start from model_and_diffusion_defaults()"
         raise InputError(f"create_model_and_diffusion: {', '.join(sorted(odd))} {hint}")
+    for f in NETWORK_FLAGS:
+        check_flag(f, flags[f.name])
     return create_model(flags), create_diffusion(flags)
 
 
 def create_model(flags):
     """Build the semantic UNet from a dict of flags (see `config.ModelFlags`)."""
-    size, places = flags["image_size"], flags["unet_model"]
-    if not flags["class_cond"]:
-        raise InputError("--class_cond False: this network is conditional; set it to True")
-    if places not in SPADE_PLACES:
-        raise InputError(f"--unet_model {places}: unknown; choose one of {', '.join(SPADE_PLACES)}")
-    resolutions = numbers(flags["attention_resolutions"], "attention_resolutions", int)
-    if any(resolution < 1 for resolution in resolutions):
-        raise InputError(f"--attention_resolutions {flags['attention_resolutions']}: image sizes must be at least 1")
-    if not flags["channel_mult"] and size not in DEFAULT_CHANNEL_MULT:
+    size = flags["image_size"]
+    channel_mult = numbers(flags["channel_mult"], "channel_mult", float) or DEFAULT_CHANNEL_MULT.get(size)
+    if channel_mult is None:
         known = ", ".join(map(str, DEFAULT_CHANNEL_MULT))
         raise InputError(f'--image_size {size} has no default --channel_mult (only {known} have); set it: "1,2,3,4"')
+    resolutions = numbers(flags["attention_resolutions"], "attention_resolutions", int)
     same = ("num_res_blocks", "dropout", "num_heads", "num_heads_upsample", "num_head_channels", "use_checkpoint")
     same += ("use_scale_shift_norm", "resblock_updown", "use_new_attention_order")
     return UNetModel(
@@ -58,8 +55,8 @@ def create_model(flags):
         out_channels=6 if flags["learn_sigma"] else 3,
         label_channels=conditioning_channels(flags["num_classes"], flags["one_hot_label"], flags["no_instance"]),
         attention_strides={size // resolution for resolution in resolutions},
-        channel_mult=multipliers(flags["channel_mult"]) if flags["channel_mult"] else DEFAULT_CHANNEL_MULT[size],
-        places=places,
+        channel_mult=channel_mult,
+        places=flags["unet_model"],
         **{name: flags[name] for name in same},
     )
 
@@ -271,8 +268,9 @@ def _loop_settings(config, precision, device):
 
     names = {f.name for f in dataclasses.fields(LoopSettings)} - {"ema_rates", "precision", "config", "microbatch"}
     flags = {name: getattr(config, name) for name in names}
-    own = {"ema_rates": ema_rates(config.ema_rate), "precision": precision, "microbatch": pass_size(config, device)}
-    return LoopSettings(config=dataclasses.asdict(config), **own, **flags)
+    own = {"ema_rates": tuple(parts_of(config.ema_rate)), "precision": precision}
+    own |= {"microbatch": pass_size(config, device), "config": dataclasses.asdict(config)}
+    return LoopSettings(**own, **flags)
 
 
 def _validation(config, pictures, inputs, diffusion, device, precision):

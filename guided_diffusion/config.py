@@ -15,23 +15,14 @@ import sys
 
 from .console import InputError
 from .files import atomic_write
-from .flags import (  # noqa: F401
-    CODECS,
-    LINKS,
-    METRICS,
-    POOLS,
-    PRESETS,
-    DiffusionFlags,
-    ModelFlags,
-    SampleConfig,
-    SharedFlags,
-    TrainConfig,
-)
+from .flags import PRESETS, DiffusionFlags, ModelFlags, SampleConfig, SharedFlags, TrainConfig
+
+NETWORK_FLAGS = (*dataclasses.fields(ModelFlags), *dataclasses.fields(DiffusionFlags))
 
 
 def model_and_diffusion_defaults():
     """Return the default of every flag that `create_model_and_diffusion` takes."""
-    return {f.name: f.default for group in (ModelFlags, DiffusionFlags) for f in dataclasses.fields(group)}
+    return {f.name: f.default for f in NETWORK_FLAGS}
 
 
 # -- parsing ----------------------------------------------------------------------------------------------------------
@@ -55,11 +46,13 @@ def _parser(config_class, doc):
         group = parser.add_argument_group(group_class.__doc__)
         for name in group_class.__dataclass_fields__:
             f = config_class.__dataclass_fields__[name]  # which may declare it anew
-            metavar = "True|False" if f.type is bool else None if f.metadata["choices"] else name.upper()
+            choices = None if f.metadata["each"] else f.metadata["choices"]
+            metavar = "True|False" if f.type is bool else None if choices else name.upper()
             shown = repr(f.default) if f.type is str else f.default
-            text = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
-            kind = {"type": _boolean if f.type is bool else f.type, "choices": f.metadata["choices"]}
-            group.add_argument(f"--{name}", **kind, metavar=metavar, help=text)
+            listed = f": any of {', '.join(f.metadata['choices'])}" if f.metadata["each"] is str else ""
+            text = f"{f.metadata['help']}{listed} (default: {shown})".replace("%", "%%")
+            kind = _boolean if f.type is bool else f.type
+            group.add_argument(f"--{name}", type=kind, choices=choices, metavar=metavar, help=text)
     return parser
 
 
@@ -69,17 +62,14 @@ def parse_config(config_class, doc, arguments=None):
     :param doc: the script's description. :param arguments: list of words; None: the command line's.
     :return: the config, resolved and validated, and the set of flags that were given explicitly.
     """
-    parser = _parser(config_class, doc)
-    words = sys.argv[1:] if arguments is None else arguments
-    given = vars(parser.parse_args(words))
-    both, *own = PRESETS.get(given.get("preset", ""), ("", "", ""))
+    parser, words = _parser(config_class, doc), sys.argv[1:] if arguments is None else arguments
+    explicit = vars(parser.parse_args(words))
+    both, *own = PRESETS.get(explicit.get("preset"), ("", "", ""))
     preset = f"{both} {own[config_class is SampleConfig]}".split()
-    config = config_class(**vars(parser.parse_args([*preset, *words])))
-    resolve(config, {*given})
+    config, given = config_class(**vars(parser.parse_args([*preset, *words]))), {*explicit}
+    resolve(config, given)
     validate(config)
-    if isinstance(config, SampleConfig) and "noise_bank_size" in given:
-        check_bank(config, {*given})
-    return config, {*given}
+    return config, given
 
 
 def parts_of(text):
@@ -95,21 +85,15 @@ def numbers(text, name, kind):
         raise InputError(f"--{name} {text}: expected numbers separated by commas") from None
 
 
-def multipliers(text):
-    """Parse --channel_mult: one positive number per level."""
-    found = tuple(numbers(text, "channel_mult", float))
-    if not found or not all(0 < mult < math.inf for mult in found):
-        raise InputError(f'--channel_mult {text}: expected positive numbers separated by commas, such as "1,2,3,4"')
-    return found
-
-
-def ema_rates(text):
-    """Parse --ema_rate into its parts, kept as texts because they are part of file names."""
-    if not all(0 <= rate < 1 for rate in numbers(text, "ema_rate", float)):
-        raise InputError(f"--ema_rate {text}: every rate must be at least 0 and below 1")
-    if not parts_of(text):
-        raise InputError("--ema_rate is empty: give at least one rate, such as 0.9999")
-    return tuple(parts_of(text))
+def check_flag(f, value):
+    """Raise InputError unless a value is among the choices, and in the range, of its flag (a dataclass field)."""
+    kind, choices, low, high = (f.metadata[word] for word in ("each", "choices", "low", "high"))
+    for part in numbers(value, f.name, kind) if kind else [value]:
+        if choices and part not in choices:
+            raise InputError(f"--{f.name} {part}: choose from {', '.join(map(str, choices))}")
+        if (low, high) != (-math.inf, math.inf) and not low <= part <= high:
+            allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise InputError(f"--{f.name} {value}: must be {allowed}")
 
 
 # -- resolving and validating -----------------------------------------------------------------------------------------
@@ -135,43 +119,19 @@ def resolve(config, given):
 def validate(config):
     """Refuse values that cannot be meant, by InputError."""
     for f in dataclasses.fields(config):
-        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
-        if (low, high) != (-math.inf, math.inf) and not low <= value <= high:
-            found = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise InputError(f"--{f.name} {value}: must be {found}")
-        for part in parts_of(value) if f.metadata["among"] else ():
-            if part not in f.metadata["among"]:
-                raise InputError(f"--{f.name} {part}: choose from {', '.join(f.metadata['among'])}")
-    if not config.class_cond:
-        raise InputError("--class_cond False: this network is conditional; leave the flag out or set it to True")
-    numbers(config.attention_resolutions, "attention_resolutions", int)
-    if config.channel_mult:
-        multipliers(config.channel_mult)
+        check_flag(f, getattr(config, f.name))
+    for name in {"ema_rate", "link", "pool", "snr"} & vars(config).keys():
+        if not parts_of(getattr(config, name)):
+            raise InputError(f"--{name} {getattr(config, name)}: give at least one")
     if isinstance(config, SampleConfig):
         _validate_link(config)
         _validate_selection(config)
-        return
-    ema_rates(config.ema_rate)
-    _check_nominal_snr(config.snr)
-    if config.microbatch == 0:
-        raise InputError("--microbatch 0: must be at least 1, or -1 for the whole batch")
-
-
-def _check_nominal_snr(snr):
-    if not snr >= 1:
-        raise InputError(f"--snr {snr:g}: GESCO's table covers 1 dB to 100 dB (no noise); choose a value in that range")
 
 
 def _validate_link(config):
     snrs, links = numbers(config.snr, "snr", float), parts_of(config.link)
-    if not snrs or not all(map(math.isfinite, snrs)):
-        raise InputError(f"--snr {config.snr}: expected at least one finite value in dB")
-    for name in ("link", "pool"):
-        if not parts_of(getattr(config, name)):
-            raise InputError(f"--{name} is empty: name at least one")
-    if config.role == "link" and "analog" in links:
-        for snr in snrs:
-            _check_nominal_snr(snr)
+    if config.role == "link" and "analog" in links and min(snrs) < 1:
+        raise InputError(f"--snr {config.snr}: GESCO's table, of --link analog, begins at 1 dB")
     if config.role == "receive" and not config.messages:
         raise InputError("--role receive needs --messages: the folder with the .dgo files of --role transmit")
     if config.role != "link" and len(sweep(config)) > 1:
@@ -183,28 +143,24 @@ def _validate_selection(config):
     index, selection = config.noise_index, config.selection
     if index not in ("random", "best") and not (index.isascii() and index.isdecimal()):
         raise InputError(f"--noise_index {index}: expected random, best or a number")
-    if selection == "initial":
-        return
     if selection == "per_step" and index != "random":
         raise InputError(f"--selection per_step starts from entry 0; for --noise_index {index} set --selection both")
-    if config.step_atoms > config.step_candidates:
-        raise InputError(f"--step_atoms {config.step_atoms}: more than --step_candidates {config.step_candidates}")
-    if config.sampler == "dpm++" or (config.sampler == "ddim" and config.eta != 1):
-        found = config.sampler if config.sampler == "dpm++" else f"{config.eta:g}"
-        raise InputError(f"--selection {selection} needs ancestral sampling, or DDIM with --eta 1 (not {found})")
-    if config.stop_tol:
+    ancestral = config.sampler == "ddpm" or (config.sampler == "ddim" and config.eta == 1)
+    if selection != "initial" and not ancestral:
+        found = f"--sampler {config.sampler} --eta {config.eta:g}"
+        raise InputError(f"--selection {selection} needs --sampler ddpm, or ddim with --eta 1 (now {found})")
+    if selection != "initial" and config.stop_tol:
         raise InputError(f"--selection {selection}: the steps to choose noise for are fixed; drop --stop_tol")
 
 
 def check_bank(config, given):
-    """Refuse flags that ask for more than the noise bank has; to be called once the bank's size is known."""
+    """Refuse flags that ask for more than the noise bank has, once its size is known."""
     index, size = config.noise_index, config.noise_bank_size
     if size == 0:
         if index == "best" or config.selection != "initial":
             raise InputError("--noise_bank_size 0: noise selection needs a noise bank")
         if config.role != "link" or parts_of(config.link) != ["analog"]:
-            found = "a message names its noise by a bank index; only --link analog works without"
-            raise InputError(f"--noise_bank_size 0: {found}")
+            raise InputError("--noise_bank_size 0: a message names a bank index; only --link analog works without")
         return
     if index not in ("random", "best") and int(index) >= size:
         raise InputError(f"--noise_index {index}: expected random, best or a number from 0 to {size - 1}")
@@ -213,13 +169,13 @@ def check_bank(config, given):
             raise InputError(f"--{name} {getattr(config, name)}: the noise bank has {size} entries")
         setattr(config, name, min(getattr(config, name), size))
     if config.selection != "initial" and config.step_atoms > config.step_candidates:
-        raise InputError(f"--step_atoms {config.step_atoms}: the noise bank has {size} entries")
+        raise InputError(f"--step_atoms {config.step_atoms}: there are {config.step_candidates} --step_candidates")
 
 
 def sweep(config):
-    """Return a copy of a sampling config for each link, pool and SNR that it lists, each with a folder of its own.
+    """Return a copy of a sampling config for each link, pool and SNR (then a float) that it lists.
 
-    A single one keeps the folder; in the copies `snr` is a float.
+    Each has a folder of its own for results; a single one keeps that of the config.
     """
     found, snrs = [], dict.fromkeys(map(float, parts_of(config.snr)))  # each once
     for link in dict.fromkeys(parts_of(config.link)):
@@ -304,8 +260,7 @@ def results_settings(config):
 def adopt_training_config(config, given, trained, source, fixed=("training", "source")):
     """Take from a checkpoint's config.json what training fixed. Changes `config` in place.
 
-    :param trained: dict read from config.json. :param source: its path, for messages.
-    :param fixed: of which flags: words of `fixed_by`.
+    :param trained, source: dict read from config.json, and its path. :param fixed: words of `fixed_by`.
     :return: a line for each flag of source coding that differs from training's.
     :raises InputError: a flag was given with another value (the message names both), or the file holds an invalid one.
     """
@@ -324,19 +279,14 @@ def adopt_training_config(config, given, trained, source, fixed=("training", "so
         elif asked != value and "source" in f.metadata["fixed_by"]:
             differing.append(f"--{name} {asked} is not what the checkpoint was trained with ({value}, {source})")
         elif asked != value:
-            found = f"--{name} {asked} contradicts the checkpoint, trained with {value} ({source})"
-            raise InputError(f"{found}; drop the flag")
+            raise InputError(f"--{name} {asked} contradicts the checkpoint, trained with {value} ({source}); drop it")
     resolve(config, given - {"prediction", "predict_xstart", "precision", "use_fp16"})
     validate(config)
     return sorted(differing)
 
 
 def adopt_resumed(config, given):
-    """Take over what the config.json of a run to be resumed fixes. Changes `config` in place.
-
-    :return: one line for every other training flag that differs from the earlier run's.
-    :raises InputError: a flag contradicts what the checkpoint fixes.
-    """
+    """Take over what the config.json of a run to be resumed fixes; return a line for each other flag that differs."""
     resumed = config.resume_checkpoint
     folder = config.checkpoint_dir if resumed == "auto" else os.path.dirname(resumed)
     path = os.path.join(folder, "config.json")
@@ -369,16 +319,13 @@ def save_config(config, path):
 
 
 def load_config(path):
-    """Read a config.json. Returns a dict.
-
-    :raises InputError: it is unreadable, no JSON object, or not as `save_config` wrote it (one without SHA-256 passes).
-    """
+    """Read a config.json, a dict. Raises InputError unless it is as `save_config` wrote it, or has no SHA-256."""
     try:
         with open(path) as f:
             values = dict(json.load(f))
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as a configuration ({error}); restore it or move it away") from None
     if values.pop("sha256", None) not in (None, _sha256(values)):
-        found = f"{path}: differs from its SHA-256, so it is damaged or was edited"
-        raise InputError(f'{found}; restore it, or remove the line "sha256" to use it as it is')
+        hint = 'restore it, or remove the line "sha256" to use it as it is'
+        raise InputError(f"{path}: damaged or edited (it differs from its SHA-256); {hint}")
     return values

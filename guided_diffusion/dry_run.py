@@ -7,7 +7,7 @@ from torch import nn
 
 from . import build
 from .build_link import describe_label_memory
-from .config import ema_rates
+from .config import parts_of
 from .data.datasets import label_histogram
 from .diffusion.unet import ResBlock
 from .training.checkpoint import load_weights, resume_point
@@ -66,7 +66,7 @@ def describe_network(model, config, height, width, precision):
     """Return lines with parameter count and memory estimate of a training or sampling run; the model is on meta."""
     training, half = hasattr(config, "ema_rate"), precision != "fp32"
     batch = build.pass_size(config, select_device(config.device)) if training else config.batch_size
-    count = len(ema_rates(config.ema_rate)) if training else None
+    count = len(parts_of(config.ema_rate)) if training else None
     weights = weight_bytes(model, precision, count) / GIB
     everything, checkpointed = activation_bytes(model, height, width, precision)
     # Without a backward pass only the skip connections and the block at work stay.

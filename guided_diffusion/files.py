@@ -1,15 +1,12 @@
 """Atomic writes, output folders, and the SHA-256 of files."""
 
-import errno
 import hashlib
 import os
 import secrets
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from .console import InputError
 
-# What platforms answer where a folder cannot be opened or synchronised; other errors are of the disk, and count.
-NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
 _known = {}  # a file's state -> its SHA-256
 
 
@@ -29,25 +26,18 @@ def atomic_write(path, mode="w"):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        _sync_folder(os.path.dirname(path) or ".")
+        with suppress(OSError):  # some platforms and network file systems refuse to synchronise a folder
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
         if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = os.fspath(path)
         raise
-
-
-def _sync_folder(path):
-    try:
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        if error.errno not in NO_FOLDER_SYNC:
-            raise
 
 
 def check_folder(path, flag):

@@ -48,22 +48,29 @@ PRESETS = {  # starting values for whole runs: of both scripts, of training, of 
 }
 
 
-def flag(default, help, low=-math.inf, high=math.inf, choices=None, among=None, fixed_by="user", free="", needs=""):
+def flag(default, help, low=-math.inf, high=math.inf, choices=None, each=None, fixed_by="user", free="", needs=""):
     """Declare one command-line flag as a dataclass field. All that is known of it stands here.
 
-    :param low, high: its range. :param choices: its values. :param among: the same, for a list separated by commas.
+    :param low, high, choices: its range, and its values.
+    :param each: of a list separated by commas: the type of its parts, for which the above then hold.
     :param fixed_by: who else decides it, in words: "training" (the checkpoint: another value is refused), "source" (the
         checkpoint unless given, which a warning tells), "resumed" (the run to be resumed), "message" (--role receive).
     :param free: "training", "sampling" or both: it may change between two runs into one folder.
     :param needs: what it needs to have an effect: names of `CONDITIONS`, flags to be set ("stop_tol") or to have one of
         some values ("sampler=ddim", "metrics=fid|kid"; a flag that the script lacks is no hindrance).
     """
-    metadata = {"help": help, "low": low, "high": high, "choices": choices, "among": among}
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "each": each}
     metadata |= {"fixed_by": fixed_by.split(), "free": free.split(), "needs": needs.split()}
     return dataclasses.field(default=default, metadata=metadata)
 
 
+RESPACING = '"250", "10,20,30" (sections), "ddim50", "logsnr20" (dpm++)'
+LINK_HELP = "analog (noise on the planes, GESCO), digital (coded bits, by sionna-no-rt), ideal (bits arrive)"
+POOL_HELP = "filter on received planes: None, med (3x3 median), mean (3x3), max (mean, then 3x3 maximum)"
+FEEDBACK_HELP = "compare all candidates by so many NFE, the best quarter by more, and so on; 0: by whole chains"
+
 SENDS, ANALOG, DIGITAL = "role=link|transmit", "role=link link=analog", "role=link link=digital"
+NOISY_LINK, CODED, LOCAL = "role=link link=analog|digital", f"{SENDS} bits", "role=link no_selecting noise_bank_size"
 CACHE = f"{SENDS} extractor=gt whole_pictures dry_run=False"
 NOISE_TO = "no_snr add_noise no_instance=False"
 EDGES, PER_STEP, VB = "no_instance=False", "selection=per_step|both", "training learn_sigma use_kl=False"
@@ -89,9 +96,7 @@ class RunFlags:
     dataset_mode: str = flag("cityscapes", "folder layout and label ids", choices=("cityscapes", "ade20k", "coco"))
     is_train: bool = by_message(True, "True reads the training split, False the validation split")
     num_workers: int = anyhow(2, "processes that load pictures; 0: the main process", low=0, needs="loader")
-    cache_dir: str = anyhow(
-        "", "keep resized pictures and maps in a memory-mapped file there; empty: no cache", needs=CACHE
-    )
+    cache_dir: str = anyhow("", "keep resized pictures and maps there, in memory-mapped files", needs=CACHE)
 
 
 @dataclass(kw_only=True)
@@ -105,10 +110,10 @@ class ModelFlags:
     num_heads: int = by_training(4, "attention heads, where num_head_channels is -1", needs="num_head_channels=-1")
     num_heads_upsample: int = by_training(-1, "the decoder's; -1: num_heads", needs="num_head_channels=-1")
     num_head_channels: int = by_training(-1, "channels per attention head; -1: use num_heads")
-    attention_resolutions: str = by_training("16,8", "attention runs where image_size // size is the downsampling")
-    channel_mult: str = by_training("", 'width multiplier per level ("1,2,3,4"); empty: by image_size 64...512')
+    attention_resolutions: str = by_training("16,8", "attention where image_size // it is the stride", low=1, each=int)
+    channel_mult: str = by_training("", 'width per level: "1,2,3,4"; empty: by image_size', low=0, high=1e3, each=float)
     dropout: float = flag(0.0, "dropout in the residual blocks", low=0, high=1, free="sampling", needs="training")
-    class_cond: bool = flag(True, "must be True: this network is conditional")
+    class_cond: bool = flag(True, "must be True: this network is conditional", choices=(True,))
     use_checkpoint: bool = anyhow(False, "recompute activations: less memory, more time", needs="training")
     use_scale_shift_norm: bool = by_training(True, "the time embedding scales and shifts each block's second norm")
     resblock_updown: bool = by_training(False, "residual blocks change the resolution, not strided convolutions")
@@ -125,9 +130,7 @@ class DiffusionFlags:
     learn_sigma: bool = by_training(False, "the network also predicts the variance")
     diffusion_steps: int = by_training(1000, "steps of the forward process", low=1)
     noise_schedule: str = by_training("linear", "noise schedule", choices=("linear", "cosine"))
-    timestep_respacing: str = flag(
-        "", 'steps: "250", "10,20,30" (sections), "ddim50", "logsnr20" (dpm++); empty: all', fixed_by="resumed message"
-    )
+    timestep_respacing: str = flag("", f"steps: {RESPACING}; empty: all", fixed_by="resumed message")
     use_kl: bool = by_resumed(False, "train on the variational bound alone", free="sampling", needs="training")
     prediction: str = by_training("eps", "what the network predicts: noise, x_0, velocity", choices=("eps", "x0", "v"))
     predict_xstart: bool = by_training(False, "the family's flag for --prediction x0")
@@ -152,11 +155,9 @@ class ChannelFlags:
     edge_levels: int = by_source(0, "values of an image-edge pixel: 0 (none sent), 2 ... 256 (GESCO)", needs=EDGES)
     edge_threshold: float = by_source(0.3, "image edges from here on are sent as 1", needs=f"{EDGES} edge_levels=2")
     edge_scale: int = by_source(1, "send one edge pixel for so many", choices=SCALES, needs=f"{EDGES} edge_levels")
-    snr: float = flag(100.0, SNR_HELP, needs="add_noise")
+    snr: float = flag(100.0, SNR_HELP, low=1, needs="add_noise")
     add_noise: bool = flag(False, "noise by a row of the table, or by --snr", free="sampling", needs="no_snr")
-    noise_to: str = flag(
-        "semantics", "noise on all planes, or label planes alone", choices=NOISY, free="sampling", needs=NOISE_TO
-    )
+    noise_to: str = flag("semantics", "noise on these planes", choices=NOISY, free="sampling", needs=NOISE_TO)
 
 
 @dataclass(kw_only=True)
@@ -173,7 +174,7 @@ class TrainFlags:
     lr_warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", low=0)
     lr_anneal_steps: int = flag(0, "steps to a learning rate of 0, where training ends; 0: constant", low=0)
     total_steps: int = anyhow(0, "stop after so many steps; 0: go on", low=0, needs="last_step")
-    ema_rate: str = flag("0.9999", "decay of the averaged weights; several, separated by commas, make several averages")
+    ema_rate: str = flag("0.9999", "decays of the averaged weights, each an average", low=0, high=0.999999, each=float)
     schedule_sampler: str = flag("uniform", "which timesteps to train on", choices=("uniform", "loss-second-moment"))
     drop_rate: float = flag(0.0, "share of samples without conditioning, for guidance (presets: 0.1)", low=0, high=1)
     log_interval: int = flag(10, "steps between rows of progress.csv", low=1)
@@ -201,11 +202,7 @@ class SampleFlags:
     num_samples: int = anyhow(10000, "at most so many pictures; each picture of the split once", low=1)
     batch_size: int = anyhow(1, "pictures per batch", low=1, needs=SENDS)
     use_ddim: bool = by_message(False, "the family's flag for --sampler ddim")
-    sampler: str = by_message(
-        "",
-        "ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M: few steps); empty: ddim with --use_ddim True, else ddpm",
-        choices=SAMPLERS,
-    )
+    sampler: str = by_message("", "dpm++: DPM-Solver++ 2M; empty: ddpm, or ddim with --use_ddim", choices=SAMPLERS)
     label_memory: float = anyhow(4.0, "GiB for cached SPADE modulation; beyond: computed every step", low=0, high=1e6)
     eta: float = by_message(0.0, "share of fresh noise in DDIM", low=0, high=1, needs="sampler=ddim")
     clip_denoised: bool = by_message(True, "clip the predicted picture to the valid range at every step")
@@ -222,43 +219,24 @@ class LinkFlags:
     """Link (of --link, --pool and --snr, several values, separated by commas, are compared)"""
 
     role: str = flag("link", "both ends, write messages, or read them", choices=("link", "transmit", "receive"))
-    link: str = flag(
-        "analog",
-        "analog (noise on the planes, GESCO), digital (coded bits, by sionna-no-rt), ideal (bits arrive)",
-        among=LINKS,
-        needs="role=link",
-    )
-    pool: str = flag(
-        "None",
-        "filter on received planes: None, med (3x3 median), mean (3x3), max (mean, then 3x3 maximum)",
-        among=POOLS,
-        needs=ANALOG,
-    )
+    link: str = flag("analog", LINK_HELP, choices=LINKS, each=str, needs="role=link")
+    pool: str = flag("None", POOL_HELP, choices=POOLS, each=str, needs=ANALOG)
     modulation: str = flag("16qam", "symbols of the maps", choices=("qpsk", "16qam", "64qam"), needs=DIGITAL)
     code_rate: float = flag(0.5, "of the maps' 5G LDPC code", low=0.2, high=0.95, needs=DIGITAL)
     fading: str = flag("awgn", "constant channel, or block fading", choices=("awgn", "rayleigh"), needs=DIGITAL)
     messages: str = anyhow("", "folder with .dgo files; all that is needed beside the checkpoint", needs="role=receive")
     extractor: str = by_message("gt", "label maps: gt (data set), or a segmenter's file (TorchScript, torch.export)")
-    local_picture: bool = flag(
-        False, "compare with the transmitter's local picture", needs="role=link no_selecting noise_bank_size"
-    )
+    local_picture: bool = flag(False, "compare with the transmitter's local picture", needs=LOCAL)
 
 
 @dataclass(kw_only=True)
 class SelectionFlags:
     """Noise selection (transmitter)"""
 
-    noise_index: str = by_message(
-        "random", "bank entry: random (from --seed), a number, or best", needs="noise_bank_size"
-    )
+    noise_index: str = by_message("random", "bank entry: random, a number, or best", needs="noise_bank_size")
     candidates: int = by_message(16, "best: search so many bank entries", low=1, needs="noise_index=best")
     distance: str = by_message("mse", "of local pictures from the sent one", choices=DISTANCES, needs="selecting")
-    feedback_steps: int = by_message(
-        0,
-        "compare all candidates by so many NFE, the best quarter by more, and so on; 0: by whole chains",
-        low=0,
-        needs="noise_index=best many_candidates",
-    )
+    feedback_steps: int = by_message(0, FEEDBACK_HELP, low=0, needs="noise_index=best many_candidates")
     selection: str = by_message("initial", "of the start, each step's noise, or both", choices=SELECTIONS)
     step_candidates: int = by_message(256, "bank entries to choose from", low=1, needs=PER_STEP)
     step_atoms: int = by_message(4, "entries chosen, each with a sign", low=1, needs=PER_STEP)
@@ -271,13 +249,11 @@ class SelectionFlags:
 class MeasureFlags:
     """Measures (lists are separated by commas)"""
 
-    metrics: str = anyhow("psnr,ssim", f"any of {', '.join(METRICS)}", among=METRICS, needs=SENDS)
+    metrics: str = anyhow("psnr,ssim", "measures", choices=METRICS, each=str, needs=SENDS)
     lpips_weights: str = flag("", "backbone weights for lpips; empty: TORCH_HOME, or downloaded", needs="lpips")
     fid_weights: str = anyhow("", "Inception weights; empty: as for lpips", needs=f"{SENDS} metrics=fid|kid")
     features: str = anyhow("", "a feature network's file instead of Inception", needs=f"{SENDS} metrics=fid|kid")
-    baseline: str = anyhow(
-        "", f"codecs at the message's bits: {', '.join(CODECS)}", among=CODECS, needs=f"{SENDS} bits"
-    )
+    baseline: str = anyhow("", "codecs to compare with, at the message's bits", choices=CODECS, each=str, needs=CODED)
 
 
 class SharedFlags(RunFlags, ModelFlags, DiffusionFlags, BankFlags, ChannelFlags):
@@ -294,4 +270,4 @@ class SampleConfig(SharedFlags, SampleFlags, LinkFlags, SelectionFlags, MeasureF
     """Configuration of image_sample.py."""
 
     is_train: bool = by_message(False, "True reads the training split, False the validation split")
-    snr: str = flag("100", f"{SNR_HELP}; digital: Es/N0", needs="role=link link=analog|digital")
+    snr: str = flag("100", f"{SNR_HELP}; digital: Es/N0", low=-1e6, high=1e6, each=float, needs=NOISY_LINK)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion.config import CODECS
 from guided_diffusion.console import InputError
 from guided_diffusion.evaluation import codecs as baselines
 from guided_diffusion.evaluation.codecs import SCALES, available, best_within, container_bytes, decode
 from guided_diffusion.evaluation.metrics import psnr
+from guided_diffusion.flags import CODECS
 
 HEIGHT, WIDTH = 48, 80
 

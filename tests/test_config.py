@@ -1,7 +1,6 @@
 """Flags, presets, validation and config.json."""
 
 import dataclasses
-import json
 import random
 import re
 import shlex
@@ -16,12 +15,10 @@ from guided_diffusion.config import (
     adopt_resumed,
     adopt_training_config,
     check_bank,
-    ema_rates,
+    check_flag,
     load_config,
     model_and_diffusion_defaults,
-    multipliers,
     parse_config,
-    print_config,
     results_settings,
     save_config,
     sweep,
@@ -86,8 +83,7 @@ def test_flag_table_is_consistent(config_class):
     known = {name for each in BOTH for name in each.__dataclass_fields__}
     for name, f in fields.items():
         assert f.metadata["help"] and type(f.default) is f.type, name
-        assert f.metadata["choices"] is None or f.default in f.metadata["choices"], name
-        assert f.metadata["low"] == -float("inf") or f.metadata["low"] <= f.default <= f.metadata["high"], name
+        check_flag(f, f.default)
         assert all({*f.metadata[kind]} <= words[kind] for kind in words), name
         assert {need.partition("=")[0] for need in f.metadata["needs"]} <= {*table.CONDITIONS, *known}, name
 
@@ -104,11 +100,9 @@ def test_help_groups_flags_and_shows_defaults(config_class, capsys):
     assert f"validation split (default: {config_class is TrainConfig})" in text
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [("True", True), ("1", True), ("yes", True), ("false", False), ("No", False)]
-)
-def test_parse_config_reads_booleans(text, value):
-    assert parse(TrainConfig, f"--learn_sigma {text}")[0].learn_sigma is value
+def test_parse_config_reads_booleans():
+    for text, value in (("True", True), ("1", True), ("yes", True), ("false", False), ("No", False)):
+        assert parse(TrainConfig, f"--learn_sigma {text}")[0].learn_sigma is value
 
 
 @pytest.mark.parametrize(
@@ -118,12 +112,11 @@ def test_parse_config_reads_booleans(text, value):
         (SampleConfig, "--image_siz 64", "--image_siz"),  # no abbreviations
         (TrainConfig, "--learn_sigma maybe", "--learn_sigma: expected True or False, found 'maybe'"),
         (SampleConfig, "--learn_sigma", "--learn_sigma: expected one argument"),
+        (TrainConfig, "--class_cond False", "--class_cond: invalid choice: False (choose from True)"),
         (TrainConfig, "--noise_schedule quadratic", "--noise_schedule: invalid choice: 'quadratic'"),
         (SampleConfig, "--preset big", "--preset: invalid choice: 'big'"),
-        (TrainConfig, "--num_classes 3.5", "--num_classes: invalid int value: '3.5'"),
         (TrainConfig, "stray", "stray"),
         (TrainConfig, "--pool med", "--pool"),
-        (SampleConfig, "--lr 1e-4", "--lr"),
     ],
 )
 def test_parse_config_refuses_in_one_line_and_with_exit_code_2(capsys, config_class, line, named):
@@ -145,9 +138,8 @@ def test_presets_agree_between_the_scripts(preset):
     assert train.drop_rate == 0.1 and train.add_noise and sample.use_ddim
 
 
-@pytest.mark.parametrize("line", ["--preset toy --image_size 64 --lr 0.5", "--image_size 64 --lr 0.5 --preset toy"])
-def test_presets_give_way_to_explicit_flags(line):
-    config, given = parse(TrainConfig, line)
+def test_presets_give_way_to_explicit_flags():
+    config, given = parse(TrainConfig, "--image_size 64 --lr 0.5 --preset toy")
     assert (config.image_size, config.lr, config.num_channels) == (64, 0.5, 32)
     assert given == {"preset", "image_size", "lr"}
 
@@ -160,19 +152,13 @@ def test_presets_give_way_to_explicit_flags(line):
     [
         (TrainConfig, "", "prediction", "eps"),
         (TrainConfig, "--predict_xstart True", "prediction", "x0"),
-        (TrainConfig, "--preset toy --prediction eps", "prediction", "eps"),
         (TrainConfig, "--preset cityscapes --predict_xstart True", "prediction", "x0"),
         (TrainConfig, "", "precision", "fp32"),
         (TrainConfig, "--use_fp16 True", "precision", "fp16"),
-        (TrainConfig, "--precision bf16", "precision", "bf16"),
-        (TrainConfig, "--use_fp16 True --precision fp16", "precision", "fp16"),
         (TrainConfig, "--preset cityscapes --use_fp16 True", "precision", "fp16"),
         (SampleConfig, "", "sampler", "ddpm"),
         (SampleConfig, "--use_ddim True", "sampler", "ddim"),
-        (SampleConfig, "--sampler ddim", "sampler", "ddim"),
         (SampleConfig, "--use_ddim False --sampler dpm++", "sampler", "dpm++"),
-        (SampleConfig, "--use_ddim True --sampler ''", "sampler", "ddim"),
-        (SampleConfig, "--preset toy", "sampler", "ddim"),
         (SampleConfig, "--preset toy --use_ddim False", "sampler", "ddpm"),
         (SampleConfig, "--preset toy --sampler dpm++", "sampler", "dpm++"),
         (SampleConfig, "--selection both", "noise_index", "best"),
@@ -191,45 +177,31 @@ def test_resolve_gives_flags_of_one_meaning_one_value(config_class, line, name, 
 @pytest.mark.parametrize(
     ("config_class", "line", "message"),
     [
-        (TrainConfig, "--class_cond False", "--class_cond False: this network is conditional"),
         (TrainConfig, "--predict_xstart True --prediction v", "--predict_xstart True contradicts --prediction v"),
-        (TrainConfig, "--predict_xstart False --prediction x0", "--predict_xstart False contradicts --prediction x0"),
         (SampleConfig, "--use_fp16 True --precision bf16", "--use_fp16 True contradicts --precision bf16"),
         (SampleConfig, "--use_ddim True --sampler dpm++", r"--use_ddim True contradicts --sampler dpm\+\+"),
-        (SampleConfig, "--use_ddim False --sampler ddim", "--use_ddim False contradicts --sampler ddim"),
         (TrainConfig, f"--seed {2**63}", f"--seed {2**63}: must be between"),
-        (TrainConfig, "--image_size 0", "--image_size 0: must be at least 1"),
         (TrainConfig, "--num_classes 257", "--num_classes 257: must be between 1 and 256"),
         (SampleConfig, "--batch_size 0", "--batch_size 0: must be at least 1"),
         (TrainConfig, "--lr nan", "--lr nan: must be at least 0"),
-        (TrainConfig, "--microbatch 0", "--microbatch 0: must be at least 1, or -1"),
-        (TrainConfig, "--drop_rate 1.5", "--drop_rate 1.5: must be between 0 and 1"),
-        (SampleConfig, "--s 0.5", "--s 0.5: must be at least 1"),
         (SampleConfig, "--label_memory inf", "--label_memory inf: must be between"),
         (TrainConfig, "--attention_resolutions 8,x", "--attention_resolutions 8,x: expected numbers"),
-        (TrainConfig, "--channel_mult 0,1", "--channel_mult 0,1: expected positive numbers"),
-        (TrainConfig, "--ema_rate 0.9,1", "--ema_rate 0.9,1: every rate"),
-        (TrainConfig, "--ema_rate ''", "--ema_rate is empty"),
-        (TrainConfig, "--snr 0.5", "--snr 0.5: GESCO's table"),
+        (TrainConfig, "--channel_mult 0,x", "--channel_mult 0,x: expected numbers"),
+        (TrainConfig, "--ema_rate 0.9,1", "--ema_rate 0.9,1: must be between 0 and 0.999999"),
+        (TrainConfig, "--ema_rate ''", "--ema_rate : give at least one"),
+        (TrainConfig, "--snr 0.5", "--snr 0.5: must be at least 1"),
         (SampleConfig, "--snr loud", "--snr loud: expected numbers"),
-        (SampleConfig, "--snr ,", "--snr ,: expected at least one"),
-        (SampleConfig, "--snr 10,inf --link digital", "--snr 10,inf: expected at least one finite"),
-        (SampleConfig, "--snr -3 --link digital,analog", "--snr -3: GESCO's table"),
+        (SampleConfig, "--snr ,", "--snr ,: give at least one"),
+        (SampleConfig, "--snr -3 --link digital,analog", "--snr -3: GESCO's table, of --link analog, begins at 1 dB"),
         (SampleConfig, "--link radio", "--link radio: choose from analog, digital, ideal"),
-        (SampleConfig, "--link ''", "--link is empty"),
+        (SampleConfig, "--link ''", "--link : give at least one"),
         (SampleConfig, "--metrics psnr,beauty", "--metrics beauty: choose from psnr"),
         (SampleConfig, "--code_rate 0.1", "--code_rate 0.1: must be between 0.2 and 0.95"),
         (SampleConfig, "--role receive", "--role receive needs --messages"),
         (SampleConfig, "--role transmit --snr 10,20", "--role transmit: one run makes one set"),
         (SampleConfig, "--noise_index ²", "--noise_index ²: expected random, best or a number"),
-        (SampleConfig, "--noise_index 1000 --noise_bank_size 1000", "--noise_index 1000: expected .* from 0 to 999"),
-        (SampleConfig, "--noise_index best --candidates 9 --noise_bank_size 8", "--candidates 9: the noise bank has 8"),
-        (SampleConfig, "--noise_index best --noise_bank_size 0", "--noise_bank_size 0: noise selection needs"),
-        (SampleConfig, "--link digital --noise_bank_size 0", "--noise_bank_size 0: .* only --link analog"),
         (SampleConfig, "--selection per_step --noise_index best", "--selection per_step starts from entry 0; .* both"),
-        (SampleConfig, "--selection per_step --use_ddim True", "--selection per_step needs ancestral"),
-        (SampleConfig, "--selection per_step --sampler dpm++ --eta 1", r"per_step needs ancestral .* \(not dpm\+\+\)"),
-        (SampleConfig, "--selection per_step --step_candidates 4 --step_atoms 5", "--step_atoms 5: more than"),
+        (SampleConfig, "--selection per_step --sampler dpm++ --eta 1", "per_step needs --sampler ddpm"),
         (SampleConfig, "--selection both --stop_tol 0.1", "--selection both: .* drop --stop_tol"),
     ],
 )
@@ -239,15 +211,24 @@ def test_validate_names_flag_and_value(config_class, line, message):
 
 
 @pytest.mark.parametrize(
-    "line", ["--snr 10,", "--snr -3 --link digital", "--selection per_step --sampler ddim --eta 1", "--baseline ''"]
+    "line", ["--snr 10,", "--snr -3 --link digital", "--selection per_step --sampler ddim --eta 1"]
 )
 def test_validate_accepts_what_makes_sense(line):
     parse(SampleConfig, line)
 
 
-def test_ema_rates_keep_their_spelling_and_multipliers_are_numbers():
-    assert ema_rates("0.9, 0.9990") == ("0.9", "0.9990")
-    assert multipliers("0.5,1") == (0.5, 1.0)
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--noise_index 1000 --noise_bank_size 1000", "--noise_index 1000: expected .* from 0 to 999"),
+        ("--noise_index best --candidates 9 --noise_bank_size 8", "--candidates 9: the noise bank has 8"),
+        ("--link digital --noise_bank_size 0", "--noise_bank_size 0: .* only --link analog"),
+        ("--selection per_step --noise_bank_size 4 --step_atoms 5", "--step_atoms 5: there are 4"),
+    ],
+)
+def test_check_bank_names_flag_and_value(line, message):
+    with pytest.raises(InputError, match=message):
+        check_bank(*parse(SampleConfig, line))
 
 
 def test_check_bank_follows_the_size_that_training_fixed():
@@ -255,10 +236,8 @@ def test_check_bank_follows_the_size_that_training_fixed():
     adopt_training_config(config, given, trained("--noise_bank_size 5000"), "config.json")
     check_bank(config, given)
     assert config.candidates == 2000
-    config, given = parse(SampleConfig, "--noise_index 1500")
-    with pytest.raises(InputError, match=r"--noise_index 1500: .* 0 to 999"):
-        check_bank(config, given)
-    config.noise_index, config.noise_bank_size = "best", 8
+    config, given = parse(SampleConfig, "--noise_index best")
+    config.noise_bank_size = 8
     check_bank(config, given)
     assert (config.candidates, config.step_candidates) == (8, 8)
 
@@ -269,43 +248,29 @@ def test_check_bank_follows_the_size_that_training_fixed():
 @pytest.mark.parametrize(
     ("config_class", "line", "unused"),
     [
-        (TrainConfig, "--preset toy", ""),
         (TrainConfig, "--fp16_scale_growth 1e-3", "fp16_scale_growth"),
         (TrainConfig, "--snr 10 --noise_to label", "snr noise_to"),
         (TrainConfig, "--snr 10 --noise_to label --add_noise True", ""),
         (TrainConfig, "--patience 3 --eval_items 4", "patience eval_items"),
         (TrainConfig, "--patience 3 --eval_items 4 --eval_interval 10 --min_delta 0.1", ""),
-        (TrainConfig, "--min_delta 0.1", "min_delta"),
         (TrainConfig, "--microbatch 2 --batch_size 2", "microbatch"),
-        (TrainConfig, "--microbatch 4 --batch_size 4", ""),
         (TrainConfig, "--total_steps 900 --preset toy", "total_steps"),
-        (TrainConfig, "--total_steps 600 --lr_anneal_steps 900", ""),
         (TrainConfig, "--resume_partial True", "resume_partial"),
         (TrainConfig, "--num_heads 2 --num_head_channels 32", "num_heads"),
-        (TrainConfig, "--num_heads 2 --num_heads_upsample 4", ""),
-        (TrainConfig, "--rescale_learned_sigmas True", "rescale_learned_sigmas"),
         (TrainConfig, "--rescale_learned_sigmas True --learn_sigma True", ""),
         (TrainConfig, "--rescale_learned_sigmas True --learn_sigma True --use_kl True", "rescale_learned_sigmas"),
-        (
-            TrainConfig,
-            "--noise_bank_size 0 --noise_bank_seed 7 --noise_bank_cache 9",
-            "noise_bank_seed noise_bank_cache",
-        ),
+        (TrainConfig, "--noise_bank_size 0 --noise_bank_seed 7", "noise_bank_seed"),
         (TrainConfig, "--preview_items 0 --preview_steps 5", "preview_steps"),
         (TrainConfig, "--export_legacy True --unet_model enconly", "export_legacy"),
         (TrainConfig, "--edge_threshold 0.2 --edge_scale 2", "edge_threshold edge_scale"),
         (TrainConfig, "--edge_threshold 0.2 --edge_scale 2 --edge_levels 2", ""),
         (TrainConfig, "--no_instance True --edge_levels 2 --add_noise True --noise_to label", "edge_levels noise_to"),
-        (TrainConfig, "--cache_dir c", ""),
         (TrainConfig, "--cache_dir c --dataset_mode coco", "cache_dir"),
-        (TrainConfig, "--cache_dir c --dataset_mode coco --is_train False", ""),
         (TrainConfig, "--cache_dir c --dry_run True", "cache_dir"),
         (SampleConfig, "--preset cityscapes", ""),
         (SampleConfig, "--add_noise True --noise_to label --snr 10", "add_noise noise_to"),
-        (SampleConfig, "--add_noise False", ""),
         (SampleConfig, "--num_workers 3", "num_workers"),
         (SampleConfig, "--eta 0.5 --sampler dpm++", "eta"),
-        (SampleConfig, "--eta 0.5 --use_ddim True", ""),
         (SampleConfig, "--stop_patience 2 --stop_min_steps 3", "stop_patience stop_min_steps"),
         (SampleConfig, "--stop_patience 2 --stop_min_steps 3 --stop_tol 0.01", ""),
         (SampleConfig, "--use_checkpoint True --dropout 0.1 --use_kl True", "use_checkpoint dropout use_kl"),
@@ -314,24 +279,17 @@ def test_check_bank_follows_the_size_that_training_fixed():
         (SampleConfig, "--link digital --snr 10 --modulation qpsk --code_rate 0.3 --fading rayleigh", ""),
         (SampleConfig, "--modulation qpsk --code_rate 0.3 --fading rayleigh", "modulation code_rate fading"),
         (SampleConfig, "--baseline jpeg", "baseline"),
-        (SampleConfig, "--baseline jpeg --role transmit", ""),
         (SampleConfig, "--candidates 4 --distance ssim --feedback_steps 3", "candidates distance feedback_steps"),
-        (SampleConfig, "--candidates 8 --distance ssim --feedback_steps 3 --noise_index best", ""),
         (SampleConfig, "--candidates 4 --feedback_steps 3 --noise_index best", "feedback_steps"),
         (SampleConfig, "--distance ssim --selection per_step --local_picture True", "local_picture"),
         (SampleConfig, "--use_ddim True --tail_steps 3", "tail_steps"),
-        (SampleConfig, "--sampler ddpm --tail_steps 3", ""),
         (SampleConfig, "--step_candidates 4 --step_atoms 1", "step_candidates step_atoms"),
         (SampleConfig, "--step_candidates 4 --step_atoms 1 --selected_steps 3 --selection per_step", ""),
         (SampleConfig, "--segmenter s.pt", "segmenter"),
-        (SampleConfig, "--segmenter s.pt --metrics miou", ""),
         (SampleConfig, "--features f --fid_weights w --lpips_weights l", "features fid_weights lpips_weights"),
         (SampleConfig, "--features f.pt --metrics kid --lpips_weights l --distance lpips --noise_index best", ""),
-        (SampleConfig, "--messages m", "messages"),
         (SampleConfig, "--role receive --messages m --s 2 --extractor e.pt --sampler ddim", "s extractor sampler"),
         (SampleConfig, "--role receive --messages m --metrics psnr --seed 3 --cache_dir c", "metrics seed cache_dir"),
-        (SampleConfig, "--role transmit --link digital --snr 3", "link snr"),
-        (SampleConfig, "--cache_dir c --is_train True --dataset_mode coco", ""),
         (SampleConfig, "--cache_dir c --extractor e.pt", "cache_dir"),
     ],
 )
@@ -350,11 +308,6 @@ def test_unused_flags_name_what_a_flag_needs():
 # -- sweep ------------------------------------------------------------------------------------------------------------
 
 
-def test_sweep_of_one_keeps_the_folder():
-    (one,) = sweep(parse(SampleConfig, "--snr 10 --pool med --results_path r")[0])
-    assert (one.snr, one.pool, one.link, one.results_path) == (10.0, "med", "analog", "r")
-
-
 def test_sweep_gives_every_link_pool_and_snr_a_folder_and_equal_ones_one():
     line = "--snr 10,2.5,10.0 --pool None,med,med --link analog,digital,ideal --results_path r"
     found = {copy.results_path: (copy.link, copy.pool, copy.snr) for copy in sweep(parse(SampleConfig, line)[0])}
@@ -367,6 +320,8 @@ def test_sweep_gives_every_link_pool_and_snr_a_folder_and_equal_ones_one():
         "r/digital_2.5dB": ("digital", "None", 2.5),
         "r/ideal": ("ideal", "None", float("inf")),
     }
+    (one,) = sweep(parse(SampleConfig, "--snr 10 --pool med --results_path r")[0])
+    assert (one.snr, one.pool, one.link, one.results_path) == (10.0, "med", "analog", "r")
 
 
 # -- earlier runs -----------------------------------------------------------------------------------------------------
@@ -435,8 +390,7 @@ def test_adopt_resumed_keeps_the_architecture_and_tells_other_changes(tmp_path, 
             adopt_resumed(config, given)
 
 
-def test_adopt_resumed_ignores_the_folder_of_a_fresh_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_adopt_resumed_ignores_the_folder_of_a_fresh_run(tmp_path):
     save_config(TrainConfig(**trained()), tmp_path / "config.json")
     config, given = parse(TrainConfig, f"--checkpoint_dir {tmp_path}")
     assert adopt_resumed(config, given) == [] and config.num_channels == 128
@@ -449,11 +403,8 @@ def test_save_config_and_load_config_are_inverse(tmp_path):
     config, _ = parse(TrainConfig, "--preset toy --lr 0.002 --data_dir 'a b/é'")
     save_config(config, tmp_path / "config.json")
     assert TrainConfig(**load_config(tmp_path / "config.json")) == config
-
-
-def test_print_config_is_json(capsys):
-    print_config(parse(SampleConfig, "--preset toy")[0])
-    assert json.loads(capsys.readouterr().out)["timestep_respacing"] == "25"
+    (tmp_path / "config.json").write_text('{"lr": 0.1}')  # without a SHA-256, as other programs write it
+    assert load_config(tmp_path / "config.json") == {"lr": 0.1}
 
 
 @pytest.mark.parametrize("contents", [None, b"[" * 10**6, b"[1]", b"", b'{"lr": ' + b"9" * 5000 + b"}", b"\xff\xfe"])
@@ -480,8 +431,3 @@ def test_load_config_recognises_flipped_bits(tmp_path):
         except InputError:
             refused += 1
     assert refused > 200
-
-
-def test_load_config_takes_a_file_without_sha256(tmp_path):
-    (tmp_path / "config.json").write_text('{"lr": 0.1}')
-    assert load_config(tmp_path / "config.json") == {"lr": 0.1}

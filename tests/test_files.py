@@ -1,6 +1,5 @@
 """Atomic writes, output folders, and the SHA-256 of files."""
 
-import errno
 import hashlib
 import os
 import re
@@ -55,24 +54,6 @@ def test_atomic_write_syncs_the_file_before_its_name_and_the_name_before_the_end
     with atomic_write(tmp_path / "a.txt") as f:
         f.write("x")
     assert done == ["file", "rename", "folder"]
-
-
-@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.EACCES, True), (errno.EIO, False)])
-def test_atomic_write_passes_over_only_a_platforms_refusal_to_sync_a_folder(tmp_path, monkeypatch, number, passes):
-    sync = os.fsync
-
-    def refuse_folders(descriptor):
-        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            raise OSError(number, os.strerror(number))
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", refuse_folders)
-    if passes:
-        with atomic_write(tmp_path / "a.txt") as f:
-            f.write("x")
-    else:
-        with pytest.raises(OSError, match="Input/output error"), atomic_write(tmp_path / "a.txt") as f:
-            f.write("x")
 
 
 def test_check_folder_names_a_file_in_a_folders_place(tmp_path):

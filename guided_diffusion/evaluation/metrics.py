@@ -9,8 +9,8 @@ import re
 import numpy as np
 import torch
 
-from ..config import METRICS
 from ..console import InputError
+from ..flags import METRICS
 from ..link.selection import mse
 
 # MS-SSIM (Wang et al. 2003): weights from the finest scale to the coarsest.
