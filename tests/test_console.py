@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from guided_diffusion.console import REQUEUE, InputError, Interrupted, Interrupts, bar_options, log, run_script
+from guided_diffusion.console import REQUEUE, InputError, Interrupted, Interrupts, bar_options, run_script
 
 
 @pytest.mark.parametrize(
@@ -16,15 +16,10 @@ from guided_diffusion.console import REQUEUE, InputError, Interrupted, Interrupt
     [
         (InputError("a.png: bad\n  really"), 2, "train.py: error: a.png: bad really\n"),
         (OSError("disk full"), 1, "train.py: error: disk full\n"),
-        (
-            RuntimeError("CUDA out of memory. Tried\nmore"),
-            1,
-            "train.py: error: CUDA out of memory. Tried (out of memory? ",
-        ),
+        (RuntimeError("CUDA out of memory.\nmore"), 1, "train.py: error: CUDA out of memory. (out of memory? "),
         (KeyboardInterrupt(), 130, "train.py: interrupted\n"),
         (Interrupted(signal.SIGINT), 130, "train.py: interrupted\n"),
         (Interrupted(signal.SIGUSR1), REQUEUE, "train.py: ended as told; exit code 75\n"),
-        (Interrupted(signal.SIGTERM), REQUEUE, "train.py: ended as told; exit code 75\n"),
     ],
 )
 def test_run_script_ends_with_one_line(monkeypatch, capsys, error, code, text):
@@ -77,18 +72,12 @@ def test_interrupts_at_once_break_the_work_at_the_first_signal_only(number):
     assert stopped.value.code == REQUEUE
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_log_on_a_full_disk_ends_nothing():
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full")
     code = "from guided_diffusion.console import log; log('line'); print('went on')"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, text=True)
     assert done.stdout == "went on\n"
-
-
-def test_log_writes_a_line(capsys):
-    log("line")
-    assert capsys.readouterr().err == "line\n"
 
 
 def test_interrupts_raise_nothing_into_an_import(tmp_path, monkeypatch):
