@@ -87,10 +87,10 @@ class SlurmCluster:
     def __exit__(self, *_):
         """End every job, its processes, and the daemons; remove the folder."""
         if len(self._daemons) == 3:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(subprocess.TimeoutExpired, RuntimeError):
                 self.command("scancel", "--user=root", "--signal=KILL", "--full", check=False)
                 self.command("scancel", "--user=root", check=False)
-                self._settle()
+                self._await("the jobs' end", lambda: not self.command("squeue", "--noheader", check=False).strip(), 20)
         for daemon in reversed(self._daemons):
             daemon.terminate()
             try:
@@ -98,7 +98,6 @@ class SlurmCluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        self._daemons.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def command(self, *words, check=True, **options):
@@ -131,9 +130,7 @@ class SlurmCluster:
                     break
                 log = Path(facts["StdOut"])
                 text = log.read_text(errors="replace") if log.exists() else "has no log"
-                raise RuntimeError(
-                    f"job {job} did not {words} within {seconds} s: {facts}\n--- its log\n{text}\n{self.logs()}"
-                )
+                raise RuntimeError(f"job {job} did not {words}: {facts}\n--- its log\n{text}\n{self.logs()}")
             time.sleep(0.1)
         return facts
 
@@ -161,27 +158,14 @@ class SlurmCluster:
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-15]\n")
 
     def _start(self, name, *arguments):
+        command = [shutil.which(name, path=_SEARCHED), *arguments]
         with open(self.folder / f"{name}.log", "wb") as log:
-            self._daemons.append(
-                subprocess.Popen(
-                    [shutil.which(name, path=_SEARCHED), *arguments],
-                    env=self.environment,
-                    cwd=self.folder,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-            )
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+            self._daemons.append(subprocess.Popen(command, env=self.environment, cwd=self.folder, **streams))
 
     def _await(self, what, ready, seconds=60):
         deadline = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in self._daemons):
-                raise RuntimeError(f"{what} did not come up\n{self.logs()}")
+                raise RuntimeError(f"waited in vain for {what}\n{self.logs()}")
             time.sleep(0.1)
-
-    def _settle(self, seconds=20):
-        deadline = time.monotonic() + seconds
-        while self.command("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
-            time.sleep(0.2)

@@ -114,9 +114,6 @@ def test_conditioning_has_an_edge_plane_also_without_edges():
     assert y.shape == (1, K + 1, H, W) and not y[:, K].any()
 
 
-# -- drops, channel, bank, timesteps ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
 def test_drop_rate_is_the_share_of_null_conditionings(rate):
     found, y = prepared(list(range(1000)), drop_rate=rate, add_noise=True, sigma=0.5)

@@ -220,12 +220,14 @@ class Group:
         except (InputError, OSError) as error:
             kind = InputError if isinstance(error, InputError) else OSError
             raise kind(f"rank {self.rank}: {error}") from None
-        self._close()
+        else:
+            self._close()
+        finally:
+            time.sleep(0.5)  # a gloo thread that lets go of its last tensor while Python ends would abort the process
 
     def _close(self):
         self.largest(0)
         dist.destroy_process_group()
-        time.sleep(0.5)  # a gloo thread that lets go of its last tensor while Python ends would abort the process
 
 
 def _fulfil(future, work):
