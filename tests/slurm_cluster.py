@@ -9,7 +9,6 @@ import tempfile
 import time
 from pathlib import Path
 
-_TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 _SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # the daemons' folders are not in everybody's PATH
 # The node claims more than the machine has, so that the scripts' own #SBATCH lines can be granted anywhere. A requeued
@@ -47,14 +46,6 @@ GresTypes=gpu
 NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs=64 RealMemory=1000000 Gres=gpu:16
 PartitionName=partitions-gpu Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 """
-
-
-def why_not():
-    """Return why no cluster can be started here, or ""."""
-    missing = [name for name in _TOOLS if shutil.which(name, path=_SEARCHED) is None]
-    if missing:
-        return f"SLURM is not installed: no {', '.join(missing)}"
-    return "" if os.geteuid() == 0 else "SLURM's daemons are started as root here"
 
 
 class SlurmCluster:
@@ -158,10 +149,14 @@ class SlurmCluster:
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-15]\n")
 
     def _start(self, name, *arguments):
-        command = [shutil.which(name, path=_SEARCHED), *arguments]
+        program = shutil.which(name, path=_SEARCHED)
+        if program is None:
+            raise RuntimeError(f"{name} is not installed")
         with open(self.folder / f"{name}.log", "wb") as log:
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-            self._daemons.append(subprocess.Popen(command, env=self.environment, cwd=self.folder, **streams))
+            self._daemons.append(
+                subprocess.Popen([program, *arguments], env=self.environment, cwd=self.folder, **streams)
+            )
 
     def _await(self, what, ready, seconds=60):
         deadline = time.monotonic() + seconds

@@ -24,34 +24,29 @@ from guided_diffusion.training.distributed import Ranks
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def gpus(monkeypatch):
-    """Function that lets torch see a number of GPUs; it returns the list of those that are made the current one."""
-
-    def show(count):
-        chosen = []
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-        return chosen
-
-    return show
+def show_gpus(monkeypatch, count):
+    """Let torch see a number of GPUs; return the list of those that are made the current one from now on."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
 
 
-def test_select_device_of_a_single_process(gpus):
-    gpus(0)
+def test_select_device_of_a_single_process(monkeypatch):
+    show_gpus(monkeypatch, 0)
     assert select_device("cpu") == select_device("auto") == select_device() == CPU
-    chosen = gpus(2)
+    chosen = show_gpus(monkeypatch, 2)
     assert select_device("auto") == select_device("cuda") == torch.device("cuda:0") and select_device("cpu") == CPU
     assert select_device("cuda:1") == chosen[-1] == torch.device("cuda:1")  # the current one, which is asked for bf16
 
 
-def test_select_device_takes_the_gpu_of_the_local_rank(gpus):
-    chosen = gpus(2)
+def test_select_device_takes_the_gpu_of_the_local_rank(monkeypatch):
+    chosen = show_gpus(monkeypatch, 2)
     assert select_device("auto", Ranks(3, 4, 1)) == chosen[-1] == torch.device("cuda:1")
     with pytest.raises(InputError, match="--device cuda: GPU 2 is asked for, but 2 are shown"):
         select_device("cuda", Ranks(2, 4, 2))
-    gpus(1)  # srun --gpus-per-task shows each its own
+    show_gpus(monkeypatch, 1)  # srun --gpus-per-task shows each its own
     assert select_device("cuda", Ranks(3, 4, 1)) == torch.device("cuda:0")
 
 
@@ -61,8 +56,8 @@ WRONG += [(name, shown, TOO_FEW) for name, shown in (("cuda", 0), ("cuda:0", 0),
 
 
 @pytest.mark.parametrize(("name", "shown", "words"), WRONG)
-def test_select_device_names_what_is_not_there(gpus, name, shown, words):
-    gpus(shown)
+def test_select_device_names_what_is_not_there(monkeypatch, name, shown, words):
+    show_gpus(monkeypatch, shown)
     with pytest.raises(InputError, match=f"--device {name}: {words.format(shown)}"):
         select_device(name)
 

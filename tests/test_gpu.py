@@ -71,8 +71,7 @@ def sample(launcher, folder, device=DEVICE, **flags):
 
 def assert_near(found, expected):
     assert found.keys() == expected.keys() and len(found) == 3
-    for name, picture in expected.items():
-        assert np.abs(found[name] - picture).max() <= 2, name
+    assert all(np.abs(found[name] - picture).max() <= 2 for name, picture in expected.items())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -172,10 +172,7 @@ class Group:
         return torch.cat(found)
 
     def run_on_main(self, work):
-        """Run a function in rank 0 alone; return its result there, None in the others, when it is done.
-
-        Meanwhile all ranks meet every few seconds, so that it may take longer than the timeout.
-        """
+        """Run a function in rank 0 alone; return its result there, None in the others, when it is done."""
         if self.world_size == 1:
             return work()
         future = Future()
@@ -184,7 +181,7 @@ class Group:
         else:
             future.set_result(None)
         try:
-            while self.largest(int(not future.done())):
+            while self.largest(int(not future.done())):  # meeting now and then, it may take longer than the timeout
                 wait([future], self.beat)
         except RuntimeError:  # a rank is lost: what is being saved shall be whole all the same
             wait([future])
