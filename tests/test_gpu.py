@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = os.environ.get("GPU_TEST_DEVICE", "cuda")
 ONE_PROCESS = [sys.executable]
-# torchrun takes --s, where it comes after the script's name, for one of its own flags; "--" ends these.
+# torchrun would take --s for one of its own flags; "--" ends these.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "--"]
 LAUNCHERS = pytest.mark.parametrize("launcher", [ONE_PROCESS, TORCHRUN], ids=["one process", "torchrun"])
 
@@ -38,15 +38,14 @@ def script(launcher, name, **flags):
 
 @pytest.fixture(scope="module", autouse=True)
 def gpu():
-    """Skip all tests where there is no GPU."""
     if DEVICE != "cpu" and start(sys.executable, "-c", "import torch; assert torch.cuda.is_available()").returncode:
         pytest.skip("no CUDA device")
 
 
 def train(launcher, scenes, folder, device=DEVICE, steps=3, **flags):
     shared = {**TINY, **TRAIN, "data_dir": scenes, "drop_rate": 0.1, "learn_sigma": True, "num_workers": 2}
-    own = {"checkpoint_dir": folder, "device": device, "total_steps": steps}
-    script(launcher, "image_train.py", **{**shared, **own, **flags})
+    shared |= {"checkpoint_dir": folder, "device": device, "total_steps": steps}
+    script(launcher, "image_train.py", **shared | flags)
 
 
 def losses(folder):
