@@ -80,7 +80,7 @@ def products(bench):
     """Products of two square matrices, the fastest of 3 turns. On a GPU, fp32 rounds to TF32 as convolutions do"""
     torch.set_float32_matmul_precision("highest" if bench.device.type == "cpu" else "high")
     for precision in dict.fromkeys(["fp32", *bench.precisions]):
-        dtype = devices.half_dtype(precision) or torch.float32
+        dtype = devices.DTYPES[precision] or torch.float32
         a, b = torch.randn(2, SIDE, SIDE, device=bench.device).to(dtype)
         turns = [timer(partial(torch.mm, a, b)).blocked_autorange().median for _ in range(3)]
         bench.rates[precision] = 2 * SIDE**3 / min(turns)
@@ -206,7 +206,6 @@ def peak_of(bench, what, path, precision):
     reverse = what == "reverse step"
     run = reverse_step(bench, path, precision) if reverse else training_cases(bench, 1)[path, precision]
     devices.release_memory(bench.device)
-    devices.reset_peak_memory(bench.device)
     run()
     run()
     status = Path("/proc/self/status").read_text()  # getrusage would tell the parent's peak

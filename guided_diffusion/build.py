@@ -174,14 +174,8 @@ def precision_of(config, device, log):
 
 def join_group(config, ranks):
     """Meet the other processes of this job, if it has any. Returns this process's `Group` and its torch device."""
-    device, problem = torch.device("cpu"), ""
-    try:
-        device = select_device(config.device, ranks)
-    except InputError as error:
-        problem = str(error)
-    own = {"data_dir", "cache_dir", "num_workers"}  # may differ
-    flags = {name: value for name, value in vars(config).items() if name not in own}
-    return Group(ranks, device, flags, problem, config.dist_timeout), device
+    device = select_device(config.device, ranks)
+    return Group(ranks, device, config.dist_timeout), device
 
 
 def training_loop(config, given, log, group=None, device=None):

@@ -9,7 +9,6 @@ import tempfile
 import time
 from pathlib import Path
 
-_TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 _SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # the daemons' folders are not in everybody's PATH
 # The node claims more than the machine has, so that the scripts' own #SBATCH lines can be granted anywhere. A requeued
@@ -49,14 +48,6 @@ PartitionName=partitions-gpu Nodes=localhost Default=YES MaxTime=INFINITE State=
 """
 
 
-def why_not():
-    """Return why no cluster can be started here, or ""."""
-    missing = [name for name in _TOOLS if shutil.which(name, path=_SEARCHED) is None]
-    if missing:
-        return f"SLURM is not installed: no {', '.join(missing)}"
-    return "" if os.geteuid() == 0 else "SLURM's daemons are started as root here"
-
-
 class SlurmCluster:
     """Context manager: the cluster's daemons run inside of it. Raises RuntimeError where they do not come up.
 
@@ -87,10 +78,10 @@ class SlurmCluster:
     def __exit__(self, *_):
         """End every job, its processes, and the daemons; remove the folder."""
         if len(self._daemons) == 3:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(subprocess.TimeoutExpired, RuntimeError):
                 self.command("scancel", "--user=root", "--signal=KILL", "--full", check=False)
                 self.command("scancel", "--user=root", check=False)
-                self._settle()
+                self._await("the jobs' end", lambda: not self.command("squeue", "--noheader", check=False).strip(), 20)
         for daemon in reversed(self._daemons):
             daemon.terminate()
             try:
@@ -98,7 +89,6 @@ class SlurmCluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        self._daemons.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def command(self, *words, check=True, **options):
@@ -131,9 +121,7 @@ class SlurmCluster:
                     break
                 log = Path(facts["StdOut"])
                 text = log.read_text(errors="replace") if log.exists() else "has no log"
-                raise RuntimeError(
-                    f"job {job} did not {words} within {seconds} s: {facts}\n--- its log\n{text}\n{self.logs()}"
-                )
+                raise RuntimeError(f"job {job} did not {words}: {facts}\n--- its log\n{text}\n{self.logs()}")
             time.sleep(0.1)
         return facts
 
@@ -161,27 +149,18 @@ class SlurmCluster:
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-15]\n")
 
     def _start(self, name, *arguments):
+        program = shutil.which(name, path=_SEARCHED)
+        if program is None:
+            raise RuntimeError(f"{name} is not installed")
         with open(self.folder / f"{name}.log", "wb") as log:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
             self._daemons.append(
-                subprocess.Popen(
-                    [shutil.which(name, path=_SEARCHED), *arguments],
-                    env=self.environment,
-                    cwd=self.folder,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
+                subprocess.Popen([program, *arguments], env=self.environment, cwd=self.folder, **streams)
             )
 
     def _await(self, what, ready, seconds=60):
         deadline = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in self._daemons):
-                raise RuntimeError(f"{what} did not come up\n{self.logs()}")
+                raise RuntimeError(f"waited in vain for {what}\n{self.logs()}")
             time.sleep(0.1)
-
-    def _settle(self, seconds=20):
-        deadline = time.monotonic() + seconds
-        while self.command("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
-            time.sleep(0.2)

@@ -4,10 +4,8 @@ import contextlib
 import ctypes
 import gc
 import os
-import shlex
+import re
 import shutil
-import socket
-import time
 
 import torch
 from torch import nn
@@ -27,25 +25,17 @@ def select_device(name="auto", ranks=None):
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"--device {name}: unknown; choose auto, cpu or cuda[:N]")
-    if device.type == "cpu":
-        return device
+    if name == "cpu":
+        return torch.device("cpu")
     found = torch.cuda.device_count()
-    if not 0 <= (device.index or 0) < found:  # torch wraps 128 to -128
-        raise InputError(f"--device {name}: this machine shows {found} CUDA devices; choose another or cpu")
-    if ranks is not None and ranks.world_size > 1:
-        if device.index is not None:
-            raise InputError(f"--device {name}: {ranks.world_size} processes cannot share one GPU; use cuda or auto")
-        if ranks.local_rank >= found > 1:
-            raise InputError(
-                f"process {ranks.local_rank + 1} of this node has no GPU left: {found} are shown; start fewer"
-            )
-        device = torch.device("cuda", ranks.local_rank if found > 1 else 0)
+    own = ranks.local_rank if ranks is not None and found > 1 else 0
+    number = int(name[5:] or own)
+    if number >= found:
+        hint = "choose another or cpu, or start fewer processes per node"
+        raise InputError(f"--device {name}: GPU {number} is asked for, but {found} are shown; {hint}")
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)  # collectives, and the question for bf16, take the current one
     return device
 
@@ -55,14 +45,6 @@ def backend_for(device):
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def device_identity(device):
-    """Return a text that tells a GPU from all others of a job, or None for a CPU."""
-    if device.type != "cuda":
-        return None
-    facts = torch.cuda.get_device_properties(device)
-    return f"{socket.gethostname()} {getattr(facts, 'uuid', None) or torch.cuda.current_device()}"
-
-
 def usable_precision(device, precision):
     """Return the precision to use on a device, and a line that says why where it is not the one asked for."""
     if precision == "fp16" and device.type == "cpu":
@@ -70,11 +52,6 @@ def usable_precision(device, precision):
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp16", "this GPU has no bf16: using fp16"
     return precision, None
-
-
-def half_dtype(precision):
-    """Return torch's type for "bf16" and "fp16", None for "fp32"."""
-    return DTYPES[precision]
 
 
 def autocast(device, precision):
@@ -117,45 +94,31 @@ def keep_freed_memory():
 
 
 def for_sampling(model, device, precision, compiles=False, log=None):
-    """Make a network ready for reverse chains: on its device, in evaluation mode, without gradients; see `rounded`."""
-    model = rounded(placed(model, device).eval().requires_grad_(False), precision)
-    return compiled(model, log) if compiles else model
+    """Make a network ready for reverse chains: on its device, in evaluation mode, without gradients.
 
-
-def rounded(model, precision):
-    """Round a network's weights to `precision`, those that autocast would round at every call; return it."""
-    dtype = DTYPES[precision]
+    Weights that autocast would round to `precision` at every call are rounded here, once.
+    """
+    model, dtype = placed(model, device).eval().requires_grad_(False), DTYPES[precision]
     for module in model.modules() if dtype is not None else ():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):  # norms stay in float32
             module.to(dtype)
-    return model
+    return compiled(model, log) if compiles else model
 
 
 def check_compiler(device):
     """Raise InputError where torch.compile has no compiler for the code that it makes."""
     variable, usual = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")  # a GPU's kernels are started from C
-    compiler = (shlex.split(os.environ.get(variable, "")) or [usual])[0]
+    compiler = (os.environ.get(variable) or usual).split()[0]
     if not shutil.which(compiler):
-        raise InputError(
-            f"--compile True: {compiler} was not found; install it, name another in {variable}, or drop it"
-        )
+        raise InputError(f"--compile True: no {compiler} was found; install it, or name another one in {variable}")
 
 
 def compiled(model, log):
-    """Let torch.compile make the network's code at its first call, and log what that took. State-dict names stay."""
+    """Let torch.compile make the network's code at its first call; state-dict names stay."""
     # Another size (a search's batches, an early stop) makes torch compile again, and go on uncompiled beyond the limit.
-    torch._dynamo.config.recompile_limit = max(MAX_COMPILATIONS, torch._dynamo.config.recompile_limit)
-    run = torch.compile(model.forward)
-
-    def first(*arguments):
-        started = time.monotonic()
-        log("compiling the network: the first step takes longer, a minute or more")
-        output = run(*arguments)
-        log(f"compiled the forward pass in {time.monotonic() - started:.0f} s")
-        model.forward = run
-        return output
-
-    model.forward = first
+    torch._dynamo.config.recompile_limit = MAX_COMPILATIONS
+    log("compiling the network: the first step takes a minute or more")
+    model.compile()
     return model
 
 
@@ -170,25 +133,14 @@ def device_name(device):
     return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
 
 
-def synchronize(device):
-    """Wait until a device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def release_memory(device):
-    """Give back the memory that tensors of the past held on a device."""
+    """Give back the memory that tensors of the past held on a device, and let `peak_memory` begin anew."""
     gc.collect()  # compiled networks refer to themselves
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def reset_peak_memory(device):
-    """Let `peak_memory` begin anew."""
-    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device):
-    """Return the most bytes that tensors held on a device since `reset_peak_memory`, or None for a CPU."""
+    """Return the most bytes that tensors held on a device since `release_memory`, or None for a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,7 +1,4 @@
-"""From a loaded batch to what one training step needs, in the loader's workers.
-
-Every random draw that belongs to a sample follows from (seed, position in the data order).
-"""
+"""From a loaded batch to what one training step needs; each draw follows from (seed, position in the data order)."""
 
 from dataclasses import dataclass
 
@@ -21,10 +18,8 @@ class TrainingInputs:
     :param bank: the `NoiseBank` (NR-FD), or `FreshNoise` of the purpose "noise".
     :param coding: the `SemanticCoding` that the link will use, so that training sees what a receiver will have.
     :param drop_rate: share of samples whose conditioning is null.
-    :param add_noise: send the conditioning over the analog channel.
-    :param sigma: its standard deviation; None draws one of GESCO's training values per sample.
-    :param noise_to: "semantics" or "label".
-    :param seed: the run's seed.
+    :param add_noise, noise_to: send the conditioning over the analog channel; see `transmit`.
+    :param sigma: the channel's standard deviation; None draws one of GESCO's training values per sample.
     """
 
     num_classes: int
@@ -50,37 +45,34 @@ class TrainingInputs:
         indices = [self.bank.index_for(self.seed, "bank index", position) for position in positions]
         prepared = {key: batch[key] for key in ("image", "path", "position", "skipped") if key in batch}
         prepared["noise"] = self.bank.sized(*shape).entries(indices)
-        prepared["u"] = self._uniform("timestep", positions)
-        prepared["kept"] = (self._uniform("drop", positions) >= self.drop_rate).float()
+        draws = [[uniform(self.seed, purpose, position) for position in positions] for purpose in ("timestep", "drop")]
+        prepared["u"], drop = torch.tensor(draws, dtype=torch.float64)
+        prepared["kept"] = (drop >= self.drop_rate).float()
+        one_hot = self.one_hot and self.add_noise
+        y = received_semantics(*semantics, self.num_classes, one_hot, self.edge_plane, self.coding)
         if self.add_noise:
-            y = received_semantics(*semantics, self.num_classes, self.one_hot, self.edge_plane, self.coding)
-            place = sent_planes(y, self.num_classes, self.one_hot).nonzero().T  # (2, K): sample and plane
+            place = sent_planes(y, self.num_classes, one_hot).nonzero().T  # (2, K): sample and plane
             return prepared | {"planes": self._received(y, positions)[tuple(place)], "place": place}
-        y = received_semantics(*semantics, self.num_classes, False, self.edge_plane, self.coding)
         return prepared | {"label": y[:, :1].to(torch.uint8), "edges": y[:, 1:].clone()}
 
     def conditioning(self, batch):
         """Return y (N, C, H, W) of a prepared batch, on its device."""
         n, _, height, width = batch["noise"].shape
         channels = conditioning_channels(self.num_classes, self.one_hot, not self.edge_plane)
-        if "planes" not in batch and not self.one_hot:
-            y = torch.cat([batch["label"].float(), batch["edges"]], dim=1)
+        y = torch.zeros(n, channels, height, width, device=batch["noise"].device)
+        if "planes" in batch:
+            y[tuple(batch["place"])] = batch["planes"]
+        elif self.one_hot:
+            y.scatter_(1, batch["label"].long(), 1.0)
+            y[:, self.num_classes :] = batch["edges"]
         else:
-            y = torch.zeros(n, channels, height, width, device=batch["noise"].device)
-            if "planes" in batch:
-                y[tuple(batch["place"])] = batch["planes"]
-            else:
-                y.scatter_(1, batch["label"].long(), 1.0)
-                y[:, self.num_classes :] = batch["edges"]
+            y[:, :1], y[:, 1:] = batch["label"], batch["edges"]
         return y * batch["kept"][:, None, None, None] if self.drop_rate else y
 
-    def _uniform(self, purpose, positions):
-        return torch.tensor([uniform(self.seed, purpose, position) for position in positions], dtype=torch.float64)
-
     def _received(self, y, positions):
-        sigmas = [TRAINING_SIGMAS[integer(self.seed, "sigma", len(TRAINING_SIGMAS), p)] for p in positions]
-        if self.sigma is not None:
-            sigmas = [self.sigma] * len(positions)
+        sigma = self.sigma
+        if sigma is None:
+            sigma = [TRAINING_SIGMAS[integer(self.seed, "sigma", len(TRAINING_SIGMAS), p)] for p in positions]
         streams = [generator(self.seed, "channel", position) for position in positions]
         options = {"num_classes": self.num_classes, "one_hot": self.one_hot, "noise_to": self.noise_to}
-        return transmit(y, sigmas, generators=streams, **options)
+        return transmit(y, sigma, generators=streams, **options)

@@ -71,7 +71,7 @@ class TrainLoop:
         self.model, self.diffusion, self.sampler, self.inputs = model, diffusion, sampler, inputs
         self.loader, self.validation, self.settings, self.group = loader, validation, settings, group or Group()
         self.device = next(model.parameters()).device
-        self.network = self.group.wrap(model, self.device)
+        self.network = self.group.wrap(model)
         self.batch_size = settings.batch_size * self.group.world_size  # of all ranks
         self.step, self.position = 0, 0  # steps taken, and samples seen by all ranks: the place in the data order
         options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": True}
