@@ -1,7 +1,5 @@
 """From flags to parts."""
 
-import shutil
-
 import pytest
 import torch
 from conftest import TINY, TRAIN, as_arguments
@@ -103,18 +101,3 @@ def test_training_loop_logs_the_global_batch(scenes, tmp_path, flags, line):
     lines = []
     build.training_loop(config, given, lines.append)
     assert line in lines
-
-
-def test_training_loop_starts_in_spite_of_unreadable_pictures_that_are_skipped(scenes, tmp_path):
-    shutil.copytree(scenes, tmp_path / "scenes")
-    for split in ("train", "val"):  # the first ones, which give the size and the validation items
-        bad = sorted((tmp_path / "scenes").glob(f"gtFine/{split}/*/*labelIds.png"))[0]
-        bad.write_bytes(bad.read_bytes()[:30])
-    flags = {"data_dir": tmp_path / "scenes", "checkpoint_dir": tmp_path / "run", **TINY, **TRAIN, "preview_items": 2}
-    for action in ("error", "skip"):
-        config, given = parse_config(TrainConfig, "", as_arguments({**flags, "on_bad_image": action}))
-        if action == "skip":
-            assert len(build.training_loop(config, given, lambda line: None).validation.items) == 2
-        else:
-            with pytest.raises(InputError, match="cannot be read as a picture"):
-                build.training_loop(config, given, lambda line: None)

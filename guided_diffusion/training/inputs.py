@@ -48,7 +48,7 @@ class TrainingInputs:
         positions, shape = batch["position"].tolist(), batch["image"].shape[1:]
         semantics = batch["label"], batch.get("instance"), batch.get("image_edge")
         indices = [self.bank.index_for(self.seed, "bank index", position) for position in positions]
-        prepared = {key: batch[key] for key in ("image", "path", "position", "skipped") if key in batch}
+        prepared = {key: batch[key] for key in ("image", "path", "position")}
         prepared["noise"] = self.bank.sized(*shape).entries(indices)
         prepared["u"] = self._uniform("timestep", positions)
         prepared["kept"] = (self._uniform("drop", positions) >= self.drop_rate).float()
