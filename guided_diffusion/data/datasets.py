@@ -92,8 +92,9 @@ class SceneDataset(Dataset):
         sample["position"] = index if position is None else position
         if "image" in arrays:
             edge = arrays["edge"].astype(np.float32, order="C")
+            edge /= 255
             sample["image"] = pictures.centred(arrays["image"])  # (3, H, W)
-            sample["image_edge"] = torch.from_numpy(edge).div_(255)[None]  # (1, H, W)
+            sample["image_edge"] = torch.from_numpy(edge)[None]  # (1, H, W)
         if "instance" in arrays:
             sample["instance"] = torch.from_numpy(arrays["instance"].astype(np.int32, order="C"))[None]  # (1, H, W)
         return sample

@@ -80,7 +80,10 @@ def edge_pixels(picture):
 def centred(pixels):
     """8-bit pixels, an array of any shape -> float32 tensor in [-1, 1]."""
     # Bytes are put in order before they become four times as many
-    return torch.from_numpy(np.ascontiguousarray(pixels).astype(np.float32)).div_(127.5).sub_(1)
+    values = np.ascontiguousarray(pixels).astype(np.float32)
+    values /= 127.5
+    values -= 1.0
+    return torch.from_numpy(values)
 
 
 def eight_bit(images):

@@ -94,17 +94,11 @@ class Street:
         x1, y1 = max(x1, x0 + SUPERSAMPLE), max(y1, y0 + SUPERSAMPLE)
         self.fill([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour, ident)
 
-    def ground(self, x0, x1, d0, d1, colour, ident=None):
-        """Rectangle that lies on the ground, in metres."""
-        self.fill([self.at(x0, 0, d0), self.at(x1, 0, d0), self.at(x1, 0, d1), self.at(x0, 0, d1)], colour, ident)
-
-    def wall(self, x, y0, y1, d0, d1, colour, ident=None):
-        """Upright rectangle along the street, at x."""
-        self.fill([self.at(x, y0, d0), self.at(x, y1, d0), self.at(x, y1, d1), self.at(x, y0, d1)], colour, ident)
-
-    def face(self, x0, x1, y0, y1, d, colour, ident=None):
-        """Upright rectangle across the street, at distance d."""
-        self.fill([self.at(x0, y0, d), self.at(x1, y0, d), self.at(x1, y1, d), self.at(x0, y1, d)], colour, ident)
+    def rect(self, x, y, d, colour, ident=None):
+        """Rectangle in metres: two of x, y and d are pairs (from, to), the third is a number."""
+        spans = (span if isinstance(span, tuple) else (span,) for span in (x, y, d))
+        a, b, c, e = (self.at(*corner) for corner in itertools.product(*spans))
+        self.fill([a, c, e, b], colour, ident)
 
 
 def draw_background(street):
@@ -117,11 +111,11 @@ def draw_background(street):
     small = Image.fromarray(np.clip(sky, 0, 255).astype(np.uint8))
     street.image.paste(small.resize((street.width, int(street.horizon) + 2), Image.Resampling.BILINEAR), (0, 0))
     rng, x = street.rng, -8 * street.front
-    street.ground(-2000, 2000, 1, 4 * FAR, street.lit((104, 134, 70), 20), TERRAIN)
+    street.rect((-2000, 2000), 0, (1, 4 * FAR), street.lit((104, 134, 70), 20), TERRAIN)
     while x < 8 * street.front:
         width, d, top = rng.uniform(8, 16), rng.uniform(1.1, 1.6) * FAR, street.house_height * rng.uniform(0.7, 1.3)
         if rng.random() < 0.55:
-            street.face(x, x + width, 0, top, d, street.lit(street.pick(WALLS), d), BUILDING)
+            street.rect((x, x + width), (0, top), d, street.lit(street.pick(WALLS), d), BUILDING)
         else:
             draw_crown(street, x + width / 2, 4, d, width / 3)
         x += width
@@ -134,20 +128,20 @@ def draw_ground(street):
     for d0, d1 in itertools.pairwise(np.geomspace(1.0, 1.5 * FAR, 24)):
         for side in (-1, 1):
             shade = 0.86 if side == sun else 1.0  # the houses on the sun's side shade their pavement
-            street.ground(side * r, side * (street.front + 0.2), d0, d1, street.lit(slab, d0, shade), SIDEWALK)
-            street.ground(side * r, side * (r + 0.3), d0, d1, street.lit(slab, d0, shade * 1.16))
-        street.ground(-r, r, d0, d1, street.lit(road, d0), ROAD)
-        street.ground(sun * r * 0.72, sun * r, d0, d1, street.lit(road, d0, 0.86))
+            street.rect((side * r, side * (street.front + 0.2)), 0, (d0, d1), street.lit(slab, d0, shade), SIDEWALK)
+            street.rect((side * r, side * (r + 0.3)), 0, (d0, d1), street.lit(slab, d0, shade * 1.16))
+        street.rect((-r, r), 0, (d0, d1), street.lit(road, d0), ROAD)
+        street.rect((sun * r * 0.72, sun * r), 0, (d0, d1), street.lit(road, d0, 0.86))
     for d, side in itertools.product(np.arange(3, 32, 2.0), (-1, 1)):
-        street.ground(side * (r + 0.3), side * street.front, d, d * 1.012 + 0.03, street.lit(slab, d, 0.78))
+        street.rect((side * (r + 0.3), side * street.front), 0, (d, d * 1.012 + 0.03), street.lit(slab, d, 0.78))
     rng, white = street.rng, (228, 228, 222)
     for d in np.arange(rng.uniform(2, 6), 60, 7.0):
-        street.ground(-0.1, 0.1, d, d + 3.5, street.lit(white, d))
+        street.rect((-0.1, 0.1), 0, (d, d + 3.5), street.lit(white, d))
     for x in (0.4 - r, r - 0.4) if rng.random() < 0.6 else ():
-        street.ground(x - 0.07, x + 0.07, 2, 60, street.lit(white, 12))
+        street.rect((x - 0.07, x + 0.07), 0, (2, 60), street.lit(white, 12))
     d = rng.uniform(8, 18)
     for x in np.arange(0.5 - r, r - 0.6, 1.1) if rng.random() < 0.3 else ():
-        street.ground(x, x + 0.6, d, d + 3, street.lit(white, d))
+        street.rect((x, x + 0.6), 0, (d, d + 3), street.lit(white, d))
 
 
 def draw_building(street, side, d0, d1):
@@ -160,9 +154,9 @@ def draw_building(street, side, d0, d1):
         ridge, ridge_far = street.at(x + side * 3, top + 2.2, d0), street.at(x + side * 3, top + 2.2, d1)
         street.fill([eave, ridge, street.at(x + side * 6, top, d0)], street.lit(wall, d0, 0.92), BUILDING)
         street.fill([eave, eave_far, ridge_far, ridge], street.lit(roof, d0, shade), BUILDING)
-    street.face(x, x + side * 30, 0, top, d0, street.lit(wall, d0, 0.92), BUILDING)
-    street.wall(x, 0, top, d0, d1, street.lit(wall, d0, shade), BUILDING)
-    street.wall(x, top - 0.35, top, d0, d1, street.lit(wall, d0, shade * 0.8))
+    street.rect((x, x + side * 30), (0, top), d0, street.lit(wall, d0, 0.92), BUILDING)
+    street.rect(x, (0, top), (d0, d1), street.lit(wall, d0, shade), BUILDING)
+    street.rect(x, (top - 0.35, top), (d0, d1), street.lit(wall, d0, shade * 0.8))
     rng, glass = street.rng, (62, 76, 96)  # windows in rows; the ground floor has doors or shop windows
     floor, bays, width = rng.uniform(2.8, 3.4), int((d1 - d0) / rng.uniform(2.2, 3.2)), rng.uniform(0.42, 0.6)
     step = (d1 - d0) / bays
@@ -171,7 +165,7 @@ def draw_building(street, side, d0, d1):
         low, high, share, colour = (0.3, 0.85, width, glass) if i else first
         a = d0 + step * (j + 0.5 - share / 2)
         colour = street.lit((255, 224, 140), a, 1.15) if rng.random() < street.lamps else street.lit(colour, a)
-        street.wall(x, (i + low) * floor, (i + high) * floor, a, a + step * share, colour)
+        street.rect(x, ((i + low) * floor, (i + high) * floor), (a, a + step * share), colour)
 
 
 def draw_buildings(street):
@@ -240,8 +234,8 @@ def draw_car(street, x, d, oncoming):
         points = [street.at(x + k * half, y, t) for k, (half, y, t) in corners]
         street.fill(points, street.lit(colour, d, light) if light else glass, ident)
 
-    street.ground(x - w - 0.25, x + w + 0.25, d - 0.15, end, street.lit((52, 52, 56), d))  # shadow
-    street.wall(flank, sill, deck, d, end, street.lit(colour, d, 0.92 if near == street.sun else 0.76), ident)
+    street.rect((x - w - 0.25, x + w + 0.25), 0, (d - 0.15, end), street.lit((52, 52, 56), d))  # shadow
+    street.rect(flank, (sill, deck), (d, end), street.lit(colour, d, 0.92 if near == street.sun else 0.76), ident)
     for t in (d + 0.75, end - 0.8):
         (a, y), (b, _) = street.at(flank, 0.33, t - 0.34), street.at(flank, 0.33, t + 0.34)
         street.oval((a + b) / 2, y, abs(a - b) / 2, 0.33 * street.scale(t), tyre, ident)
@@ -255,9 +249,9 @@ def draw_car(street, x, d, oncoming):
     panel((w, sill - 0.06, d), (w, sill + 0.12, d), 0.55)
     lamp = street.lit((250, 246, 220) if oncoming else (214, 32, 30), d, 1.2)
     for k in (-1, 1):
-        street.face(x + k * w, x + k * (w - 0.24), 0, sill - 0.06, d, tyre, ident)
-        street.face(x + k * 0.56, x + k * 0.84, 0.61, 0.79, d, lamp)
-    street.face(x - 0.26, x + 0.26, 0.48, 0.6, d, street.lit((232, 232, 226), d))  # number plate
+        street.rect((x + k * w, x + k * (w - 0.24)), (0, sill - 0.06), d, tyre, ident)
+        street.rect((x + k * 0.56, x + k * 0.84), (0.61, 0.79), d, lamp)
+    street.rect((x - 0.26, x + 0.26), (0.48, 0.6), d, street.lit((232, 232, 226), d))  # number plate
 
 
 def draw_person(street, x, d, riding=False):
