@@ -16,12 +16,12 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from ..console import InputError
+from .pairing import CITYSCAPES
 
 ROAD, SIDEWALK, BUILDING, POLE, SIGN, VEGETATION, TERRAIN, SKY = 7, 8, 11, 17, 20, 21, 22, 23
 PERSON, RIDER, CAR, BICYCLE = 24, 25, 26, 33
 
-MIN_SIZE, SUPERSAMPLE = 32, 2
-CAMERA_HEIGHT, FOCAL = 2.0, 1.15  # m; focal length in picture heights
+SUPERSAMPLE, CAMERA_HEIGHT, FOCAL = 2, 2.0, 1.15  # pixels; m; focal length in picture heights
 FAR, HAZE_DISTANCE = 85.0, 150.0  # m: where the street ends; over which a colour fades to 1/e into the haze
 VAL_OFFSET, SEED_STRIDE = 500_000, 1_000_000  # seed of scene k: seed * stride (+ offset in val) + k
 
@@ -37,6 +37,7 @@ CAR_PAINT = [(178, 34, 38), (36, 66, 140), (226, 226, 226), (42, 44, 48), (150, 
 SHIRTS = [(160, 50, 54), (52, 74, 128), (70, 70, 76), (196, 170, 70), (96, 130, 96), (200, 200, 196)]
 TROUSERS, SKIN = [(48, 52, 70), (70, 62, 54), (40, 40, 44)], [(224, 180, 150), (170, 122, 92), (112, 80, 62)]
 SIGNS = [(34, 78, 176), (200, 36, 40), (236, 196, 40)]
+GLASS, DOOR, LAMPLIGHT = (62, 76, 96), (84, 62, 48), (255, 224, 140)
 GRAIN = {SKY: 1.0, VEGETATION: 4.0, TERRAIN: 3.5}  # noise in grey levels, 2 elsewhere; an edge filter amplifies it
 
 
@@ -59,14 +60,13 @@ class Street:
         self.paint, self.mark = ImageDraw.Draw(self.image), ImageDraw.Draw(self.ids)
         self.things = itertools.count()
 
-    def scale(self, d):
-        """Pixels per metre at distance d."""
-        return FOCAL * self.height / d
-
     def at(self, x, y, d):
         """Point (x, y, d) in metres -> (column, row) in pixels."""
         s = self.scale(d)
         return self.vanishing + s * (x - self.camera_x), self.horizon + s * (CAMERA_HEIGHT - y)
+
+    def scale(self, d):  # pixels per metre at distance d
+        return FOCAL * self.height / d
 
     def lit(self, colour, d, factor=1.0):
         """Colour of a surface at distance d: light, then haze."""
@@ -75,7 +75,7 @@ class Street:
         return tuple(min(255, max(0, int(c * t * factor * clear + h * (1 - clear)))) for c, t, h in mixed)
 
     def pick(self, colours, spread=8.0):
-        """One of the colours, each channel moved by up to +-spread."""
+        """One of the colours, each channel moved by up to ±spread."""
         return np.array(colours[self.rng.integers(len(colours))]) + self.rng.uniform(-spread, spread, 3)
 
     def fill(self, points, colour, ident=None, shape="polygon"):
@@ -123,18 +123,17 @@ def draw_background(street):
 
 def draw_ground(street):
     """Pavements with slabs and kerbs, the road in bands that fade with distance, and its lane marks and crossings."""
-    r, sun, tone = street.half_road, street.sun, street.rng.uniform(-10, 10, 2)
-    road, slab = np.array((94, 94, 97)) + tone[0], np.array((170, 163, 155)) + tone[1]
-    for d0, d1 in itertools.pairwise(np.geomspace(1.0, 1.5 * FAR, 24)):
+    rng, r, sun, tone = street.rng, street.half_road, street.sun, street.rng.uniform(-10, 10, 2)
+    road, slab, white = np.array((94, 94, 97)) + tone[0], np.array((170, 163, 155)) + tone[1], (228, 228, 222)
+    for band in itertools.pairwise(np.geomspace(1.0, 1.5 * FAR, 24)):
         for side in (-1, 1):
             shade = 0.86 if side == sun else 1.0  # the houses on the sun's side shade their pavement
-            street.rect((side * r, side * (street.front + 0.2)), 0, (d0, d1), street.lit(slab, d0, shade), SIDEWALK)
-            street.rect((side * r, side * (r + 0.3)), 0, (d0, d1), street.lit(slab, d0, shade * 1.16))
-        street.rect((-r, r), 0, (d0, d1), street.lit(road, d0), ROAD)
-        street.rect((sun * r * 0.72, sun * r), 0, (d0, d1), street.lit(road, d0, 0.86))
+            street.rect((side * r, side * (street.front + 0.2)), 0, band, street.lit(slab, band[0], shade), SIDEWALK)
+            street.rect((side * r, side * (r + 0.3)), 0, band, street.lit(slab, band[0], shade * 1.16))
+        street.rect((-r, r), 0, band, street.lit(road, band[0]), ROAD)
+        street.rect((sun * r * 0.72, sun * r), 0, band, street.lit(road, band[0], 0.86))
     for d, side in itertools.product(np.arange(3, 32, 2.0), (-1, 1)):
         street.rect((side * (r + 0.3), side * street.front), 0, (d, d * 1.012 + 0.03), street.lit(slab, d, 0.78))
-    rng, white = street.rng, (228, 228, 222)
     for d in np.arange(rng.uniform(2, 6), 60, 7.0):
         street.rect((-0.1, 0.1), 0, (d, d + 3.5), street.lit(white, d))
     for x in (0.4 - r, r - 0.4) if rng.random() < 0.6 else ():
@@ -146,25 +145,23 @@ def draw_ground(street):
 
 def draw_building(street, side, d0, d1):
     """One house: roof, the gable wall that faces the camera, the front along the street and its windows."""
-    x, top = side * street.front, street.house_height * street.rng.uniform(0.75, 1.25)
-    wall, roof, pitched = street.pick(WALLS), street.pick(ROOFS), street.rng.random() < 0.6
-    shade = 0.84 if side == street.sun else 1.06
-    if pitched:
-        eave, eave_far = street.at(x, top, d0), street.at(x, top, d1)
-        ridge, ridge_far = street.at(x + side * 3, top + 2.2, d0), street.at(x + side * 3, top + 2.2, d1)
-        street.fill([eave, ridge, street.at(x + side * 6, top, d0)], street.lit(wall, d0, 0.92), BUILDING)
-        street.fill([eave, eave_far, ridge_far, ridge], street.lit(roof, d0, shade), BUILDING)
-    street.rect((x, x + side * 30), (0, top), d0, street.lit(wall, d0, 0.92), BUILDING)
+    rng, x, top = street.rng, side * street.front, street.house_height * street.rng.uniform(0.75, 1.25)
+    wall, roof, shade = street.pick(WALLS), street.pick(ROOFS), 0.84 if side == street.sun else 1.06
+    gable = street.lit(wall, d0, 0.92)
+    if rng.random() < 0.6:  # pitched
+        eave, ridge, *far = (street.at(x + dx, y, d) for d in (d0, d1) for dx, y in ((0, top), (side * 3, top + 2.2)))
+        street.fill([eave, ridge, street.at(x + side * 6, top, d0)], gable, BUILDING)
+        street.fill([eave, *far, ridge], street.lit(roof, d0, shade), BUILDING)
+    street.rect((x, x + side * 30), (0, top), d0, gable, BUILDING)
     street.rect(x, (0, top), (d0, d1), street.lit(wall, d0, shade), BUILDING)
     street.rect(x, (top - 0.35, top), (d0, d1), street.lit(wall, d0, shade * 0.8))
-    rng, glass = street.rng, (62, 76, 96)  # windows in rows; the ground floor has doors or shop windows
     floor, bays, width = rng.uniform(2.8, 3.4), int((d1 - d0) / rng.uniform(2.2, 3.2)), rng.uniform(0.42, 0.6)
+    lowest = (0.15, 0.8, 0.8, GLASS) if rng.random() < 0.5 else (0.0, 0.7, 0.35, DOOR)  # shop windows, or doors
     step = (d1 - d0) / bays
-    first = (0.15, 0.8, 0.8, glass) if rng.random() < 0.5 else (0.0, 0.7, 0.35, (84, 62, 48))
     for i, j in itertools.product(range(int((top - 0.3) / floor)), range(bays)):
-        low, high, share, colour = (0.3, 0.85, width, glass) if i else first
+        low, high, share, colour = (0.3, 0.85, width, GLASS) if i else lowest
         a = d0 + step * (j + 0.5 - share / 2)
-        colour = street.lit((255, 224, 140), a, 1.15) if rng.random() < street.lamps else street.lit(colour, a)
+        colour = street.lit(LAMPLIGHT, a, 1.15) if rng.random() < street.lamps else street.lit(colour, a)
         street.rect(x, ((i + low) * floor, (i + high) * floor), (a, a + step * share), colour)
 
 
@@ -175,9 +172,9 @@ def draw_buildings(street):
         for d0, d1 in reversed(list(itertools.pairwise(starts))):
             if d0 < 8 or street.rng.random() > 0.14:
                 draw_building(street, side, d0, d1)
-                continue
-            for d in (d1 - 1, (d0 + d1) / 2, d0 + 1):
-                draw_tree(street, side * (street.front + street.rng.uniform(2.0, 3.5)), d)
+            else:
+                for d in (d1 - 1, (d0 + d1) / 2, d0 + 1):
+                    draw_tree(street, side * (street.front + street.rng.uniform(2.0, 3.5)), d)
 
 
 def draw_crown(street, x, y, d, radius):
@@ -193,16 +190,14 @@ def draw_crown(street, x, y, d, radius):
 
 
 def draw_tree(street, x, d):
-    """Shadow, trunk and crown."""
     radius, s, (px, base) = street.rng.uniform(1.3, 2.1), street.scale(d), street.at(x, 0, d)
     middle = radius + street.rng.uniform(2.0, 2.8)
-    street.oval(px, base, 0.9 * s, 0.16 * s, street.lit((110, 106, 100), d))
+    street.oval(px, base, 0.9 * s, 0.16 * s, street.lit((110, 106, 100), d))  # shadow
     street.bar(px - 0.14 * s, base - middle * s, px + 0.14 * s, base, street.lit((92, 70, 52), d), VEGETATION)
     draw_crown(street, x, middle, d, radius)
 
 
 def draw_lamp(street, x, d):
-    """Lamp post with an arm over the road."""
     s, steel, (px, base) = street.scale(d), street.lit((104, 108, 112), d), street.at(x, 0, d)
     top, arm = base - street.rng.uniform(5.0, 6.5) * s, px - math.copysign(1.3, x) * s
     street.bar(px - 0.07 * s, top, px + 0.07 * s, base, steel, POLE)
@@ -237,7 +232,7 @@ def draw_car(street, x, d, oncoming):
     street.rect((x - w - 0.25, x + w + 0.25), 0, (d - 0.15, end), street.lit((52, 52, 56), d))  # shadow
     street.rect(flank, (sill, deck), (d, end), street.lit(colour, d, 0.92 if near == street.sun else 0.76), ident)
     for t in (d + 0.75, end - 0.8):
-        (a, y), (b, _) = street.at(flank, 0.33, t - 0.34), street.at(flank, 0.33, t + 0.34)
+        (a, y), (b, _) = (street.at(flank, 0.33, t + half) for half in (-0.34, 0.34))
         street.oval((a + b) / 2, y, abs(a - b) / 2, 0.33 * street.scale(t), tyre, ident)
     panel((w, deck, d), (w, deck, end), 1.15)
     outline = ((0.06, deck, d + 0.3), (0.2, roof, d + 0.8), (0.2, roof, end - 1.5), (0.06, deck, end - 0.9))
@@ -258,20 +253,20 @@ def draw_person(street, x, d, riding=False):
     """A pedestrian, or a cyclist seen along the street on a narrow bicycle."""
     s, lift, (px, base) = street.scale(d), 0.25 if riding else 0.0, street.at(x, 0, d)
     ident, bicycle = (label * 1000 + next(street.things) for label in (RIDER if riding else PERSON, BICYCLE))
-    shirt, trousers = street.pick(SHIRTS), street.pick(TROUSERS)
+    shirt, trousers, tyre = street.pick(SHIRTS), street.pick(TROUSERS), street.lit((30, 30, 34), d)
     hip, foot, stride = base - (0.85 + lift) * s, base - 0.35 * lift * s, street.rng.uniform(0.1, 0.28) * s
     street.oval(px, base, 0.34 * s, 0.07 * s, street.lit((90, 88, 86), d))  # shadow
     for k in (-1, 1):
         shoe = px + k * stride
         leg = [(px - 0.13 * s, hip), (px + 0.13 * s, hip), (shoe + 0.08 * s, foot), (shoe - 0.08 * s, foot)]
         street.fill(leg, street.lit(trousers, d, 1.0 + 0.1 * k), ident)
-    street.bar(px - 0.28 * s, hip - 0.58 * s, px + 0.28 * s, hip - 0.05 * s, street.lit(shirt, d, 0.8), ident)  # arms
-    street.bar(px - 0.2 * s, hip - 0.58 * s, px + 0.2 * s, hip + 0.06 * s, street.lit(shirt, d, 1.05), ident)
+    for half, low, light in ((0.28, -0.05, 0.8), (0.2, 0.06, 1.05)):  # arms, body
+        street.bar(px - half * s, hip - 0.58 * s, px + half * s, hip + low * s, street.lit(shirt, d, light), ident)
     street.oval(px, hip - 0.74 * s, 0.14 * s, 0.17 * s, street.lit(street.pick(SKIN), d), ident)
     street.oval(px, hip - 0.82 * s, 0.13 * s, 0.09 * s, street.lit((60, 46, 36), d), ident)  # hair
     if riding:
-        street.oval(px, base - 0.36 * s, 0.1 * s, 0.36 * s, street.lit((30, 30, 34), d), bicycle)
-        street.bar(px - 0.34 * s, base - 1.06 * s, px + 0.34 * s, base - 0.98 * s, street.lit((30, 30, 34), d), bicycle)
+        street.oval(px, base - 0.36 * s, 0.1 * s, 0.36 * s, tyre, bicycle)
+        street.bar(px - 0.34 * s, base - 1.06 * s, px + 0.34 * s, base - 0.98 * s, tyre, bicycle)
 
 
 def place_things(street):
@@ -302,12 +297,10 @@ def draw_scene(seed, height=128, width=256):
     """Draw one street scene; a function of (seed, height, width) alone.
 
     :param seed: integer >= 0.
-    :param height, width: size in pixels, each at least 32. The street is fitted to the height; 2:1 shows it best.
+    :param height, width: size in pixels. The street is fitted to the height; 2:1 shows it best.
     :return: image (H, W, 3) uint8; label (H, W) uint8, Cityscapes ids; instance (H, W) int32, label * 1000 + k for
         the countable classes (person, rider, car, bicycle; k from 0 per class) and the label id elsewhere.
     """
-    if min(height, width) < MIN_SIZE or seed < 0:
-        raise InputError(f"toy scene: seed {seed}, {height}x{width}; need seed >= 0, at least {MIN_SIZE}x{MIN_SIZE}")
     street = Street(np.random.default_rng(seed), height, width)
     for draw in (draw_background, draw_ground, draw_buildings):
         draw(street)
@@ -325,7 +318,7 @@ def draw_scene(seed, height=128, width=256):
 
 
 def write_toy_scenes(data_dir, train=200, val=16, height=128, width=256, seed=0, progress=True):
-    """Write a toy data set in the Cityscapes layout, all of it or nothing; return data_dir.
+    """Write a toy data set in the Cityscapes layout, all of it or nothing.
 
     :param data_dir: folder to create; it may be there if it is empty.
     :param train, val: number of scenes per split, below 500,000; the two splits share no scene.
@@ -334,21 +327,18 @@ def write_toy_scenes(data_dir, train=200, val=16, height=128, width=256, seed=0,
     target = Path(data_dir).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{data_dir}: exists and is not an empty folder; name a new folder or remove it first")
-    jobs = [("train", k, 0) for k in range(train)] + [("val", k, VAL_OFFSET) for k in range(val)]
+    scenes = [("train", k, k) for k in range(train)] + [("val", k, VAL_OFFSET + k) for k in range(val)]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         root = Path(temporary) / "scenes"  # one level down: the temporary folder itself is closed to other users
-        for kind, split in itertools.product(("leftImg8bit", "gtFine"), ("train", "val")):
-            (root / kind / split / "toytown").mkdir(parents=True)
-        for split, k, offset in tqdm(jobs, desc="toy scenes", unit="scene", disable=not progress):
-            image, label, instance = draw_scene(seed * SEED_STRIDE + offset + k, height, width)
-            name = f"{split}/toytown/toytown_{k:06d}_000000"
-            Image.fromarray(image).save(root / f"leftImg8bit/{name}_leftImg8bit.png")
-            Image.fromarray(label).save(root / f"gtFine/{name}_gtFine_labelIds.png")
-            Image.fromarray(instance.astype(np.uint16)).save(root / f"gtFine/{name}_gtFine_instanceIds.png")
+        for split, k, number in tqdm(scenes, desc="toy scenes", unit="scene", disable=not progress):
+            image, label, instance = draw_scene(seed * SEED_STRIDE + number, height, width)
+            for array, files in zip((image, label, instance.astype(np.uint16)), CITYSCAPES, strict=True):
+                path = root / files.folder.format(split) / f"toytown/toytown_{k:06d}_000000{files.endings[0]}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(path)
         try:
             os.replace(root, target)
         except OSError:
             if not (target / "leftImg8bit").is_dir():  # else another process drew them meanwhile
                 raise
-    return data_dir
