@@ -83,18 +83,22 @@ def scenes(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def make_loop(scenes, tmp_path):
-    """Function that builds a training loop on the scenes, with flags over the tiny ones."""
+def training_loop(scenes, directory, **flags):
     from guided_diffusion import build
     from guided_diffusion.config import TrainConfig, parse_config
 
+    flags = {"data_dir": scenes, "checkpoint_dir": directory, **TINY, **TRAIN, **flags}
+    config, given = parse_config(TrainConfig, "", as_arguments(flags))
+    return build.training_loop(config, given, log=lambda line: None), config
+
+
+@pytest.fixture
+def make_loop(scenes, tmp_path):
+    """Function that builds a training loop on the scenes, with flags over the tiny ones."""
+
     def make(folder="run", **flags):
-        directory = tmp_path / folder
-        directory.mkdir(exist_ok=True)
-        flags = {"data_dir": scenes, "checkpoint_dir": directory, **TINY, **TRAIN, **flags}
-        config, given = parse_config(TrainConfig, "", as_arguments(flags))
-        return build.training_loop(config, given, log=lambda line: None)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return training_loop(scenes, tmp_path / folder, **flags)[0]
 
     return make
 
@@ -102,13 +106,10 @@ def make_loop(scenes, tmp_path):
 @pytest.fixture(scope="session")
 def trained(scenes, tmp_path_factory):
     """The checkpoint folder of a few training steps, with config.json beside."""
-    from guided_diffusion import build
-    from guided_diffusion.config import TrainConfig, parse_config, save_config
+    from guided_diffusion.config import save_config
 
     directory = tmp_path_factory.mktemp("trained")
-    flags = {"data_dir": scenes, "checkpoint_dir": directory, **TINY, **TRAIN, "total_steps": "4", "drop_rate": "0.1"}
-    config, given = parse_config(TrainConfig, "", as_arguments(flags))
-    loop = build.training_loop(config, given, log=lambda line: None)
+    loop, config = training_loop(scenes, directory, total_steps=4, drop_rate=0.1)
     save_config(config, directory / "config.json")
     loop.run()
     return directory

@@ -53,7 +53,6 @@ class SceneDataset(Dataset):
     :param num_classes: class ids must lie below it (None: not checked).
     :param no_instance: leave instance maps aside.
     :param augment: flip, and where `crops` crop, at random in `item(index, position)`.
-    :param seed: seed of the augmentation.
     :param cache_dir: keep the resized pictures and maps in memory-mapped files there ("": no cache); not where `crops`.
     """
 
@@ -108,7 +107,7 @@ class SceneDataset(Dataset):
     def sample_size(self, index):
         """Return (H, W) that `item(index)` will have, from the file's header alone."""
         pair = self.pairs[index]
-        left, top, right, bottom = self._view(pictures.picture_size(pair.label or pair.image), None).box
+        left, top, right, bottom = self._view(pictures.picture_size(pair.label or pair.image)).box
         return bottom - top, right - left
 
     def read(self, index, position=None):
@@ -133,7 +132,7 @@ class SceneDataset(Dataset):
     def _flips(self, position):
         return self.augment and position is not None and uniform(self.seed, "flip", position) < 0.5
 
-    def _view(self, size, position):
+    def _view(self, size, position=None):
         """Choose the `View` of a scene of this (width, height)."""
         flip, side = self._flips(position), self.image_size
         if not (self.facts.square and self.is_train):
@@ -219,8 +218,7 @@ def load_data(*, dataset_mode, data_dir, batch_size, image_size, is_train=True, 
         start + (b·world_size + rank)·batch_size + j.
     :param num_workers, pin_memory: as in torch's `DataLoader`.
     :param prepare: picklable function batch -> batch, which the workers call.
-    The other parameters are those of `SceneDataset`.
-    :raises InputError: here for bad folders, while iterating for bad files.
+    The other parameters are those of `SceneDataset`. InputErrors of bad files are raised while iterating.
     """
     scene = {name: options.pop(name) for name in SceneDataset.__dataclass_fields__ if name in options}
     scene["augment"] = is_train and not deterministic
