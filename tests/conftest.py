@@ -8,19 +8,9 @@ VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")  # for the scripts that
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare bits, on the CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of tiny networks only wait for each other
 
-TINY = {
-    "image_size": "16",
-    "num_channels": "32",
-    "channel_mult": "1,1",
-    "num_res_blocks": "1",
-    "num_head_channels": "32",
-    "attention_resolutions": "8",
-    "resblock_updown": "True",
-    "noise_schedule": "cosine",
-    "prediction": "v",
-    "noise_bank_size": "16",
-    "num_workers": "0",
-}
+FLAGS = """image_size=16 num_channels=32 channel_mult=1,1 num_res_blocks=1 num_head_channels=32 attention_resolutions=8
+resblock_updown=True noise_schedule=cosine prediction=v noise_bank_size=16 num_workers=0"""
+TINY = dict(flag.split("=") for flag in FLAGS.split())
 TRAIN = {"batch_size": "2", "lr": "1e-3", "ema_rate": "0.9", "preview_items": "0", "log_interval": "1"}
 
 
