@@ -68,37 +68,35 @@ class Street:
     def scale(self, d):  # pixels per metre at distance d
         return FOCAL * self.height / d
 
-    def lit(self, colour, d, factor=1.0):
-        """Colour of a surface at distance d: light, then haze."""
-        clear = math.exp(-d / HAZE_DISTANCE)
-        mixed = zip(colour, self.tint, self.sky_low, strict=True)
-        return tuple(min(255, max(0, int(c * t * factor * clear + h * (1 - clear)))) for c, t, h in mixed)
-
     def pick(self, colours, spread=8.0):
         """One of the colours, each channel moved by up to ±spread."""
         return np.array(colours[self.rng.integers(len(colours))]) + self.rng.uniform(-spread, spread, 3)
 
-    def fill(self, points, colour, ident=None, shape="polygon"):
-        """Polygon (or the ellipse in a box) in pixels; without ident it changes the colour only."""
-        getattr(self.paint, shape)(points, fill=colour)
+    def fill(self, points, d, colour, ident=None, light=1.0, shape="polygon"):
+        """Polygon (or ellipse in a box) in pixels, lit and in the haze of distance d; ident None leaves the ids."""
+        clear = math.exp(-d / HAZE_DISTANCE)
+        mixed = zip(colour, self.tint, self.sky_low, strict=True)
+        seen = tuple(min(255, max(0, int(c * t * light * clear + h * (1 - clear)))) for c, t, h in mixed)
+        getattr(self.paint, shape)(points, fill=seen)
         if ident is not None:
             getattr(self.mark, shape)(points, fill=ident)
 
-    def oval(self, x, y, rx, ry, colour, ident=None):
-        """Ellipse about (x, y) in pixels, at least one final pixel wide and high."""
-        rx, ry = max(rx, SUPERSAMPLE / 2), max(ry, SUPERSAMPLE / 2)
-        self.fill((x - rx, y - ry, x + rx, y + ry), colour, ident, "ellipse")
-
-    def bar(self, x0, y0, x1, y1, colour, ident=None):
-        """Upright rectangle between two pixel corners, at least one final pixel wide and high."""
-        x1, y1 = max(x1, x0 + SUPERSAMPLE), max(y1, y0 + SUPERSAMPLE)
-        self.fill([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour, ident)
-
-    def rect(self, x, y, d, colour, ident=None):
+    def rect(self, x, y, d, colour, ident=None, light=1.0, haze=None):
         """Rectangle in metres: two of x, y and d are pairs (from, to), the third is a number."""
-        spans = (span if isinstance(span, tuple) else (span,) for span in (x, y, d))
+        spans = [span if isinstance(span, tuple) else (span,) for span in (x, y, d)]
         a, b, c, e = (self.at(*corner) for corner in itertools.product(*spans))
-        self.fill([a, c, e, b], colour, ident)
+        self.fill([a, c, e, b], haze or spans[2][0], colour, ident, light)
+
+    def bar(self, x, y, d, colour, ident=None, light=1.0):
+        """Upright rectangle between pairs x and y in metres, at least one final pixel wide and high."""
+        (x0, y1), (x1, y0) = (self.at(*corner, d) for corner in zip(x, y, strict=True))
+        x1, y1 = max(x1, x0 + SUPERSAMPLE), max(y1, y0 + SUPERSAMPLE)
+        self.fill([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], d, colour, ident, light)
+
+    def oval(self, x, y, d, rx, ry, colour, ident=None, light=1.0):
+        """Upright ellipse about (x, y, d) in metres, at least one final pixel wide and high."""
+        (px, py), rx, ry = self.at(x, y, d), *(max(r * self.scale(d), SUPERSAMPLE / 2) for r in (rx, ry))
+        self.fill((px - rx, py - ry, px + rx, py + ry), d, colour, ident, light, "ellipse")
 
 
 def draw_background(street):
@@ -111,11 +109,11 @@ def draw_background(street):
     small = Image.fromarray(np.clip(sky, 0, 255).astype(np.uint8))
     street.image.paste(small.resize((street.width, int(street.horizon) + 2), Image.Resampling.BILINEAR), (0, 0))
     rng, x = street.rng, -8 * street.front
-    street.rect((-2000, 2000), 0, (1, 4 * FAR), street.lit((104, 134, 70), 20), TERRAIN)
+    street.rect((-2000, 2000), 0, (1, 4 * FAR), (104, 134, 70), TERRAIN, haze=20)
     while x < 8 * street.front:
         width, d, top = rng.uniform(8, 16), rng.uniform(1.1, 1.6) * FAR, street.house_height * rng.uniform(0.7, 1.3)
         if rng.random() < 0.55:
-            street.rect((x, x + width), (0, top), d, street.lit(street.pick(WALLS), d), BUILDING)
+            street.rect((x, x + width), (0, top), d, street.pick(WALLS), BUILDING)
         else:
             draw_crown(street, x + width / 2, 4, d, width / 3)
         x += width
@@ -128,41 +126,40 @@ def draw_ground(street):
     for band in itertools.pairwise(np.geomspace(1.0, 1.5 * FAR, 24)):
         for side in (-1, 1):
             shade = 0.86 if side == sun else 1.0  # the houses on the sun's side shade their pavement
-            street.rect((side * r, side * (street.front + 0.2)), 0, band, street.lit(slab, band[0], shade), SIDEWALK)
-            street.rect((side * r, side * (r + 0.3)), 0, band, street.lit(slab, band[0], shade * 1.16))
-        street.rect((-r, r), 0, band, street.lit(road, band[0]), ROAD)
-        street.rect((sun * r * 0.72, sun * r), 0, band, street.lit(road, band[0], 0.86))
+            street.rect((side * r, side * (street.front + 0.2)), 0, band, slab, SIDEWALK, shade)
+            street.rect((side * r, side * (r + 0.3)), 0, band, slab, light=shade * 1.16)
+        street.rect((-r, r), 0, band, road, ROAD)
+        street.rect((sun * r * 0.72, sun * r), 0, band, road, light=0.86)
     for d, side in itertools.product(np.arange(3, 32, 2.0), (-1, 1)):
-        street.rect((side * (r + 0.3), side * street.front), 0, (d, d * 1.012 + 0.03), street.lit(slab, d, 0.78))
+        street.rect((side * (r + 0.3), side * street.front), 0, (d, d * 1.012 + 0.03), slab, light=0.78)
     for d in np.arange(rng.uniform(2, 6), 60, 7.0):
-        street.rect((-0.1, 0.1), 0, (d, d + 3.5), street.lit(white, d))
+        street.rect((-0.1, 0.1), 0, (d, d + 3.5), white)
     for x in (0.4 - r, r - 0.4) if rng.random() < 0.6 else ():
-        street.rect((x - 0.07, x + 0.07), 0, (2, 60), street.lit(white, 12))
+        street.rect((x - 0.07, x + 0.07), 0, (2, 60), white, haze=12)
     d = rng.uniform(8, 18)
     for x in np.arange(0.5 - r, r - 0.6, 1.1) if rng.random() < 0.3 else ():
-        street.rect((x, x + 0.6), 0, (d, d + 3), street.lit(white, d))
+        street.rect((x, x + 0.6), 0, (d, d + 3), white)
 
 
 def draw_building(street, side, d0, d1):
     """One house: roof, the gable wall that faces the camera, the front along the street and its windows."""
     rng, x, top = street.rng, side * street.front, street.house_height * street.rng.uniform(0.75, 1.25)
     wall, roof, shade = street.pick(WALLS), street.pick(ROOFS), 0.84 if side == street.sun else 1.06
-    gable = street.lit(wall, d0, 0.92)
     if rng.random() < 0.6:  # pitched
         eave, ridge, *far = (street.at(x + dx, y, d) for d in (d0, d1) for dx, y in ((0, top), (side * 3, top + 2.2)))
-        street.fill([eave, ridge, street.at(x + side * 6, top, d0)], gable, BUILDING)
-        street.fill([eave, *far, ridge], street.lit(roof, d0, shade), BUILDING)
-    street.rect((x, x + side * 30), (0, top), d0, gable, BUILDING)
-    street.rect(x, (0, top), (d0, d1), street.lit(wall, d0, shade), BUILDING)
-    street.rect(x, (top - 0.35, top), (d0, d1), street.lit(wall, d0, shade * 0.8))
+        street.fill([eave, ridge, street.at(x + side * 6, top, d0)], d0, wall, BUILDING, 0.92)
+        street.fill([eave, *far, ridge], d0, roof, BUILDING, shade)
+    street.rect((x, x + side * 30), (0, top), d0, wall, BUILDING, 0.92)
+    street.rect(x, (0, top), (d0, d1), wall, BUILDING, shade)
+    street.rect(x, (top - 0.35, top), (d0, d1), wall, light=shade * 0.8)
     floor, bays, width = rng.uniform(2.8, 3.4), int((d1 - d0) / rng.uniform(2.2, 3.2)), rng.uniform(0.42, 0.6)
     lowest = (0.15, 0.8, 0.8, GLASS) if rng.random() < 0.5 else (0.0, 0.7, 0.35, DOOR)  # shop windows, or doors
     step = (d1 - d0) / bays
     for i, j in itertools.product(range(int((top - 0.3) / floor)), range(bays)):
         low, high, share, colour = (0.3, 0.85, width, GLASS) if i else lowest
         a = d0 + step * (j + 0.5 - share / 2)
-        colour = street.lit(LAMPLIGHT, a, 1.15) if rng.random() < street.lamps else street.lit(colour, a)
-        street.rect(x, ((i + low) * floor, (i + high) * floor), (a, a + step * share), colour)
+        seen, light = (LAMPLIGHT, 1.15) if rng.random() < street.lamps else (colour, 1.0)
+        street.rect(x, ((i + low) * floor, (i + high) * floor), (a, a + step * share), seen, light=light)
 
 
 def draw_buildings(street):
@@ -179,42 +176,40 @@ def draw_buildings(street):
 
 def draw_crown(street, x, y, d, radius):
     """Leaves: dark ovals first, then lighter ones towards the sun."""
-    rng, (px, py), r, green = street.rng, street.at(x, y, d), radius * street.scale(d), street.pick([(62, 108, 46)])
-    street.oval(px, py, 0.75 * r, 0.7 * r, street.lit(green, d, 0.86), VEGETATION)
+    rng, green = street.rng, street.pick([(62, 108, 46)])
+    street.oval(x, y, d, 0.75 * radius, 0.7 * radius, green, VEGETATION, 0.86)
     for factor, count, reach, shift in ((0.8, 7, 0.6, 0.0), (1.0, 6, 0.5, 0.16), (1.25, 5, 0.42, 0.3)):
         for angle in rng.uniform(0, 2) + np.arange(count) * 2 * math.pi / count:
-            size = r * rng.uniform(0.36, 0.52) * (1.3 - 0.35 * factor)
-            cx = px + r * (reach * math.cos(angle) + street.sun * shift * 0.6)
-            cy = py + r * (reach * math.sin(angle) * 0.9 - shift)
-            street.oval(cx, cy, size, size, street.lit(green, d, factor * rng.uniform(0.94, 1.06)), VEGETATION)
+            size = radius * rng.uniform(0.36, 0.52) * (1.3 - 0.35 * factor)
+            cx = x + radius * (reach * math.cos(angle) + street.sun * shift * 0.6)
+            cy = y - radius * (reach * math.sin(angle) * 0.9 - shift)
+            street.oval(cx, cy, d, size, size, green, VEGETATION, factor * rng.uniform(0.94, 1.06))
 
 
 def draw_tree(street, x, d):
-    radius, s, (px, base) = street.rng.uniform(1.3, 2.1), street.scale(d), street.at(x, 0, d)
+    radius = street.rng.uniform(1.3, 2.1)
     middle = radius + street.rng.uniform(2.0, 2.8)
-    street.oval(px, base, 0.9 * s, 0.16 * s, street.lit((110, 106, 100), d))  # shadow
-    street.bar(px - 0.14 * s, base - middle * s, px + 0.14 * s, base, street.lit((92, 70, 52), d), VEGETATION)
+    street.oval(x, 0, d, 0.9, 0.16, (110, 106, 100))  # shadow
+    street.bar((x - 0.14, x + 0.14), (0, middle), d, (92, 70, 52), VEGETATION)
     draw_crown(street, x, middle, d, radius)
 
 
 def draw_lamp(street, x, d):
-    s, steel, (px, base) = street.scale(d), street.lit((104, 108, 112), d), street.at(x, 0, d)
-    top, arm = base - street.rng.uniform(5.0, 6.5) * s, px - math.copysign(1.3, x) * s
-    street.bar(px - 0.07 * s, top, px + 0.07 * s, base, steel, POLE)
-    street.bar(min(px, arm), top, max(px, arm), top + 0.12 * s, steel, POLE)
+    steel, top, arm = (104, 108, 112), street.rng.uniform(5.0, 6.5), x - math.copysign(1.3, x)  # over the road
+    street.bar((x - 0.07, x + 0.07), (0, top), d, steel, POLE)
+    street.bar((min(x, arm), max(x, arm)), (top - 0.12, top), d, steel, POLE)
 
 
 def draw_sign(street, x, d):
     """Traffic sign on a pole: a disc, a triangle or a square, with a white dot."""
-    s, (px, base), colour = street.scale(d), street.at(x, 0, d), street.lit(street.pick(SIGNS), d, 1.1)
-    y, r, kind = base - 2.6 * s, 0.48 * s, street.rng.integers(3)
-    street.bar(px - 0.06 * s, y, px + 0.06 * s, base, street.lit((140, 144, 146), d), POLE)
+    colour, kind, y, r = street.pick(SIGNS), street.rng.integers(3), 2.6, 0.48
+    street.bar((x - 0.06, x + 0.06), (0, y), d, (140, 144, 146), POLE)
     if kind == 0:
-        street.oval(px, y, r, r, colour, SIGN)
+        street.oval(x, y, d, r, r, colour, SIGN, 1.1)
     else:
-        lower = [(px, y + r)] if kind == 1 else [(px + r, y + r), (px - r, y + r)]
-        street.fill([(px - r, y - r), (px + r, y - r), *lower], colour, SIGN)
-    street.oval(px, y - 0.2 * r, 0.4 * r, 0.4 * r, street.lit((238, 238, 234), d))
+        corners = ((-1, 1), (1, 1), (0, -1)) if kind == 1 else ((-1, 1), (1, 1), (1, -1), (-1, -1))
+        street.fill([street.at(x + i * r, y + j * r, d) for i, j in corners], d, colour, SIGN, 1.1)
+    street.oval(x, y + 0.2 * r, d, 0.4 * r, 0.4 * r, (238, 238, 234))
 
 
 def draw_car(street, x, d, oncoming):
@@ -222,51 +217,50 @@ def draw_car(street, x, d, oncoming):
     ident, colour, length = CAR * 1000 + next(street.things), street.pick(CAR_PAINT, 10), street.rng.uniform(3.8, 4.5)
     w, sill, deck, roof, end = 0.9, 0.3, 0.9, street.rng.uniform(1.42, 1.6), d + length
     near = math.copysign(1.0, street.camera_x - x)  # the flank that the camera sees
-    flank, glass, tyre = x + near * w, street.lit((46, 56, 70), d), street.lit((28, 28, 30), d)
+    flank, glass, tyre = x + near * w, (46, 56, 70), (28, 28, 30)
 
-    def panel(low, high, light):  # between two lines across the car, each (half width, y, distance)
+    def panel(low, high, light, paint=colour):  # between two lines across the car, each (half width, y, distance)
         corners = ((-1, low), (1, low), (1, high), (-1, high))
-        points = [street.at(x + k * half, y, t) for k, (half, y, t) in corners]
-        street.fill(points, street.lit(colour, d, light) if light else glass, ident)
+        street.fill([street.at(x + k * half, y, t) for k, (half, y, t) in corners], d, paint, ident, light)
 
-    street.rect((x - w - 0.25, x + w + 0.25), 0, (d - 0.15, end), street.lit((52, 52, 56), d))  # shadow
-    street.rect(flank, (sill, deck), (d, end), street.lit(colour, d, 0.92 if near == street.sun else 0.76), ident)
-    for t in (d + 0.75, end - 0.8):
+    street.rect((x - w - 0.25, x + w + 0.25), 0, (d - 0.15, end), (52, 52, 56), haze=d)  # shadow
+    street.rect(flank, (sill, deck), (d, end), colour, ident, 0.92 if near == street.sun else 0.76)
+    for t in (d + 0.75, end - 0.8):  # wheels
         (a, y), (b, _) = (street.at(flank, 0.33, t + half) for half in (-0.34, 0.34))
-        street.oval((a + b) / 2, y, abs(a - b) / 2, 0.33 * street.scale(t), tyre, ident)
+        r, rx, ry = SUPERSAMPLE / 2, abs(a - b) / 2, 0.33 * street.scale(t)
+        middle, rx, ry = (a + b) / 2, max(rx, r), max(ry, r)
+        street.fill((middle - rx, y - ry, middle + rx, y + ry), d, tyre, ident, shape="ellipse")
     panel((w, deck, d), (w, deck, end), 1.15)
     outline = ((0.06, deck, d + 0.3), (0.2, roof, d + 0.8), (0.2, roof, end - 1.5), (0.06, deck, end - 0.9))
-    street.fill([street.at(flank - near * k, y, t) for k, y, t in outline], glass, ident)  # side windows
+    street.fill([street.at(flank - near * k, y, t) for k, y, t in outline], d, glass, ident)  # side windows
     panel((0.7, roof, d + 0.8), (0.7, roof, end - 1.5), 1.2)
     panel((0.86, deck, d + 0.3), (0.72, roof, d + 0.8), 0.9)
-    panel((0.74, deck + 0.05, d + 0.35), (0.64, roof - 0.1, d + 0.75), None)
+    panel((0.74, deck + 0.05, d + 0.35), (0.64, roof - 0.1, d + 0.75), 1.0, glass)
     panel((w, sill, d), (w, deck, d), 1.0)
     panel((w, sill - 0.06, d), (w, sill + 0.12, d), 0.55)
-    lamp = street.lit((250, 246, 220) if oncoming else (214, 32, 30), d, 1.2)
     for k in (-1, 1):
         street.rect((x + k * w, x + k * (w - 0.24)), (0, sill - 0.06), d, tyre, ident)
-        street.rect((x + k * 0.56, x + k * 0.84), (0.61, 0.79), d, lamp)
-    street.rect((x - 0.26, x + 0.26), (0.48, 0.6), d, street.lit((232, 232, 226), d))  # number plate
+        lamp = (250, 246, 220) if oncoming else (214, 32, 30)
+        street.rect((x + k * 0.56, x + k * 0.84), (0.61, 0.79), d, lamp, light=1.2)
+    street.rect((x - 0.26, x + 0.26), (0.48, 0.6), d, (232, 232, 226))  # number plate
 
 
 def draw_person(street, x, d, riding=False):
     """A pedestrian, or a cyclist seen along the street on a narrow bicycle."""
-    s, lift, (px, base) = street.scale(d), 0.25 if riding else 0.0, street.at(x, 0, d)
     ident, bicycle = (label * 1000 + next(street.things) for label in (RIDER if riding else PERSON, BICYCLE))
-    shirt, trousers, tyre = street.pick(SHIRTS), street.pick(TROUSERS), street.lit((30, 30, 34), d)
-    hip, foot, stride = base - (0.85 + lift) * s, base - 0.35 * lift * s, street.rng.uniform(0.1, 0.28) * s
-    street.oval(px, base, 0.34 * s, 0.07 * s, street.lit((90, 88, 86), d))  # shadow
+    shirt, trousers, stride = street.pick(SHIRTS), street.pick(TROUSERS), street.rng.uniform(0.1, 0.28)
+    hip, foot = (1.1, 0.0875) if riding else (0.85, 0.0)
+    street.oval(x, 0, d, 0.34, 0.07, (90, 88, 86))  # shadow
     for k in (-1, 1):
-        shoe = px + k * stride
-        leg = [(px - 0.13 * s, hip), (px + 0.13 * s, hip), (shoe + 0.08 * s, foot), (shoe - 0.08 * s, foot)]
-        street.fill(leg, street.lit(trousers, d, 1.0 + 0.1 * k), ident)
-    for half, low, light in ((0.28, -0.05, 0.8), (0.2, 0.06, 1.05)):  # arms, body
-        street.bar(px - half * s, hip - 0.58 * s, px + half * s, hip + low * s, street.lit(shirt, d, light), ident)
-    street.oval(px, hip - 0.74 * s, 0.14 * s, 0.17 * s, street.lit(street.pick(SKIN), d), ident)
-    street.oval(px, hip - 0.82 * s, 0.13 * s, 0.09 * s, street.lit((60, 46, 36), d), ident)  # hair
+        leg = ((x - 0.13, hip), (x + 0.13, hip), (x + k * stride + 0.08, foot), (x + k * stride - 0.08, foot))
+        street.fill([street.at(*corner, d) for corner in leg], d, trousers, ident, 1.0 + 0.1 * k)
+    street.bar((x - 0.28, x + 0.28), (hip + 0.05, hip + 0.58), d, shirt, ident, 0.8)  # arms
+    street.bar((x - 0.2, x + 0.2), (hip - 0.06, hip + 0.58), d, shirt, ident, 1.05)
+    street.oval(x, hip + 0.74, d, 0.14, 0.17, street.pick(SKIN), ident)
+    street.oval(x, hip + 0.82, d, 0.13, 0.09, (60, 46, 36), ident)  # hair
     if riding:
-        street.oval(px, base - 0.36 * s, 0.1 * s, 0.36 * s, tyre, bicycle)
-        street.bar(px - 0.34 * s, base - 1.06 * s, px + 0.34 * s, base - 0.98 * s, tyre, bicycle)
+        street.oval(x, 0.36, d, 0.1, 0.36, (30, 30, 34), bicycle)
+        street.bar((x - 0.34, x + 0.34), (0.98, 1.06), d, (30, 30, 34), bicycle)
 
 
 def place_things(street):
