@@ -46,6 +46,7 @@ class Street:
 
     def __init__(self, rng, height, width):
         self.rng, self.height, self.width = rng, height * SUPERSAMPLE, width * SUPERSAMPLE
+        self.scale = FOCAL * self.height  # pixels per metre at a distance of 1 m
         self.horizon, self.vanishing = rng.uniform(0.38, 0.5) * self.height, rng.uniform(0.4, 0.6) * self.width
         self.half_road, self.camera_x = rng.uniform(3.4, 5.2), rng.uniform(-0.4, 1.8)
         self.front = self.half_road + rng.uniform(2.2, 4.0)  # where the pavements end and the houses stand
@@ -62,11 +63,8 @@ class Street:
 
     def at(self, x, y, d):
         """Point (x, y, d) in metres -> (column, row) in pixels."""
-        s = self.scale(d)
+        s = self.scale / d
         return self.vanishing + s * (x - self.camera_x), self.horizon + s * (CAMERA_HEIGHT - y)
-
-    def scale(self, d):  # pixels per metre at distance d
-        return FOCAL * self.height / d
 
     def pick(self, colours, spread=8.0):
         """One of the colours, each channel moved by up to ±spread."""
@@ -95,7 +93,7 @@ class Street:
 
     def oval(self, x, y, d, rx, ry, colour, ident=None, light=1.0):
         """Upright ellipse about (x, y, d) in metres, at least one final pixel wide and high."""
-        (px, py), rx, ry = self.at(x, y, d), *(max(r * self.scale(d), SUPERSAMPLE / 2) for r in (rx, ry))
+        (px, py), rx, ry = self.at(x, y, d), *(max(r * (self.scale / d), SUPERSAMPLE / 2) for r in (rx, ry))
         self.fill((px - rx, py - ry, px + rx, py + ry), d, colour, ident, light, "ellipse")
 
 
@@ -227,9 +225,8 @@ def draw_car(street, x, d, oncoming):
     street.rect(flank, (sill, deck), (d, end), colour, ident, 0.92 if near == street.sun else 0.76)
     for t in (d + 0.75, end - 0.8):  # wheels
         (a, y), (b, _) = (street.at(flank, 0.33, t + half) for half in (-0.34, 0.34))
-        r, rx, ry = SUPERSAMPLE / 2, abs(a - b) / 2, 0.33 * street.scale(t)
-        middle, rx, ry = (a + b) / 2, max(rx, r), max(ry, r)
-        street.fill((middle - rx, y - ry, middle + rx, y + ry), d, tyre, ident, shape="ellipse")
+        rx, ry = (max(r, SUPERSAMPLE / 2) for r in (abs(a - b) / 2, 0.33 * (street.scale / t)))
+        street.fill(((a + b) / 2 - rx, y - ry, (a + b) / 2 + rx, y + ry), d, tyre, ident, shape="ellipse")
     panel((w, deck, d), (w, deck, end), 1.15)
     outline = ((0.06, deck, d + 0.3), (0.2, roof, d + 0.8), (0.2, roof, end - 1.5), (0.06, deck, end - 0.9))
     street.fill([street.at(flank - near * k, y, t) for k, y, t in outline], d, glass, ident)  # side windows
@@ -238,9 +235,9 @@ def draw_car(street, x, d, oncoming):
     panel((0.74, deck + 0.05, d + 0.35), (0.64, roof - 0.1, d + 0.75), 1.0, glass)
     panel((w, sill, d), (w, deck, d), 1.0)
     panel((w, sill - 0.06, d), (w, sill + 0.12, d), 0.55)
+    lamp = (250, 246, 220) if oncoming else (214, 32, 30)
     for k in (-1, 1):
         street.rect((x + k * w, x + k * (w - 0.24)), (0, sill - 0.06), d, tyre, ident)
-        lamp = (250, 246, 220) if oncoming else (214, 32, 30)
         street.rect((x + k * 0.56, x + k * 0.84), (0.61, 0.79), d, lamp, light=1.2)
     street.rect((x - 0.26, x + 0.26), (0.48, 0.6), d, (232, 232, 226))  # number plate
 
@@ -266,21 +263,19 @@ def draw_person(street, x, d, riding=False):
 def place_things(street):
     """(distance, drawer, x, ...) of the cars, parked ones where the road is wide, and of what is on the pavements."""
     rng, r, density = street.rng, street.half_road, street.rng.uniform(0.1, 1.0)
-    parking, lane = r > 4.3, r * (0.3 if r > 4.3 else 0.48)
-    rows = [(lane, 7.5, density * 0.6), (-lane, 6.0, density * 0.8), (r - 1.15, 5.5, density), (1.15 - r, 5.5, density)]
+    rows, lane = (4, 0.3 * r) if r > 4.3 else (2, 0.48 * r)
+    cars = [(lane, 7.5, density * 0.6), (-lane, 6.0, density * 0.8), (r - 1.15, 5.5, density), (1.15 - r, 5.5, density)]
     things = []
-    for x, start, chance in rows if parking else rows[:2]:
+    for x, start, chance in cars[:rows]:
         stops = start + rng.uniform(0, 6) + np.cumsum(rng.uniform(5.4, 10.4, 6)) - 5.4
         things += [(d, draw_car, x + rng.uniform(-0.12, 0.12), x < 0) for d in stops if rng.random() < chance]
     for side in (-1, 1):
         trees, lamps, riders = rng.random(3) < (0.7, 0.7, 0.35)  # which of them this side has
-        if trees:
-            rows = np.arange(rng.uniform(8, 15), 65, rng.uniform(8, 14))
-            things += [(d, draw_tree, side * (r + 0.9)) for d in rows if rng.random() < 0.8]
-        if lamps:
-            things += [(d, draw_lamp, side * (r + 0.45)) for d in np.arange(rng.uniform(7, 16), 60, 16)]
-        if riders:
-            things.append((rng.uniform(7, 18), draw_person, side * (r + 0.1), True))
+        stops = np.arange(rng.uniform(8, 15), 65, rng.uniform(8, 14)) if trees else ()
+        things += [(d, draw_tree, side * (r + 0.9)) for d in stops if rng.random() < 0.8]
+        stops = np.arange(rng.uniform(7, 16), 60, 16) if lamps else ()
+        things += [(d, draw_lamp, side * (r + 0.45)) for d in stops]
+        things += [(d, draw_person, side * (r + 0.1), True) for d in rng.uniform(7, 18, int(riders))]
         things += [(d, draw_sign, side * (r + 0.6)) for d in rng.uniform(6.5, 24, rng.integers(0, 3))]
         walkers = rng.uniform(6.5, 30, rng.integers(0, 4))
         things += [(d, draw_person, side * rng.uniform(r + 0.9, street.front - 0.4)) for d in walkers]
@@ -290,7 +285,6 @@ def place_things(street):
 def draw_scene(seed, height=128, width=256):
     """Draw one street scene; a function of (seed, height, width) alone.
 
-    :param seed: integer >= 0.
     :param height, width: size in pixels. The street is fitted to the height; 2:1 shows it best.
     :return: image (H, W, 3) uint8; label (H, W) uint8, Cityscapes ids; instance (H, W) int32, label * 1000 + k for
         the countable classes (person, rider, car, bicycle; k from 0 per class) and the label id elsewhere.
