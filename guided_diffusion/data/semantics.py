@@ -69,9 +69,8 @@ def edge_symbols(image_edge, coding):
 
 
 def describe(label, instance, image_edge, coding):
-    """Reduce the semantics to what is sent.
+    """Reduce the semantics, (N, 1, H, W) each or None, to what is sent.
 
-    :param instance, image_edge: (N, 1, H, W), or None.
     :return: label ids (N, 1, h, w), `boundaries` in classes (N, 1, H, W) or None, `edge_symbols` (N, 1, h', w') or None
     """
     boundary = None if instance is None else boundaries(instance, label)
@@ -90,7 +89,7 @@ def restore(label, boundary, symbols, coding, size, num_classes, one_hot=True, e
     label = enlarge(label, coding.label_scale, *size)
     edges = 0 if boundary is None else (boundaries(label) | boundary.bool()).float()
     if symbols is not None:
-        edges = edges + enlarge(symbols, coding.edge_scale, *size).float() / max(coding.edge_levels - 1, 1)
+        edges = edges + enlarge(symbols, coding.edge_scale, *size).float() / (coding.edge_levels - 1)
     return encode_semantics(label, None, edges, num_classes, one_hot, edge_plane)
 
 
@@ -118,10 +117,9 @@ def encode_semantics(label, instance, image_edge, num_classes, one_hot=True, edg
     """
     label = label.long()
     if label.device.type == "cpu":  # an accelerator would have to wait; its labels were checked where they were read
-        low, high = label.aminmax()
+        low, high = map(int, label.aminmax())
         if low < 0 or high >= num_classes:
-            found = int(low if low < 0 else high)
-            raise InputError(f"label map has id {found}, but num_classes is {num_classes}")
+            raise InputError(f"label map has id {low if low < 0 else high}, but num_classes is {num_classes}")
     planes = label.float()
     if one_hot:
         planes = planes.new_zeros(len(label), num_classes, *label.shape[2:]).scatter_(1, label, 1.0)
