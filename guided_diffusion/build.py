@@ -1,6 +1,5 @@
 """From a configuration to model, diffusion, noise bank, data and training loop: the only module that knows them all."""
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -143,22 +142,11 @@ def semantic_coding(config):
     return SemanticCoding(config.label_scale, config.edge_levels, config.edge_threshold, config.edge_scale)
 
 
-def picture_size(dataset, model, skips=False):
-    """Return (H, W) of the data set's pictures after checking that the network takes them.
-
-    :param skips: look at the next label map where one is unreadable.
-    """
-    height, width = _first_readable(dataset.sample_size, range(len(dataset)), skips)
+def picture_size(dataset, model):
+    """Return (H, W) of the data set's pictures after checking that the network takes them."""
+    height, width = dataset.sample_size(0)
     check_size(height, width, model.downsampling)
     return height, width
-
-
-def _first_readable(look, indices, skips):
-    """Return look(index) of the first index; with `skips`, of the first one that raises no InputError."""
-    for index in indices[:-1] if skips else ():
-        with contextlib.suppress(InputError):
-            return look(index)
-    return look(indices[-1] if skips else indices[0])
 
 
 def precision_of(config, device, log):
@@ -201,13 +189,13 @@ def training_loop(config, given, log, group=None, device=None):
     pictures, validation_pictures = group.main_first(
         lambda: training_data(config, log)
     )  # builds what --cache_dir lacks
-    height, width = picture_size(pictures, model, config.on_bad_image == "skip")
+    height, width = picture_size(pictures, model)
     asked = config.checkpoint_dir, config.resume_checkpoint, config.resume_partial
     start = group.gather(group.run_on_main(lambda: resume_point(*asked, log)))[0]
     model = placed(model, device)
     diffusion = diffusion_from(config).to(device)
     inputs = _training_inputs(config, given, height, width)
-    loading = {name: getattr(config, name) for name in ("batch_size", "num_workers", "on_bad_image")}
+    loading = {"batch_size": config.batch_size, "num_workers": config.num_workers}
     loading |= {"rank": group.rank, "world_size": group.world_size}
     loading |= {"pin_memory": pins_memory(device), "prepare": inputs}
     loop = TrainLoop(
@@ -278,11 +266,7 @@ def _validation(config, pictures, inputs, diffusion, device, precision):
     count = min(wanted, len(pictures))
     # Spread over the split, because neighbours in a drive look alike; every other one first, for the preview's share.
     spread = [k * len(pictures) // count for k in range(count)]
-    skips, everything = config.on_bad_image == "skip", list(range(len(pictures)))
-    items = [
-        _first_readable(lambda k: pictures.batch([k]), everything[i:] + everything[:i], skips)
-        for i in spread[::2] + spread[1::2]
-    ]
+    items = [pictures.batch([k]) for k in spread[::2] + spread[1::2]]
     steps = min(config.preview_steps, diffusion.num_timesteps)
     preview = diffusion_from(config, timestep_respacing=str(steps)).to(device)
     panel = functools.partial(preview_panel, num_classes=config.num_classes, one_hot=config.one_hot_label)

@@ -32,14 +32,14 @@ def dry_run(config, log, weights=None):
         log("dry run: flags and weights were accepted; messages and extracted label maps are not looked at")
         return
     dataset = build.training_data(config, log)[0] if training else build.data_set(config, config.is_train, log)
-    height, width = build.picture_size(dataset, model, skips=training and config.on_bad_image == "skip")
+    height, width = build.picture_size(dataset, model)
     if training:
         start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial, log)
         found = "starting afresh" if start is None else f"resuming from step {start[1]}"
         log(f"checkpoints: {config.checkpoint_dir}, {found}")
     log(f"pictures: {len(dataset)} of {height}x{width}" + ("" if dataset.has_images else ", labels alone"))
     log("label histogram:")
-    labels = describe_labels(label_histogram(dataset, progress=True))
+    labels = describe_labels(label_histogram(dataset))
     for line in labels + describe_network(model, config, height, width, precision):
         log(line)
     if not training:

@@ -8,19 +8,9 @@ VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")  # for the scripts that
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare bits, on the CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of tiny networks only wait for each other
 
-TINY = {
-    "image_size": "16",
-    "num_channels": "32",
-    "channel_mult": "1,1",
-    "num_res_blocks": "1",
-    "num_head_channels": "32",
-    "attention_resolutions": "8",
-    "resblock_updown": "True",
-    "noise_schedule": "cosine",
-    "prediction": "v",
-    "noise_bank_size": "16",
-    "num_workers": "0",
-}
+FLAGS = """image_size=16 num_channels=32 channel_mult=1,1 num_res_blocks=1 num_head_channels=32 attention_resolutions=8
+resblock_updown=True noise_schedule=cosine prediction=v noise_bank_size=16 num_workers=0"""
+TINY = dict(flag.split("=") for flag in FLAGS.split())
 TRAIN = {"batch_size": "2", "lr": "1e-3", "ema_rate": "0.9", "preview_items": "0", "log_interval": "1"}
 
 
@@ -83,18 +73,22 @@ def scenes(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def make_loop(scenes, tmp_path):
-    """Function that builds a training loop on the scenes, with flags over the tiny ones."""
+def training_loop(scenes, directory, **flags):
     from guided_diffusion import build
     from guided_diffusion.config import TrainConfig, parse_config
 
+    flags = {"data_dir": scenes, "checkpoint_dir": directory, **TINY, **TRAIN, **flags}
+    config, given = parse_config(TrainConfig, "", as_arguments(flags))
+    return build.training_loop(config, given, log=lambda line: None), config
+
+
+@pytest.fixture
+def make_loop(scenes, tmp_path):
+    """Function that builds a training loop on the scenes, with flags over the tiny ones."""
+
     def make(folder="run", **flags):
-        directory = tmp_path / folder
-        directory.mkdir(exist_ok=True)
-        flags = {"data_dir": scenes, "checkpoint_dir": directory, **TINY, **TRAIN, **flags}
-        config, given = parse_config(TrainConfig, "", as_arguments(flags))
-        return build.training_loop(config, given, log=lambda line: None)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return training_loop(scenes, tmp_path / folder, **flags)[0]
 
     return make
 
@@ -102,13 +96,10 @@ def make_loop(scenes, tmp_path):
 @pytest.fixture(scope="session")
 def trained(scenes, tmp_path_factory):
     """The checkpoint folder of a few training steps, with config.json beside."""
-    from guided_diffusion import build
-    from guided_diffusion.config import TrainConfig, parse_config, save_config
+    from guided_diffusion.config import save_config
 
     directory = tmp_path_factory.mktemp("trained")
-    flags = {"data_dir": scenes, "checkpoint_dir": directory, **TINY, **TRAIN, "total_steps": "4", "drop_rate": "0.1"}
-    config, given = parse_config(TrainConfig, "", as_arguments(flags))
-    loop = build.training_loop(config, given, log=lambda line: None)
+    loop, config = training_loop(scenes, directory, total_steps=4, drop_rate=0.1)
     save_config(config, directory / "config.json")
     loop.run()
     return directory

@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_cache_random_crops_are_cut_from_the_files(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_cache_pictures_of_several_sizes_and_kinds_of_ids(tmp_path, capsys):
+def test_cache_pictures_of_several_sizes_and_kinds_of_ids(tmp_path):
     make_cityscapes(tmp_path / "city", count=4, size=(32, 16))
     make_cityscapes(tmp_path / "city", count=1, size=(50, 21))
     plain = SceneDataset("cityscapes", tmp_path / "city", 8, augment=True)
@@ -72,34 +72,29 @@ def test_cache_pictures_of_several_sizes_and_kinds_of_ids(tmp_path, capsys):
     palette = Image.fromarray(ids.astype(np.uint8) + 7)
     palette.putpalette(bytes(range(256)) * 3)
     palette.save(plain.pairs[2].label)
-    for k, instances in ((1, ids.astype(bool)), (2, ids.astype(np.int32) * 70000)):
-        Image.fromarray(instances).save(tmp_path / "ids.tiff")
-        os.replace(tmp_path / "ids.tiff", plain.pairs[k].instance)
+    Image.fromarray(ids.astype(bool)).save(plain.pairs[1].instance)
     kept = SceneDataset("cityscapes", tmp_path / "city", 8, augment=True, cache_dir=tmp_path / "cache")
-    assert len({plain[k]["label"].shape for k in range(4)}) == 2 and plain[2]["instance"].max() == 70000
-    assert same(plain, kept) and "1 scenes are not in the cache" in capsys.readouterr().err
+    assert len({plain[k]["label"].shape for k in range(4)}) == 2 and same(plain, kept)
     assert all(equal(plain.item(k, position), kept.item(k, position)) for k in range(4) for position in range(8))
 
 
-def test_cache_bad_files_fail_as_without_it(city, tmp_path, capsys):
+def test_cache_bad_files_end_its_building(city, tmp_path):
     pairs = opened(city, "").pairs
-    os.truncate(pairs[1].image, 100)
-    save(Path(pairs[2].label), np.full((16, 32), 40, np.uint8))
+    wide = np.full((16, 32), 70000, np.int32)
+    Image.fromarray(wide).save(tmp_path / "ids.tiff")
+    os.replace(tmp_path / "ids.tiff", pairs[4].instance)
+    refuse(lambda: opened(city, tmp_path / "cache"), pairs[4].label, "instance ids take more than 16 bits")
     save(Path(pairs[3].label), np.zeros((16, 30), np.uint8))
-    os.truncate(pairs[4].label, 10)
-    plain, kept = opened(city, ""), opened(city, tmp_path / "cache")
-    assert "3 scenes are not in the cache" in capsys.readouterr().err
-    for k, words in ((1, "cannot be read"), (2, "has id 40"), (3, "30x16"), (4, "cannot be read")):
-        refuse(lambda k=k: plain[k], words)
-        refuse(lambda k=k: kept[k], words)
-    save(Path(pairs[1].image), np.zeros((16, 32, 3), np.uint8))  # repaired: seen at the next start
-    assert opened(city, tmp_path / "cache")[1]["image"].max() == -1
+    refuse(lambda: opened(city, tmp_path / "cache"), pairs[3].image, "(30, 16)")
+    os.truncate(pairs[2].image, 100)
+    refuse(lambda: opened(city, tmp_path / "cache"), pairs[2].image, "cannot be read")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_cache_is_built_once_with_a_bar(city, tmp_path, monkeypatch, capsys):
     opened(city, tmp_path / "cache")
     told = capsys.readouterr().err
-    assert "building the cache" in told and "there is no whole one" in told and "5/5" in told
+    assert "building the cache" in told and "5/5" in told
     seen = reads(monkeypatch)
     moved = tmp_path / "scratch" / "city"
     shutil.copytree(city, moved)  # which keeps the dates
@@ -108,41 +103,31 @@ def test_cache_is_built_once_with_a_bar(city, tmp_path, monkeypatch, capsys):
         assert kept[3]["label"].shape == (1, 8, 16) and not seen and not capsys.readouterr().err
     opened(city, tmp_path / "cache", size=16)
     assert sorted(seen) == list(range(5))
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
-        "city_cityscapes_train_16",
-        "city_cityscapes_train_8",
-    }
+    names = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert names == {"city_cityscapes_train_16", "city_cityscapes_train_8"}
 
 
-CHANGES = {
-    "changed": (lambda pairs: save(Path(pairs[2].image), np.zeros((16, 32, 3), np.uint8)), "other files"),
-    "touched": (lambda pairs: os.utime(pairs[2].label, (1, 1)), "other files"),
-    "removed": (lambda pairs: [os.remove(path) for path in pairs[4][:3]], "other files"),
-    "added": (lambda pairs: [shutil.copy(path, path.replace("_0", "_1")) for path in pairs[4][:3]], "other files"),
-}
+def test_cache_of_other_contents_is_built_anew(city, tmp_path, monkeypatch, capsys):
+    pairs = opened(city, "").pairs
+    for alter in (
+        lambda: None,
+        lambda: save(Path(pairs[2].image), np.zeros((16, 32, 3), np.uint8)),
+        lambda: os.utime(pairs[2].label, (1, 1)),
+        lambda: [os.remove(path) for path in pairs[4][:3]],
+        lambda: [shutil.copy(path, path.replace("_0", "_1")) for path in pairs[3][:3]],
+        lambda: monkeypatch.setattr("guided_diffusion.data.cache.PIL.__version__", "0.1"),
+    ):
+        alter()
+        kept = opened(city, tmp_path / "cache")
+        assert "building the cache" in capsys.readouterr().err and same(opened(city, ""), kept)
 
 
-@pytest.mark.parametrize(("alter", "why"), CHANGES.values(), ids=CHANGES)
-def test_cache_of_other_contents_is_built_anew(city, tmp_path, capsys, alter, why):
+@pytest.mark.parametrize("damaged", ["recipe.json", "image.npy"])
+def test_cache_damaged_is_built_anew(city, tmp_path, capsys, damaged):
     opened(city, tmp_path / "cache")
-    alter(opened(city, "").pairs)
-    capsys.readouterr()
-    kept = opened(city, tmp_path / "cache")
-    told = capsys.readouterr().err
-    assert why in told and "building the cache" in told and same(opened(city, ""), kept)
-
-
-def test_cache_of_another_pillow_or_damaged_is_built_anew(city, tmp_path, monkeypatch, capsys):
-    plain, folder = opened(city, ""), tmp_path / "cache/city_cityscapes_train_8"
-    opened(city, tmp_path / "cache")
-    for name in ("recipe.json", "image.npy"):
-        os.truncate(folder / name, 150)
-        capsys.readouterr()
-        assert same(plain, opened(city, tmp_path / "cache"))
-        assert "there is no whole one" in capsys.readouterr().err
-    monkeypatch.setattr("guided_diffusion.data.cache.PIL.__version__", "0.1")
-    assert same(plain, opened(city, tmp_path / "cache"))
-    assert "made from other Pillow" in capsys.readouterr().err
+    os.truncate(tmp_path / "cache/city_cityscapes_train_8" / damaged, 150)
+    assert same(opened(city, ""), opened(city, tmp_path / "cache"))
+    assert capsys.readouterr().err.count("building the cache") == 2
 
 
 def test_cache_without_room_leaves_nothing(city, tmp_path, monkeypatch):
@@ -151,22 +136,16 @@ def test_cache_without_room_leaves_nothing(city, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        refuse(
-            lambda: opened(city, tmp_path / "cache"), "--cache_dir", tmp_path / "cache", "No space left", "make room"
-        )
+        refuse(lambda: opened(city, tmp_path / "cache"), f"--cache_dir {tmp_path / 'cache'}", "No space left")
     assert not list((tmp_path / "cache").iterdir())
     (tmp_path / "file").write_text("")
     refuse(lambda: opened(city, tmp_path / "file" / "cache"), "--cache_dir", "Not a directory")
 
 
 def test_cache_built_by_several_at_once_is_one(city, tmp_path):
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(opened(city, tmp_path / "cache"))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(found) == 3 and all(same(opened(city, ""), kept) for kept in found)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: opened(city, tmp_path / "cache"), range(3)))
+    assert all(same(opened(city, ""), kept) for kept in found)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["city_cityscapes_train_8"]
 
 

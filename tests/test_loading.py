@@ -13,7 +13,7 @@ from test_datasets import equal, load, make_cityscapes, refuse, rows
 
 from guided_diffusion.console import InputError
 from guided_diffusion.data.datasets import SceneDataset
-from guided_diffusion.data.loading import MOST_SKIPPED, Skipped, order, scene_batches
+from guided_diffusion.data.loading import order
 
 
 @pytest.fixture(scope="module")
@@ -67,71 +67,6 @@ def test_load_data_global_random_state_is_left_alone(city):
     before = torch.get_rng_state()
     list(islice(load(city, num_workers=1), 2))
     assert torch.equal(before, torch.get_rng_state())
-
-
-class Scenes:
-    """Scenes in memory, of which `bad` cannot be read."""
-
-    seed = 3
-
-    def __init__(self, count, bad=()):
-        self.count, self.bad = count, bad
-
-    def __len__(self):
-        return self.count
-
-    def path(self, index):
-        return f"{index}.png"
-
-    def item(self, index, position):
-        if index in self.bad:
-            raise InputError(f"{index}.png cannot be read")
-        return {"label": torch.full((1, 1, 1), index), "path": self.path(index), "position": position}
-
-
-def batches_of(scenes, size=2):
-    return scene_batches(scenes, batch_size=size, deterministic=True, on_bad_image="skip")
-
-
-def spoil(root, *numbers):
-    """Cut off the label files of these scenes; return the images' paths."""
-    pairs = SceneDataset("cityscapes", root, 8).pairs
-    for number in numbers:
-        with open(pairs[number].label, "r+b") as f:
-            f.truncate(100)
-    return [pairs[number].image for number in numbers]
-
-
-def test_skip_the_next_good_scene_stands_in_for_a_bad_one():
-    found = list(batches_of(Scenes(6, bad=(1, 2, 5))))
-    assert [label for batch in found for label in batch["label"].flatten().tolist()] == [0, 3, 3, 3, 4, 0]
-    assert [position for batch in found for position in batch["position"].tolist()] == list(range(6))
-    reasons = {k: Skipped(f"{k}.png", f"{k}.png cannot be read") for k in (1, 2, 5)}
-    assert [batch["skipped"] for batch in found] == [[reasons[1], reasons[2]], [reasons[2]], [reasons[5]]]
-    assert len(next(batches_of(Scenes(4, bad=(1, 2)), size=4))["skipped"]) == 2  # each is listed once
-
-
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_skip_workers_and_ranks_alike(tmp_path, workers, ranks):
-    make_cityscapes(tmp_path, count=7)
-    spoil(tmp_path, 0, 3, 4)
-    one = {"on_bad_image": "skip", "seed": 1}
-    plain = list(islice(load(tmp_path, batch_size=6, **one), 4))
-    one |= {"batch_size": 6 // ranks, "num_workers": workers, "world_size": ranks}
-    split = [list(islice(load(tmp_path, rank=rank, **one), 4)) for rank in range(ranks)]
-    for k, batch in enumerate(plain):
-        parts = [mine[k] for mine in split]
-        for key in ("image", "label", "instance", "position"):
-            assert torch.equal(batch[key], torch.cat([part[key] for part in parts]))
-        assert set(batch["skipped"]) == {bad for part in parts for bad in part["skipped"]} and batch["skipped"]
-    assert all(type(bad) is Skipped for mine in split for batch in mine for bad in batch["skipped"])
-
-
-def test_skip_where_nothing_good_is_left_the_first_error_is_raised():
-    batches = batches_of(Scenes(3, bad=(0, 1, 2)))
-    refuse(lambda: next(batches), "0.png cannot be read (skipping gives up: the 2 scenes after it are bad too)")
-    assert next(batches_of(Scenes(300, bad=range(MOST_SKIPPED - 1)), size=1))["label"] == MOST_SKIPPED - 1
 
 
 class Halve:

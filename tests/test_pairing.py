@@ -4,10 +4,9 @@ import warnings
 import blobfile as bf
 import numpy as np
 import pytest
+from test_datasets import refuse
 
-from guided_diffusion.console import InputError
-from guided_diffusion.data import pairing
-from guided_diffusion.data.pairing import ade20k_ids, cityscapes_ids, coco_ids, find_pairs
+from guided_diffusion.data.pairing import DATASETS, ade20k_ids, cityscapes_ids, coco_ids, find_pairs
 
 
 def touch(root, *names):
@@ -18,23 +17,9 @@ def touch(root, *names):
 
 
 def touch_cityscapes(root, *stems, split="train", kinds=("image", "label", "instance")):
-    for stem in stems:
-        names = {
-            "image": f"leftImg8bit/{split}/{stem}_leftImg8bit.png",
-            "label": f"gtFine/{split}/{stem}_gtFine_labelIds.png",
-            "instance": f"gtFine/{split}/{stem}_gtFine_instanceIds.png",
-        }
-        touch(root, *(names[kind] for kind in kinds))
-
-
-def refuse(*fragments, mode="cityscapes", data_dir, is_train=True):
-    """The call must raise InputError with one line that holds every fragment."""
-    with pytest.raises(InputError) as caught:
-        find_pairs(mode, data_dir, is_train)
-    message = str(caught.value)
-    assert type(caught.value) is InputError and "\n" not in message
-    for fragment in fragments:
-        assert str(fragment) in message, message
+    names = {"image": "leftImg8bit/{}_leftImg8bit.png", "label": "gtFine/{}_gtFine_labelIds.png"}
+    names["instance"] = "gtFine/{}_gtFine_instanceIds.png"
+    touch(root, *(names[kind].format(f"{split}/{stem}") for stem in stems for kind in kinds))
 
 
 def test_find_pairs_cityscapes_pairs_are_sorted_and_keep_cities_apart(tmp_path):
@@ -93,26 +78,20 @@ def test_find_pairs_incomplete_scenes_are_left_out_and_named_in_one_line(tmp_pat
         assert len(find_pairs("cityscapes", tmp_path, True, no_instance=True)) == 2
 
 
-def test_find_pairs_bad_folders(tmp_path):
-    touch(tmp_path, "a_file", "other/readme.txt")
-    refuse("--dataset_mode", '"cars"', "cityscapes, ade20k, coco", mode="cars", data_dir=tmp_path)
-    refuse("--data_dir", '""', data_dir="")
-    refuse("--data_dir", tmp_path / "nowhere", "no folder", data_dir=tmp_path / "nowhere")
-    refuse("--data_dir", "a_file", "no folder", data_dir=tmp_path / "a_file")
-    refuse("--data_dir", "s3://bucket/data", data_dir="s3://bucket/data")
-    refuse("gtFine/train", "it holds a_file, other", data_dir=tmp_path)
-    refuse("training or annotations/training", mode="ade20k", data_dir=tmp_path)
-    (tmp_path / "labels/train2017").mkdir(parents=True)
-    refuse(tmp_path / "labels/train2017", "no label file (*.png)", mode="coco", data_dir=tmp_path)
-    touch(tmp_path, "two/labels/train2017/1.png", "two/images/train2017/1.jpg", "two/images/train2017/1.jpeg")
-    refuse("1.jpg", "1.jpeg", "same stem", mode="coco", data_dir=tmp_path / "two")
-    (tmp_path / "empty").mkdir()
-    refuse("gtFine/val", "holds nothing", data_dir=tmp_path / "empty", is_train=False)
+def test_find_pairs_folders_without_a_data_set(tmp_path):
+    def refused(mode, data_dir, *fragments):
+        refuse(lambda: find_pairs(mode, data_dir, True), *fragments)
 
-
-def test_find_pairs_nothing_matches(tmp_path):
-    touch(tmp_path, "images/train2017/1.jpg", "labels/train2017/001.png")
-    refuse("match", "train2017/1.jpg", "train2017/001.png", mode="coco", data_dir=tmp_path)
+    touch(tmp_path, "a_file", "two/labels/train2017/1.png", "two/images/train2017/1.jpg", "two/images/train2017/1.jpeg")
+    for folder in ("", tmp_path / "nowhere", tmp_path / "a_file", tmp_path):
+        refused("cityscapes", folder, f'--data_dir "{folder}" has no folder gtFine/train;', "--dataset_mode cityscapes")
+    refused("cityscapes", "s3://bucket/data", "--data_dir s3://bucket/data")
+    refused("ade20k", tmp_path, "training or annotations/training")
+    refused("coco", tmp_path / "two", "1.jpg", "1.jpeg", "same stem")
+    touch(tmp_path, "images/train2017/1.jpg", "labels/train2017/001.txt")
+    refused("coco", tmp_path, tmp_path / "labels/train2017", "no label file (*.png)")
+    touch(tmp_path, "labels/train2017/001.png")
+    refused("coco", tmp_path, "match", "train2017/1.jpg", "train2017/001.png")
 
 
 def test_find_pairs_remote_folders_are_listed_through_blobfile(monkeypatch):
@@ -137,12 +116,12 @@ def test_find_pairs_remote_folders_are_listed_through_blobfile(monkeypatch):
         raise bf.Error("no\ncredentials")
 
     monkeypatch.setattr(bf, "walk", fail)
-    refuse("--data_dir az://account/container", "no credentials", data_dir="az://account/container")
+    refuse(lambda: find_pairs("cityscapes", "az://account/container", False), "listed: no credentials")
 
 
 def test_id_maps():
     assert cityscapes_ids(np.array([-1, 0, 33, 40, 255])).tolist() == [34, 0, 33, 40, 34]
     assert ade20k_ids(np.array([0, 1, 150, 151, 255])).tolist() == [150, 0, 149, 150, 150]
     assert coco_ids(np.array([0, 181, 255])).tolist() == [0, 181, 182]
-    for facts in pairing.DATASETS.values():
+    for facts in DATASETS.values():
         assert facts.map_ids(np.array([255])).max() == facts.num_classes - 1

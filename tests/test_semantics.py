@@ -27,27 +27,23 @@ def scene():
     return label, instance, image_edge
 
 
-def naive_edges(instance):
-    n, _, height, width = instance.shape
-    edge = torch.zeros(n, 1, height, width)
-    for b in range(n):
-        for i in range(height):
-            for j in range(width):
-                for di, dj in ((0, 1), (1, 0), (0, -1), (-1, 0)):
-                    inside = 0 <= i + di < height and 0 <= j + dj < width
-                    if inside and instance[b, 0, i, j] != instance[b, 0, i + di, j + dj]:
-                        edge[b, 0, i, j] = 1
-    return edge
+def naive_edges(ids, label=None):
+    """Pixels with a neighbour of another id, and given labels of the same class."""
+    edge, (_, _, height, width) = torch.zeros(ids.shape), ids.shape
+    for n, _, i, j in torch.cartesian_prod(*map(torch.arange, ids.shape)).tolist():
+        for a, b in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+            inside = 0 <= a < height and 0 <= b < width
+            if inside and (label is None or label[n, 0, a, b] == label[n, 0, i, j]):
+                edge[n, 0, i, j] += bool(ids[n, 0, a, b] != ids[n, 0, i, j])
+    return edge.clamp(max=1)
 
 
 def test_encode_semantics_one_hot_against_a_loop(scene):
     label = scene[0]
     y = encode_semantics(label, None, None, K)
     expected = torch.zeros(2, K, 5, 7)
-    for b in range(2):
-        for i in range(5):
-            for j in range(7):
-                expected[b, label[b, 0, i, j], i, j] = 1
+    for b, i, j in torch.cartesian_prod(*map(torch.arange, (2, 5, 7))).tolist():
+        expected[b, label[b, 0, i, j], i, j] = 1
     assert y.dtype == torch.float32 and torch.equal(y, expected)
     for dtype in (torch.uint8, torch.int16, torch.int32):
         assert torch.equal(encode_semantics(label.to(dtype), None, None, K), expected)
@@ -79,9 +75,7 @@ def test_encode_semantics_zero_edge_plane_when_wanted_but_absent(scene, one_hot)
 def test_encode_semantics_two_channel_form_is_raw_ids_and_edges(scene):
     label, instance, image_edge = scene
     y = encode_semantics(label, instance, image_edge, K, one_hot=False)
-    assert y.shape == (2, 2, 5, 7) and y.dtype == torch.float32
-    assert torch.equal(y[:, :1], label.float())
-    assert torch.equal(y[:, 1:], naive_edges(instance) + image_edge)
+    assert torch.equal(y, torch.cat([label.float(), naive_edges(instance) + image_edge], dim=1))
 
 
 @pytest.mark.parametrize("one_hot", [True, False])
@@ -105,20 +99,14 @@ def grown(seed=3, height=13, width=18):
 
 def test_received_semantics_without_loss_the_receiver_has_the_data_sets_semantics():
     scene = grown()
-    assert torch.equal(received_semantics(*scene, K), encode_semantics(*scene, K))
-    assert torch.equal(received_semantics(*scene, K, one_hot=False), encode_semantics(*scene, K, one_hot=False))
-    assert torch.equal(received_semantics(*scene, K, edge_plane=False), encode_semantics(*scene, K, edge_plane=False))
+    for form in ({}, {"one_hot": False}, {"edge_plane": False}):
+        assert torch.equal(received_semantics(*scene, K, **form), encode_semantics(*scene, K, **form))
 
 
 def test_boundaries_within_classes_are_what_the_label_map_does_not_tell():
     label, instance, _ = grown()
     inner = boundaries(instance, label)
-    naive = torch.zeros_like(inner)
-    for n, _, i, j in torch.cartesian_prod(*map(torch.arange, label.shape)).tolist():
-        for a, b in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
-            if 0 <= a < label.shape[2] and 0 <= b < label.shape[3] and label[n, 0, a, b] == label[n, 0, i, j]:
-                naive[n, 0, i, j] |= bool(instance[n, 0, a, b] != instance[n, 0, i, j])
-    assert torch.equal(inner, naive) and inner.any()
+    assert torch.equal(inner.float(), naive_edges(instance, label)) and inner.any()
     assert torch.equal(boundaries(label) | inner, boundaries(instance))
 
 
@@ -138,9 +126,8 @@ def test_restore_small_label_maps_come_from_pixels_of_their_blocks(scale):
 def test_edge_symbols_levels():
     edge = grown()[2]
     assert edge_symbols(edge, SemanticCoding(edge_levels=0)) is None
-    assert torch.equal(
-        edge_symbols(edge, SemanticCoding(edge_levels=2, edge_threshold=0.4)), (edge >= 0.4).to(torch.uint8)
-    )
+    binary = edge_symbols(edge, SemanticCoding(edge_levels=2, edge_threshold=0.4))
+    assert torch.equal(binary, (edge >= 0.4).to(torch.uint8))
     for levels in (3, 16, 256):
         symbols = edge_symbols(edge, SemanticCoding(edge_levels=levels))
         assert symbols.max() == levels - 1
@@ -151,10 +138,9 @@ def test_edge_symbols_levels():
 
 def test_received_semantics_edges_not_sent_leave_boundaries_alone():
     label, instance, edge = grown()
-    y = received_semantics(label, instance, edge, K, coding=SemanticCoding(edge_levels=0))
-    assert torch.equal(y, encode_semantics(label, instance, None, K))
-    y = received_semantics(label, None, edge, K, coding=SemanticCoding(edge_levels=0))
-    assert torch.equal(y, encode_semantics(label, None, None, K, edge_plane=True))
+    for given in (instance, None):
+        y = received_semantics(label, given, edge, K, coding=SemanticCoding(edge_levels=0))
+        assert torch.equal(y, encode_semantics(label, given, None, K, edge_plane=True))
 
 
 @pytest.mark.parametrize(

@@ -31,16 +31,14 @@ class ArrayCache:
         self.folder = folder
         with open(os.path.join(folder, "recipe.json")) as f:
             self.recipe = json.load(f)
-        self._scenes = self.recipe.pop("scenes")  # [first pixel, height, width], or None
+        self._scenes = self.recipe.pop("scenes")  # [first pixel, height, width] of each
         self._arrays = {kind: open_memmap(os.path.join(folder, f"{kind}.npy"), "r") for kind in self.recipe["kinds"]}
 
     def __reduce__(self):
         return ArrayCache, (self.folder,)
 
     def arrays(self, index):
-        """Return a scene's arrays by kind, read-only: image (3, H, W), others (H, W); None where it was left out."""
-        if self._scenes[index] is None:
-            return None
+        """Return a scene's arrays by kind, read-only: image (3, H, W), others (H, W)."""
         return {kind: _scene(array, *self._scenes[index]) for kind, array in self._arrays.items()}
 
 
@@ -58,10 +56,10 @@ def open_cache(dataset):
     recipe["kinds"] = ["label"] + ["image", "edge"] * dataset.has_images + ["instance"] * dataset.has_instances
     paths = [path for pair in dataset.pairs for path in pair[:3] if path]
     names = [path.removeprefix(root).lstrip("/") for path in paths]  # the data set may move
-    recipe["files"] = dict(zip(names, _in_threads(lambda path: list(bf.stat(path)[:2]), paths), strict=True))
     try:
-        if difference := _difference(folder, recipe):
-            log(f"building the cache {folder} of {len(dataset)} scenes ({difference})")
+        recipe["files"] = dict(zip(names, _in_threads(lambda path: list(bf.stat(path)[:2]), paths), strict=True))
+        if not _is_whole(folder, recipe):
+            log(f"building the cache {folder} of {len(dataset)} scenes")
             shutil.rmtree(folder, ignore_errors=True)
             part = f"{folder}.{secrets.token_hex(4)}.tmp"
             try:
@@ -75,19 +73,15 @@ def open_cache(dataset):
         raise InputError(f"--cache_dir {dataset.cache_dir}: {error.strerror}; make room, or name another") from error
 
 
-def _difference(folder, recipe):
-    """Return why the cache in a folder is not one of this recipe, "" if it is."""
+def _is_whole(folder, recipe):
     try:
-        made = ArrayCache(folder).recipe
+        return ArrayCache(folder).recipe == recipe
     except (OSError, ValueError, KeyError):
-        return "there is no whole one"
-    other = ", ".join(key for key in recipe if made.get(key) != recipe[key])
-    return other and f"the one that is there was made from other {other}"
+        return False
 
 
 def _build(folder, recipe, dataset):
-    indices = range(len(dataset))
-    sizes = [size or (0, 0) for size in _in_threads(dataset.sample_size, indices)]
+    sizes = _in_threads(dataset.sample_size, range(len(dataset)))
     *starts, end = itertools.accumulate((height * width for height, width in sizes), initial=0)
     scenes = [(start, *size) for start, size in zip(starts, sizes, strict=True)]
     os.makedirs(folder)
@@ -99,29 +93,20 @@ def _build(folder, recipe, dataset):
             os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))  # a full disk shows here, not as a SIGBUS later
 
     def fill(index):
-        found, whole = dataset.read(index), True
+        found = dataset.read(index)
         for kind, array in arrays.items():
             view = _scene(array, *scenes[index])
             view[:] = found[kind]
-            whole &= np.array_equal(view, found[kind])  # else an id takes more bits
-        return scenes[index] if whole else None
+            if not np.array_equal(view, found[kind]):
+                what = f"{dataset.pairs[index].label}: its {kind} ids take more than {8 * view.itemsize} bits"
+                raise InputError(f"{what}, too many for --cache_dir; correct the file or drop the flag")
 
-    recipe["scenes"] = _in_threads(fill, indices, desc="cache", unit="scene")
+    _in_threads(fill, range(len(dataset)), desc="cache", unit="scene")
     with open(os.path.join(folder, "recipe.json"), "w") as f:
-        json.dump(recipe, f)
-    if left_out := recipe["scenes"].count(None):
-        log(f"{left_out} scenes are not in the cache: their files cannot be read, or hold ids of more than 16 bits")
+        json.dump(recipe | {"scenes": scenes}, f)
 
 
 def _in_threads(function, items, **bar):
-    """Return the function of each item, None where it fails; under a progress bar where `bar` describes one."""
-
-    def found(item):
-        with contextlib.suppress(InputError, OSError, bf.Error):  # whoever needs the file will complain of it
-            return function(item)
-
-    pool = ThreadPoolExecutor()
-    try:
-        return list(tqdm(pool.map(found, items), total=len(items), disable=not bar, **bar, **bar_options()))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """Return the function of each item; under a progress bar where `bar` describes one."""
+    with ThreadPoolExecutor() as pool:
+        return list(tqdm(pool.map(function, items), total=len(items), disable=not bar, **bar, **bar_options()))

@@ -10,11 +10,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..console import InputError
+from ..console import InputError, bar_options
 from ..random_streams import integer, uniform
 from . import pictures
+from .cache import open_cache
 from .loading import collate, scene_batches
-from .pairing import dataset_facts, find_pairs, find_pictures
+from .pairing import DATASETS, find_pairs, find_pictures
 
 SMALLEST_CROP = 0.8  # of the picture's short side
 
@@ -23,7 +24,6 @@ class View(NamedTuple):
     """How one scene becomes a sample: resize to `size`, cut `box` out, mirror if `flip`."""
 
     size: tuple[int, int]  # (width, height)
-    short: int  # side that the halving of the picture aims at
     box: tuple[int, int, int, int]  # (left, top, right, bottom)
     flip: bool = False
 
@@ -33,8 +33,8 @@ class View(NamedTuple):
 
     def picture(self, picture):
         """Return the view of a picture as arrays: image (3, H, W), edge (H, W) uint8."""
-        picture = self._cut(pictures.resize_picture(picture, self.size, self.short))
-        return {"image": pictures.planes(picture), "edge": pictures.edge_pixels(picture)}
+        picture = self._cut(pictures.resize_picture(picture, self.size))
+        return {"image": np.asarray(picture).transpose(2, 0, 1), "edge": pictures.edge_pixels(picture)}
 
     def _cut(self, picture):
         picture = picture.crop(self.box)
@@ -45,15 +45,14 @@ class View(NamedTuple):
 class SceneDataset(Dataset):
     """The scenes of one split, as a torch map-style dataset.
 
-    `pairs` lists the files (`Pair`) in sorted order. Every bad flag, folder or (in `item`) file is an InputError.
+    `pairs` lists the files (`Pair`) in sorted order. Every bad folder or (in `item`) file is an InputError.
 
     :param data_dir: the folder of the dataset (`dataset_mode`: cityscapes, ade20k or coco), local or gs:// or az://.
     :param image_size: short side of the samples in pixels; ade20k and coco become squares of it.
     :param is_train: the training split (ade20k and coco: crops), else the validation split (squeezed to a square).
     :param num_classes: class ids must lie below it (None: not checked).
     :param no_instance: leave instance maps aside.
-    :param augment: flip and crop at random in `item(index, position)`, as `random_flip` and `random_crop` say.
-    :param seed: seed of the augmentation.
+    :param augment: flip, and where `crops` crop, at random in `item(index, position)`.
     :param cache_dir: keep the resized pictures and maps in memory-mapped files there ("": no cache); not where `crops`.
     """
 
@@ -64,23 +63,16 @@ class SceneDataset(Dataset):
     num_classes: int | None = None
     no_instance: bool = False
     augment: bool = False
-    random_flip: bool = True
-    random_crop: bool = True
     seed: int = 0
     cache_dir: str = ""
 
     def __post_init__(self):
-        if self.image_size < 1:
-            raise InputError(f"--image_size is {self.image_size}; give at least 1 pixel")
-        self.facts = dataset_facts(self.dataset_mode)
+        self.facts = DATASETS[self.dataset_mode]
+        self.crops = self.augment and self.facts.square  # samples are random parts of their scenes
         self.pairs = self._find_pairs()
         self.has_images = self.pairs[0].image is not None
         self.has_instances = self.pairs[0].instance is not None
-        self.cache = None
-        if self.cache_dir and not self.crops:
-            from .cache import open_cache
-
-            self.cache = open_cache(self)
+        self.cache = open_cache(self) if self.cache_dir and not self.crops else None
 
     def _find_pairs(self):
         return find_pairs(self.dataset_mode, self.data_dir, self.is_train, self.no_instance)
@@ -88,36 +80,22 @@ class SceneDataset(Dataset):
     def __len__(self):
         return len(self.pairs)
 
-    @property
-    def crops(self):
-        """Whether samples are random parts of their scenes."""
-        return self.augment and self.random_crop and self.facts.square
-
-    def path(self, index):
-        """Return the path that stands for a scene: its image's, else its label's."""
-        return self.pairs[index].image or self.pairs[index].label
-
     def item(self, index, position=None):
-        """Return one sample as a dict; augmented by draws at `position` when it is given and `augment` is set.
-
-        image (3, H, W) float32 in [-1, 1] and image_edge (1, H, W) float32 in [0, 1], where there are images;
-        label (1, H, W) int64; instance (1, H, W) int32, where there are instances; path (of the image, else of the
-        label); position (the index where none is given).
-        """
-        arrays = self.cache.arrays(index) if self.cache else None
-        if arrays is None:
-            arrays = self.read(index, position)
-        elif self._flips(position):  # edges, too: the filter treats left and right alike
+        """Return one sample, a dict of what `load_data` describes; with `augment`, by the draws at `position`."""
+        arrays = self.cache.arrays(index) if self.cache else self.read(index, position)
+        if self.cache and self._flips(position):  # edges, too: the filter treats left and right alike
             arrays = {name: array[..., ::-1] for name, array in arrays.items()}
         label = self.class_ids(index, arrays["label"]).astype(np.int64)
         sample = {"label": torch.from_numpy(label)[None]}  # (1, H, W)
-        if "image" in arrays:
-            sample["image"] = torch.from_numpy(pictures.centred(arrays["image"]))  # (3, H, W)
-            sample["image_edge"] = torch.from_numpy(pictures.unit_range(arrays["edge"]))[None]  # (1, H, W)
-        if "instance" in arrays:
-            sample["instance"] = torch.from_numpy(pictures.ids_array(arrays["instance"]))[None]  # (1, H, W)
-        sample["path"] = self.path(index)
+        sample["path"] = self.pairs[index].image or self.pairs[index].label
         sample["position"] = index if position is None else position
+        if "image" in arrays:
+            edge = arrays["edge"].astype(np.float32, order="C")
+            edge /= 255
+            sample["image"] = pictures.centred(arrays["image"])  # (3, H, W)
+            sample["image_edge"] = torch.from_numpy(edge)[None]  # (1, H, W)
+        if "instance" in arrays:
+            sample["instance"] = torch.from_numpy(arrays["instance"].astype(np.int32, order="C"))[None]  # (1, H, W)
         return sample
 
     __getitem__ = item
@@ -129,8 +107,7 @@ class SceneDataset(Dataset):
     def sample_size(self, index):
         """Return (H, W) that `item(index)` will have, from the file's header alone."""
         pair = self.pairs[index]
-        view = self._view(pictures.picture_size(pair.label or pair.image), None)
-        left, top, right, bottom = view.box
+        left, top, right, bottom = self._view(pictures.picture_size(pair.label or pair.image)).box
         return bottom - top, right - left
 
     def read(self, index, position=None):
@@ -139,7 +116,7 @@ class SceneDataset(Dataset):
         :return: dict of arrays: label, instance (H, W), integers as in the files; image (3, H, W), edge (H, W) uint8.
         """
         pair = self.pairs[index]
-        label = pictures.read_ids(pair.label, "label")
+        label = pictures.read_ids(pair.label)
         view = self._view(label.size, position)
         arrays = {"label": view.ids(label)}
         if pair.image:
@@ -147,41 +124,38 @@ class SceneDataset(Dataset):
             _check_same_size(pair.image, picture.size, pair.label, label.size)
             arrays |= view.picture(picture)
         if pair.instance:
-            instance = pictures.read_ids(pair.instance, "instance")
+            instance = pictures.read_ids(pair.instance)
             _check_same_size(pair.instance, instance.size, pair.label, label.size)
             arrays["instance"] = view.ids(instance)
         return arrays
 
     def _flips(self, position):
-        augments = self.augment and self.random_flip and position is not None
-        return augments and uniform(self.seed, "flip", position) < 0.5
+        return self.augment and position is not None and uniform(self.seed, "flip", position) < 0.5
 
-    def _view(self, size, position):
+    def _view(self, size, position=None):
         """Choose the `View` of a scene of this (width, height)."""
         flip, side = self._flips(position), self.image_size
         if not (self.facts.square and self.is_train):
             fitted = (side, side) if self.facts.square else pictures.fitted_size(size, side)
-            return View(fitted, side, (0, 0, *fitted), flip)
-        crops, short = self.crops and position is not None, side
-        if crops:
-            choices = math.ceil(side / SMALLEST_CROP) - side + 1
-            short += integer(self.seed, "crop_scale", choices, position)
-        width, height = pictures.fitted_size(size, short)
-        left, top = (width - side) // 2, (height - side) // 2
-        if crops:
+            return View(fitted, (0, 0, *fitted), flip)
+        if not self.crops or position is None:
+            width, height = pictures.fitted_size(size, side)
+            left, top = (width - side) // 2, (height - side) // 2
+        else:
+            scales = math.ceil(side / SMALLEST_CROP) - side + 1
+            short = side + integer(self.seed, "crop_scale", scales, position)
+            width, height = pictures.fitted_size(size, short)
             left = integer(self.seed, "crop_left", width - side + 1, position)
             top = integer(self.seed, "crop_top", height - side + 1, position)
-        return View((width, height), short, (left, top, left + side, top + side), flip)
+        return View((width, height), (left, top, left + side, top + side), flip)
 
     def class_ids(self, index, label):
         """Turn a label file's ids (H, W) into an integer array (H, W) of class ids, and check them."""
-        ids = self.facts.map_ids(pictures.ids_array(label))
-        path = self.pairs[index].label
-        if ids.min() < 0:
-            raise InputError(f"{path} has id {ids.min()}; class ids start at 0: correct the file")
-        if self.num_classes is not None and ids.max() >= self.num_classes:
-            found = f"{path} has id {ids.max()}, but --num_classes is {self.num_classes}"
-            raise InputError(f"{found}; raise --num_classes, or correct the file or --dataset_mode")
+        ids = self.facts.map_ids(label.astype(np.int32, order="C"))
+        low, high = ids.min(), ids.max()
+        if low < 0 or high >= (self.num_classes or math.inf):
+            found = f"{self.pairs[index].label} has id {low if low < 0 else high}"
+            raise InputError(f"{found}, --num_classes is {self.num_classes}; correct it, the file or --dataset_mode")
         return ids
 
 
@@ -203,7 +177,7 @@ class PictureFolder(SceneDataset):
         """Read a scene's picture, resized, and extract its label map (see `SceneDataset.read`)."""
         picture = pictures.read_picture(self.pairs[index].image)
         arrays = self._view(picture.size, position).picture(picture)
-        label = self.extract(torch.from_numpy(pictures.centred(arrays["image"]))[None])[0, 0].numpy()  # (H, W)
+        label = self.extract(pictures.centred(arrays["image"])[None])[0, 0].numpy()  # (H, W)
         return arrays | {"label": label} | ({"instance": label} if self.has_instances else {})
 
     def class_ids(self, index, label):
@@ -212,25 +186,21 @@ class PictureFolder(SceneDataset):
 
 def _check_same_size(path, size, label_path, label_size):
     if size != label_size:
-        sizes = f"{path} is {size[0]}x{size[1]} pixels, but {label_path} is {label_size[0]}x{label_size[1]}"
-        raise InputError(f"{sizes}; give files of one size")
+        raise InputError(f"{path} has {size} pixels, but {label_path} has {label_size}; give files of one size")
 
 
-def label_histogram(dataset, progress=False):
-    """Count pixels per class over the label files of a `SceneDataset` at full resolution, and check all of its files.
+def label_histogram(dataset):
+    """Count pixels per class over the label files, at full resolution, after checking the sizes and ids of all files.
 
-    :return: int64 array (classes,): as many as num_classes or the dataset has, more if larger ids occur.
-    :raises InputError: an unreadable or colour file, an id too large, or pictures of another size than the label.
+    :return: int64 array (num_classes,).
     """
-    total = np.zeros(dataset.num_classes or dataset.facts.num_classes, np.int64)
-    for index, pair in enumerate(tqdm(dataset.pairs, desc="labels", unit="file", disable=not progress)):
-        label = pictures.read_ids(pair.label, "label")
+    total = np.zeros(dataset.num_classes, np.int64)
+    for index, pair in enumerate(tqdm(dataset.pairs, desc="labels", unit="file", **bar_options())):
+        label = pictures.read_ids(pair.label)
         for path in (pair.image, pair.instance):
             if path:
                 _check_same_size(path, pictures.picture_size(path), pair.label, label.size)
-        counts = np.bincount(dataset.class_ids(index, label).ravel())
-        total = np.pad(total, (0, max(0, len(counts) - len(total))))
-        total[: len(counts)] += counts
+        total += np.bincount(dataset.class_ids(index, np.asarray(label)).ravel(), minlength=len(total))
     return total
 
 
@@ -238,20 +208,17 @@ def load_data(*, dataset_mode, data_dir, batch_size, image_size, is_train=True, 
     """Return a generator of the batches of one split: endless in a seeded order, or one pass in file order.
 
     Batches are dicts: image (N, 3, H, W) float32 in [-1, 1] and image_edge (N, 1, H, W) float32 in [0, 1] where the
-    folder has pictures, label (N, 1, H, W) int64, instance (N, 1, H, W) int32 where it has instance maps, path [N] (of
-    the images, else of the labels), position (N,) int64, skipped [`Skipped`] (empty where nothing was).
+    folder has pictures, label (N, 1, H, W) int64, instance (N, 1, H, W) int32 where it has instance maps, path [N]
+    (of the images, else of the labels), position (N,) int64 (of samples outside a data order: their indices).
 
     :param batch_size: samples per batch on this rank.
     :param deterministic: one pass in sorted order without augmentation, the last batch smaller; position is the index.
     :param start: the position to begin with (0); resuming continues at the position after the last one seen.
     :param rank, world_size: this process and their number (0, 1). Batch b, row j is position
         start + (b·world_size + rank)·batch_size + j.
-    :param num_workers: processes that read ahead (0: read in this process).
-    :param pin_memory: page-locked batches, where there is an accelerator.
-    :param on_bad_image: error raises for a bad file; skip puts the next good scene of the list at its position.
+    :param num_workers, pin_memory: as in torch's `DataLoader`.
     :param prepare: picklable function batch -> batch, which the workers call.
-    The other parameters are those of `SceneDataset`.
-    :raises InputError: here for bad flags and folders, while iterating for bad files.
+    The other parameters are those of `SceneDataset`. InputErrors of bad files are raised while iterating.
     """
     scene = {name: options.pop(name) for name in SceneDataset.__dataclass_fields__ if name in options}
     scene["augment"] = is_train and not deterministic

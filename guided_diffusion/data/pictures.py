@@ -4,8 +4,6 @@ Sizes are (width, height) in pixels, as in Pillow. The resizing rule is that of 
 halve by averaging while the picture is at least twice too large, then one bicubic step.
 """
 
-import struct
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,9 +18,6 @@ from .pairing import is_remote
 
 # Modes whose pixels are one integer; of "P" the index counts, not the colour
 ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
-# What Pillow and blobfile raise for files that are missing, cut off or damaged
-READ_ERRORS = (OSError, SyntaxError, ValueError, IndexError, EOFError, struct.error, zlib.error)
-READ_ERRORS += (Image.DecompressionBombError, bf.Error)
 
 
 @contextmanager
@@ -31,7 +26,7 @@ def _opened(path):
     try:
         with bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb") as file, Image.open(file) as image:
             yield image
-    except READ_ERRORS as error:
+    except Exception as error:  # Pillow raises a dozen kinds for files that are cut off or damaged
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} cannot be read as a picture ({reason}); replace or remove it") from error
 
@@ -42,16 +37,12 @@ def read_picture(path):
         return image.convert("RGB")
 
 
-def read_ids(path, kind="label"):
-    """Read a label or instance map as a Pillow image whose pixels are ids, up to 16 bits or more.
-
-    :raises InputError: the file is unreadable, or is a colour picture.
-    """
+def read_ids(path):
+    """Read a label or instance map as a Pillow image of ids; InputError if it is unreadable or a colour picture."""
     with _opened(path) as image:
         ids = image.copy()
     if ids.mode not in ID_MODES:
-        found = f"{path} is a colour picture (mode {ids.mode}), but a {kind} file has one id per pixel"
-        raise InputError(f"{found}; use the id files of the dataset, not its colour renderings")
+        raise InputError(f"{path} is a colour picture (mode {ids.mode}); use the dataset's id files, one id per pixel")
     return ids.convert("I") if ids.mode == "I;16B" else ids  # Pillow does not resize big-endian pixels
 
 
@@ -59,11 +50,6 @@ def picture_size(path):
     """Return (width, height) from the file's header alone; InputError if it is unreadable."""
     with _opened(path) as image:
         return image.size
-
-
-def ids_array(ids):
-    """Pillow id image of any `ID_MODES`, or its array -> int32 array (H, W)."""
-    return np.asarray(ids).astype(np.int32, order="C")  # (H, W)
 
 
 def fitted_size(size, short):
@@ -74,9 +60,9 @@ def fitted_size(size, short):
     return round(size[0] * scale), round(size[1] * scale)
 
 
-def resize_picture(picture, size, short):
-    """Halve by BOX while the short side is at least 2·`short`, then BICUBIC to `size`."""
-    while min(picture.size) >= 2 * short:
+def resize_picture(picture, size):
+    """Halve by BOX while the short side is at least twice that of `size`, then BICUBIC to `size`."""
+    while min(picture.size) >= 2 * min(size):
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     return picture.resize(size, Image.Resampling.BICUBIC)
 
@@ -91,25 +77,13 @@ def edge_pixels(picture):
     return np.asarray(picture.convert("L").filter(ImageFilter.FIND_EDGES))  # (H, W)
 
 
-def unit_range(pixels):
-    """8-bit pixels -> float32 array in [0, 1]."""
-    values = pixels.astype(np.float32, order="C")
-    values /= 255.0
-    return values
-
-
-def planes(picture):
-    """8-bit RGB picture -> uint8 array (3, H, W)."""
-    return np.asarray(picture).transpose(2, 0, 1)  # (3, H, W)
-
-
 def centred(pixels):
-    """8-bit pixels -> float32 array in [-1, 1]."""
-    # Bytes are put in order before they become four times as many; then no further array is made
+    """8-bit pixels, an array of any shape -> float32 tensor in [-1, 1]."""
+    # Bytes are put in order before they become four times as many
     values = np.ascontiguousarray(pixels).astype(np.float32)
     values /= 127.5
     values -= 1.0
-    return values
+    return torch.from_numpy(values)
 
 
 def eight_bit(images):
@@ -125,7 +99,7 @@ def to_uint8(images):
 
 def from_uint8(picture):
     """Turn an (H, W, 3) uint8 array into (1, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return centred(picture).permute(2, 0, 1)[None]
 
 
 def save_picture(picture, path, palette=None):

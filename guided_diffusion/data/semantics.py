@@ -24,10 +24,10 @@ class SemanticCoding:
     edge_scale: int = 1
 
     def __post_init__(self):
-        for name in ("label_scale", "edge_scale"):
-            if getattr(self, name) not in (1, 2, 4, 8):
-                raise InputError(f"--{name} {getattr(self, name)}: expected 1, 2, 4 or 8")
-        if self.edge_levels == 1 or not 0 <= self.edge_levels <= 256:
+        for name, scale in (("label_scale", self.label_scale), ("edge_scale", self.edge_scale)):
+            if scale not in (1, 2, 4, 8):
+                raise InputError(f"--{name} {scale}: expected 1, 2, 4 or 8")
+        if self.edge_levels not in (0, *range(2, 257)):
             raise InputError(f"--edge_levels {self.edge_levels}: expected 0 (no image edges), or 2 to 256 levels")
         if not 0 < self.edge_threshold <= 1:
             raise InputError(f"--edge_threshold {self.edge_threshold:g}: expected a value above 0, at most 1")
@@ -69,9 +69,8 @@ def edge_symbols(image_edge, coding):
 
 
 def describe(label, instance, image_edge, coding):
-    """Reduce the semantics to what is sent.
+    """Reduce the semantics, (N, 1, H, W) each or None, to what is sent.
 
-    :param instance, image_edge: (N, 1, H, W), or None.
     :return: label ids (N, 1, h, w), `boundaries` in classes (N, 1, H, W) or None, `edge_symbols` (N, 1, h', w') or None
     """
     boundary = None if instance is None else boundaries(instance, label)
@@ -84,24 +83,21 @@ def restore(label, boundary, symbols, coding, size, num_classes, one_hot=True, e
 
     Boundaries between classes follow from the label map; they take part wherever boundaries within classes do.
 
-    :param label, boundary, symbols: as `describe` returns them.
-    :param size: (H, W) of the picture.
+    :param label, boundary, symbols: as `describe` returns them. :param size: (H, W) of the picture.
     :return: (N, C, H, W) float32, as from `encode_semantics`.
     """
     label = enlarge(label, coding.label_scale, *size)
-    edges = 0
-    if boundary is not None:
-        edges = (boundaries(label) | boundary.bool()).float()
+    edges = 0 if boundary is None else (boundaries(label) | boundary.bool()).float()
     if symbols is not None:
-        edges = edges + enlarge(symbols, coding.edge_scale, *size).float() / max(coding.edge_levels - 1, 1)
+        edges = edges + enlarge(symbols, coding.edge_scale, *size).float() / (coding.edge_levels - 1)
     return encode_semantics(label, None, edges, num_classes, one_hot, edge_plane)
 
 
 def received_semantics(label, instance, image_edge, num_classes, one_hot=True, edge_plane=True, coding=None):
     """Build the conditioning tensor as it is after source coding, for both ends: decode(encode(m))."""
     coding = coding or SemanticCoding()
-    described = describe(label, instance, image_edge, coding)
-    return restore(*described, coding, label.shape[2:], num_classes, one_hot, edge_plane)
+    sent = describe(label, instance, image_edge, coding)
+    return restore(*sent, coding, label.shape[2:], num_classes, one_hot, edge_plane)
 
 
 def conditioning_channels(num_classes, one_hot=True, no_instance=False):
@@ -116,20 +112,17 @@ def encode_semantics(label, instance, image_edge, num_classes, one_hot=True, edg
     :param instance: (N, 1, H, W) integer instance ids, or None.
     :param image_edge: (N, 1, H, W) in [0, 1], or None.
     :param one_hot: one plane per class; otherwise one plane with the raw ids.
-    :param edge_plane: whether y has the edge plane; by default when instances or image edges are given. A plane that is
-        wanted and has neither is zero.
+    :param edge_plane: whether y has the edge plane (zero without edges); by default where there are edges.
     :return: (N, C, H, W) float32; class planes 0 or 1, the edge plane (instance edge + image edge) in [0, 2].
     """
     label = label.long()
     if label.device.type == "cpu":  # an accelerator would have to wait; its labels were checked where they were read
-        low, high = label.aminmax()
+        low, high = map(int, label.aminmax())
         if low < 0 or high >= num_classes:
-            found = int(low if low < 0 else high)
-            raise InputError(f"label map has id {found}, but num_classes is {num_classes}")
+            raise InputError(f"label map has id {low if low < 0 else high}, but num_classes is {num_classes}")
     planes = label.float()
     if one_hot:
-        zeros = torch.zeros(len(label), num_classes, *label.shape[2:], device=label.device)
-        planes = zeros.scatter_(1, label, 1.0)
+        planes = planes.new_zeros(len(label), num_classes, *label.shape[2:]).scatter_(1, label, 1.0)
     if edge_plane is None:
         edge_plane = instance is not None or image_edge is not None
     if not edge_plane:

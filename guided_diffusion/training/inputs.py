@@ -43,7 +43,7 @@ class TrainingInputs:
         positions, shape = batch["position"].tolist(), batch["image"].shape[1:]
         semantics = batch["label"], batch.get("instance"), batch.get("image_edge")
         indices = [self.bank.index_for(self.seed, "bank index", position) for position in positions]
-        prepared = {key: batch[key] for key in ("image", "path", "position", "skipped") if key in batch}
+        prepared = {key: batch[key] for key in ("image", "path", "position")}
         prepared["noise"] = self.bank.sized(*shape).entries(indices)
         draws = [[uniform(self.seed, purpose, position) for position in positions] for purpose in ("timestep", "drop")]
         prepared["u"], drop = torch.tensor(draws, dtype=torch.float64)
