@@ -5,6 +5,7 @@ timestep). So after a channel without errors the receiver's picture is the trans
 machine, library version and thread count when both are made alone (batch 1).
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -206,13 +207,13 @@ def analog_facts(y, sigma, num_classes, one_hot):
 
 
 def digital_facts(delivery, height, width):
-    """Report what one `Delivery` cost, and how it went."""
-    uses = sum(delivery.uses.values())
+    """Report what one `Delivery` cost, and how it went; Eb/N0 is per bit of the message, before coding."""
+    uses, blocks = delivery.uses, [block for part in delivery.blocks.values() for block in part]
     return {
         "channel_uses": uses,
         "bandwidth_ratio": uses / (3 * height * width),
         "realised_snr_db": delivery.realised_es_n0_db,
-        "eb_n0_db": delivery.realised_eb_n0_db,
-        "blocks": delivery.blocks_sent,
-        "block_errors": delivery.block_errors,
+        "eb_n0_db": delivery.realised_es_n0_db - 10 * math.log10(delivery.message_bits / uses),
+        "blocks": len(blocks),
+        "block_errors": blocks.count(None),
     }
