@@ -144,7 +144,7 @@ def message():
 
 
 def lossy(message, *lost, prefix=b""):
-    return receive_parts(message.parts() | dict.fromkeys(lost), prefix)
+    return receive_parts(message.parts | dict.fromkeys(lost), prefix)
 
 
 def test_receiver_conceals_lost_maps(message):
@@ -159,7 +159,7 @@ def test_receiver_conceals_lost_maps(message):
 
 def test_receiver_uses_the_valid_beginning_of_lost_indices(network, message):
     message = replace(message, header=replace(message.header, sampler=SamplerSettings(steps="6", variance="posterior")))
-    whole, make = message.parts()["indices"], chains(network)
+    whole, make = message.parts["indices"], chains(network)
     for kept in range(5):
         arrival = Receiver(None).accept(lossy(message, "indices", prefix=whole[:kept]))
         count = max(0, 8 * kept - 4) // 9  # 4 bits of the start, then 7 + 2 for each codeword

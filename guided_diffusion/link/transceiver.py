@@ -175,7 +175,7 @@ class IdealChannel:
 
     def send(self, sent, receiver, stream):
         """Send one message."""
-        return receiver.accept(receive_parts(sent.message.parts())), {}
+        return receiver.accept(receive_parts(sent.message.parts)), {}
 
 
 class DigitalChannel:
@@ -186,7 +186,7 @@ class DigitalChannel:
 
     def send(self, sent, receiver, stream):
         """Send one message."""
-        parts = sent.message.parts()
+        parts = sent.message.parts
         delivery = self.link.send(parts, stream)
         arrived = {name: delivery.part(name) for name in parts}
         arrival = receiver.accept(receive_parts(arrived, delivery.prefix("indices")))
