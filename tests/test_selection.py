@@ -101,7 +101,7 @@ def by_definition(unet, s, candidates, atoms, selected_steps, tail_steps):
     model, diffusion = unet
     x, codewords, d = BANK[0][None], [], math.prod(BANK.shape)
     noisy = [t for t in reversed(range(T)) if t >= max(1, tail_steps)]
-    selected = noisy[-selected_steps:] if selected_steps else noisy
+    selected = noisy[-selected_steps:]
     for t in reversed(range(T)):
         x_start = diffusion.p_mean_variance(model, x, torch.tensor([t]), Y, s)["pred_xstart"]
         at, before = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod_prev[t]
@@ -127,7 +127,7 @@ def by_definition(unet, s, candidates, atoms, selected_steps, tail_steps):
 
 
 @pytest.mark.parametrize("settings", [POSTERIOR, {**POSTERIOR, "s": 1.5}, {"method": "ddim", "eta": 1.0}])
-@pytest.mark.parametrize("atoms, selected_steps, tail_steps", [(1, 0, 0), (3, 4, 2), (12, 2, 0)])
+@pytest.mark.parametrize("atoms, selected_steps, tail_steps", [(1, 9, 0), (3, 4, 2), (12, 2, 0)])
 def test_select_per_step_is_the_definition(unet, make_chain, evaluations, settings, atoms, selected_steps, tail_steps):
     chain = make_chain({"selected_steps": selected_steps}, **settings, tail_steps=tail_steps)
     choice = select_per_step(chain, Y, IMAGE, 0, StepCodebook(12, atoms), mse)
@@ -138,11 +138,12 @@ def test_select_per_step_is_the_definition(unet, make_chain, evaluations, settin
     assert choice.score == mse(choice.picture[None], IMAGE).item()
 
 
-def test_step_codebook_in_blocks_picks_what_a_kept_one_does():
-    bank, kept, in_blocks = NoiseBank((3, 4, 6), 70, 3), StepCodebook(70, 3), StepCodebook(70, 3, memory=0)
-    for k, size in enumerate(((4, 6), (4, 6), (4, 8))):
-        given = bank.sized(3, *size), normals(3, *size, seed=k), k
-        assert kept.pick(*given) == in_blocks.pick(*given)
+def test_step_codebook_in_blocks_picks_what_a_kept_one_does(monkeypatch):
+    bank, kept, in_blocks = NoiseBank((3, 4, 6), 70, 3), StepCodebook(70, 3), StepCodebook(70, 3)
+    given = [(bank.sized(3, *size), normals(3, *size, seed=k), k) for k, size in enumerate(((4, 6), (4, 6), (4, 8)))]
+    picked = [kept.pick(*each) for each in given]
+    monkeypatch.setattr(selection, "CODEBOOK_BYTES", 0)
+    assert picked == [in_blocks.pick(*each) for each in given]
     assert len(kept._kept) == 3 and not in_blocks._kept
 
 
@@ -166,7 +167,7 @@ def test_chain_run_uses_the_codewords_that_are_left_and_seeded_noise_behind(make
 
 
 def test_chain_selected_are_the_last_steps_that_take_a_noise(make_chain):
-    for selected_steps, tail_steps, expected in ((None, 0, []), (0, 0, [*range(9, 0, -1)]), (3, 4, [6, 5, 4])):
+    for selected_steps, tail_steps, expected in ((0, 0, []), (9, 0, [*range(9, 0, -1)]), (3, 4, [6, 5, 4])):
         chain = make_chain({"selected_steps": selected_steps}, **POSTERIOR, tail_steps=tail_steps)
         assert chain.selected == expected
 
@@ -181,11 +182,11 @@ def test_select_both_joins_the_two(make_chain):
 
 
 REFUSED = {
-    "per-step selection with ddpm, model variance": ({}, 0),
-    "per-step selection with ddim, model variance, eta 0.5": ({"method": "ddim", "eta": 0.5}, 0),
-    "per-step selection with dpm": ({"method": "dpm++"}, 0),
-    "--selected_steps 10: 9 steps": (POSTERIOR, T),
-    "--selected_steps 0: 0 steps": ({**POSTERIOR, "tail_steps": T}, 0),
+    "per-step selection with ddpm: needs": ({}, 1),
+    "per-step selection with ddim: needs": ({"method": "ddim", "eta": 0.5}, 1),
+    "--selected_steps 10: 9 take a noise": (POSTERIOR, T),
+    "--selected_steps 1: 0 take a noise": ({**POSTERIOR, "tail_steps": T}, 1),
+    "--tail_steps 11: expected 0 to 10": ({"tail_steps": T + 1}, 0),
 }
 
 

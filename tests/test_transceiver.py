@@ -52,7 +52,7 @@ def chains(network, rule=None):
     def make(header):
         stop = EarlyStop(float("inf"), 1, header.stop_step) if header.stop_step else rule
         bank = NoiseBank((3, header.height, header.width), header.bank_size, header.bank_seed)
-        return Chain(*network, bank, header.sampler, early_stop=stop, selected_steps=header.selected_steps or None)
+        return Chain(*network, bank, header.sampler, early_stop=stop, selected_steps=header.selected_steps)
 
     return make
 
