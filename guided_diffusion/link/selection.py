@@ -47,12 +47,8 @@ class Chain:
     selected: list = field(init=False)
 
     def __post_init__(self):
-        sampler, rule = self.sampler, StepRule(self.diffusion, self.sampler)  # which refuses a wrong tail
+        rule = StepRule(self.diffusion, self.sampler)  # which refuses a wrong tail
         noisy = [t for t in reversed(range(self.diffusion.num_timesteps)) if rule.is_noisy(t)]
-        if self.selected_steps and (sampler.method, sampler.variance) != ("ddpm", "posterior") and sampler.eta != 1:
-            raise InputError(
-                f"per-step selection with {sampler.method}: needs ddpm, posterior variance, or ddim, eta 1"
-            )
         if self.selected_steps > len(noisy):
             raise InputError(f"--selected_steps {self.selected_steps}: {len(noisy)} take a noise; see --tail_steps")
         object.__setattr__(self, "selected", noisy[len(noisy) - self.selected_steps :])
