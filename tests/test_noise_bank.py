@@ -23,8 +23,7 @@ def test_noise_bank_has_the_published_entries():
         if i in (0, 1, 999):
             kept[i] = entry.clone()
     bank = NoiseBank(shape=(3, 256, 512), size=1000, seed=150)
-    assert torch.equal(bank[1], kept[1]) and len(bank._states) == 2  # the stream is run over as far as asked for
-    for index in (999, 0, 1, 999):
+    for index in (1, 999, 0, 1):
         assert bank[index].dtype == torch.float32 and torch.equal(bank[index], kept[index])
     # CPUs without AVX2 may differ by 2e-6.
     torch.testing.assert_close(bank[0].flatten()[:4], torch.tensor(PUBLISHED), rtol=0, atol=2e-6)
@@ -66,9 +65,8 @@ def test_noise_bank_cache_is_bounded_and_cannot_be_written_to(monkeypatch):
 def test_noise_bank_draw_gives_indices_and_their_entries():
     bank, before = NoiseBank((3, 4, 8), 10), torch.get_rng_state()
     indices, noise = bank.draw(64, torch.Generator().manual_seed(0))
-    assert indices.shape == (64,) and indices.dtype == torch.int64 and set(indices.tolist()) == set(range(10))
-    assert torch.equal(noise, torch.stack([bank[i] for i in indices.tolist()]))
-    assert torch.equal(indices, bank.draw(64, torch.Generator().manual_seed(0))[0])
+    assert indices.dtype == torch.int64 and set(indices.tolist()) == set(range(10)) and noise.shape == (64, 3, 4, 8)
+    assert torch.equal(noise, bank.entries(indices.tolist()))
     assert torch.equal(before, torch.get_rng_state())  # the global stream is left alone
 
 
@@ -105,5 +103,5 @@ def test_fresh_noise_has_a_noise_for_every_position():
     assert fresh.index_for(0, "picture index", position) == position
     assert fresh.chain_seed(position) == stream_seed(5, "picture chain", position)
     assert (fresh.size, fresh.index_bits) == (0, 0)
-    wide = FreshNoise((3, 4, 8), 5, "noise").sized(3, 4, 16)
-    assert torch.equal(wide[2], torch.randn(3, 4, 16, generator=generator(5, "noise", 2)))
+    expected = torch.randn(3, 4, 16, generator=generator(5, "noise", 2))
+    assert torch.equal(FreshNoise((3, 4, 8), 5, "noise").sized(3, 4, 16)[2], expected)

@@ -77,15 +77,12 @@ def test_decode_map_of_damage_is_an_error_or_a_valid_map(coded):
 
 
 def test_decode_map_refuses_damaged_containers_and_palettes():
-    for data in (b"", bytes([CONSTANT, 35]), bytes([CONSTANT | 8, 1]), bytes([CONSTANT, 1, 1])):
-        with pytest.raises(InputError, match="send it again"):
-            decode_map(data, 4, 4, 35)
     body = CODED[LZMA][6:]  # behind the container, and a bitmap of five bytes
-    for listed in ([1, 3, 3], [1, 3, 2], [1, 3, 35], [0, 3], [200, 1, 2]):
-        with pytest.raises(InputError, match="damaged list of values"):
-            decode_map(bytes([LZMA | LISTED, *listed]) + body, 24, 40, 35)
-    with pytest.raises(InputError, match="symbol 3, but it lists 3 values"):
-        decode_map(bytes([LZMA | LISTED, 2, 1, 3, 9]) + body, 24, 40, 35)
+    short = (b"", bytes([CONSTANT, 35]), bytes([CONSTANT | 8, 1]), bytes([CONSTANT, 1, 1]))
+    palettes = ([1, 3, 3], [1, 3, 2], [1, 3, 35], [0, 3], [200, 1, 2], [2, 1, 3, 9])  # the last lacks symbol 3
+    for data in (*short, *(bytes([LZMA | LISTED, *listed]) + body for listed in palettes)):
+        with pytest.raises(InputError, match="send it again"):
+            decode_map(data, 24, 40, 35)
 
 
 def test_decode_map_takes_no_memory_for_a_bomb():
@@ -93,9 +90,8 @@ def test_decode_map_takes_no_memory_for_a_bomb():
     tracemalloc.start()
     with pytest.raises(InputError, match="no map of 40x24 pixels"):
         decode_map(CODED[LZMA][:6] + bomb, 24, 40, 35)
-    peak = tracemalloc.get_traced_memory()[1]
+    assert len(bomb) < 20_000 and tracemalloc.get_traced_memory()[1] < 10**6
     tracemalloc.stop()
-    assert len(bomb) < 20_000 and peak < 10**6
 
 
 @needs_jxl
@@ -127,15 +123,15 @@ def random_codewords(steps, candidates, atoms):
 
 def test_pack_choices_ranks_all_index_sets():
     sets = sorted(itertools.combinations(range(6), 3), key=lambda indices: indices[::-1])
-    assert [source_coding._unrank(rank, 6, 3) for rank in range(len(sets))] == sets
     packed = [pack_choices(None, 0, [(indices, (1, 1, 1))], 6, 3) for indices in sets]
     assert [data[0] for data in packed] == [rank << 3 for rank in range(20)]  # 5 bits, then 3 signs
+    assert [unpack_choices(data, 0, 1, 6, 3)[1][0][0] for data in packed] == sets
 
 
-CHOICES = [(1000, 999, 50, 1000, 64), (1000, 0, 0, 0, 0), (1, 0, 0, 0, 0), (0, None, 50, 256, 1), (3, 2, 5, 16, 16)]
-
-
-@pytest.mark.parametrize(("bank_size", "start", "steps", "candidates", "atoms"), CHOICES)
+@pytest.mark.parametrize(
+    ("bank_size", "start", "steps", "candidates", "atoms"),
+    [(1000, 999, 50, 1000, 64), (1000, 0, 0, 0, 0), (1, 0, 0, 0, 0), (0, None, 50, 256, 1), (3, 2, 5, 16, 16)],
+)
 def test_pack_choices_comes_back_at_the_closed_forms_size(bank_size, start, steps, candidates, atoms):
     codewords = random_codewords(steps, candidates, atoms)
     data = pack_choices(start, bank_size, codewords, candidates, atoms)
