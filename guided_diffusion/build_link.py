@@ -167,7 +167,7 @@ class ChainMaker:
         precision = functools.partial(devices.autocast, self.device, header.precision)
         memory = int(self.config.label_memory * 2**30)
         fixed = self.model_of(header.precision), diffusion, self.bank, header.sampler
-        return Chain(*fixed, rule, header.selected_steps or None, self.device, precision, memory)
+        return Chain(*fixed, rule, header.selected_steps, self.device, precision, memory)
 
 
 def _header(config, precision, height, width, fingerprint):
@@ -181,16 +181,9 @@ def _header(config, precision, height, width, fingerprint):
     coding["edge_levels"] = 0 if config.no_instance else config.edge_levels
     noise = {"bank_seed": config.noise_bank_seed, "bank_size": config.noise_bank_size, "sampler": sampler}
     noise |= {"start_sent": config.selection != "per_step", "selected_steps": 0}
-    steps = diffusion_from(config).num_timesteps
-    if config.tail_steps > steps:
-        raise InputError(f"--tail_steps {config.tail_steps}: the chain has {steps} steps")
     if selecting:
-        available = steps - max(1, config.tail_steps)
-        selected = config.selected_steps or available
-        if not 1 <= selected <= available:
-            found = f"--selected_steps {config.selected_steps}: the chain has {max(0, available)} steps with noise"
-            raise InputError(f"{found} (--timestep_respacing, --tail_steps {config.tail_steps})")
-        noise |= {"selected_steps": selected, "step_candidates": config.step_candidates}
+        every = max(1, diffusion_from(config).num_timesteps - max(1, config.tail_steps))
+        noise |= {"selected_steps": config.selected_steps or every, "step_candidates": config.step_candidates}
         noise["step_atoms"] = config.step_atoms
     size = {"height": height, "width": width}
     return Header(**size, **form, **coding, **noise, precision=precision, fingerprint=fingerprint)

@@ -123,16 +123,18 @@ def test_header_has_per_step_selection(parts, flags, start_sent, selected):
 
 def test_header_refuses_more_steps_than_take_noise(parts):
     for flags in ({"selected_steps": 4}, {"tail_steps": 4}, {"timestep_respacing": 1}):
+        point, sampling = parts(selection="per_step", **flags)
         with pytest.raises(InputError, match="--selected_steps"):
-            parts(selection="per_step", **flags)
+            sampling["transmitter"](point)
 
 
 def test_sampling_parts_refuse_what_no_message_can_carry(parts):
     with pytest.raises(InputError, match="--timestep_respacing 2,3: cannot be sent"):
         parts(timestep_respacing="2,3", link="ideal")
     parts(timestep_respacing="2,3", link="analog")
-    with pytest.raises(InputError, match="--tail_steps 4: the chain has 3 steps"):
-        parts(timestep_respacing="3", tail_steps=4)
+    point, sampling = parts(timestep_respacing="3", tail_steps=4)
+    with pytest.raises(InputError, match="--tail_steps 4: expected 0 to 3"):
+        sampling["transmitter"](point)
 
 
 def test_transmitter_chooses_nothing_where_nothing_is_searched(parts):

@@ -26,12 +26,9 @@ def send(y, sigma, seeds=None, **options):
     return transmit(y, sigma, generators=streams, num_classes=K, **options)
 
 
-def test_snr_to_sigma_has_the_rows_of_the_table():
+def test_snr_to_sigma_has_the_rows_of_the_table_and_is_log_linear_between_them():
     rows = {100: 0, 30: 0.05, 25: 0.08, 20: 0.13, 15: 0.22, 10: 0.36, 5: 0.6, 1: 0.9}
     assert {snr: snr_to_sigma(float(snr)) for snr in rows} == rows
-
-
-def test_snr_to_sigma_is_log_linear_between_rows():
     assert snr_to_sigma(7.5) == pytest.approx(math.sqrt(0.6 * 0.36), rel=1e-12)
     assert snr_to_sigma(2) == pytest.approx(0.9 * (0.6 / 0.9) ** 0.25, rel=1e-12)
 
@@ -58,9 +55,7 @@ def test_transmit_leaves_absent_planes_zero_and_its_input_alone(pool, sigma):
     before = y.clone()
     received = send(y, sigma, pool=pool)
     assert not received[:, [1, 4]].any()
-    assert all(received[n, k].any() for n in range(2) for k in [*PRESENT, K])
-    received.add_(1)
-    assert torch.equal(y, before)
+    assert received[:, [*PRESENT, K]].flatten(2).any(2).all() and torch.equal(y, before)
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.9])
@@ -108,8 +103,4 @@ def test_apply_pool_equals_a_loop(pool, size):
     y = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     expected = torch.stack([torch.stack([naive_pool(plane, pool) for plane in planes]) for planes in y])
     torch.testing.assert_close(apply_pool(y, pool), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_apply_pool_of_none_changes_nothing():
-    y = scenes(1)
-    assert torch.equal(apply_pool(y, "None"), y) and torch.equal(apply_pool(y, None), y)
+    assert torch.equal(apply_pool(y, "None"), y)

@@ -1,6 +1,7 @@
 """The arithmetic coder against entropies, and maps there and back."""
 
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -44,23 +45,16 @@ def test_encode_of_independent_bits_and_of_copies():
 
 def test_decode_of_damage_is_an_error_or_another_map():
     symbols = blocks(24, 40, 6)
-    data, wrong = encode(symbols, 6), 0
+    data = encode(symbols, 6)
     for at in range(8 * len(data)):
         damaged = bytearray(data)
         damaged[at // 8] ^= 1 << at % 8
-        try:
-            found = decode(bytes(damaged), 24, 40, 6)
-        except InputError:
-            wrong += 1
-        else:  # the one coding of another map
+        with suppress(InputError):
+            found = decode(bytes(damaged), 24, 40, 6)  # the one coding of another map
             assert not np.array_equal(found, symbols) and encode(found, 6) == bytes(damaged)
-    assert wrong
     for damaged in (data[:-1], data + b"\0", data + b"x", b""):
         with pytest.raises(InputError, match="the context-coded map is damaged"):
             decode(damaged, 24, 40, 6)
-
-
-def test_decode_refuses_claims_beyond_its_limits_at_once():
-    for height, width, count in ((512, 512, 2), (8, 8, 65)):
-        with pytest.raises(InputError, match=f"{width}x{height} pixels and {count} symbols: beyond"):
-            decode(b"1234", height, width, count)
+    for claim in ((512, 512, 2), (8, 8, 65)):
+        with pytest.raises(InputError, match="beyond the coder's limits"):
+            decode(data, *claim)

@@ -339,7 +339,7 @@ def test_link_conceals_what_is_lost(sample, tmp_path, monkeypatch):
 
         def send(self, sent, receiver, stream):
             gone = lost[self.seeds.setdefault(stream.initial_seed(), len(self.seeds))]
-            parts = {name: None if name in gone else part for name, part in sent.message.parts().items()}
+            parts = {name: None if name in gone else part for name, part in sent.message.parts.items()}
             return receiver.accept(receive_parts(parts)), {}
 
     monkeypatch.setattr(build_link, "channel", lambda point: Losing())

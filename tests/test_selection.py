@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_network
+from conftest import normals, tiny_network
 
 from guided_diffusion import EarlyStop, InputError, NoiseBank
 from guided_diffusion.diffusion.sampling import run_chain
@@ -16,10 +16,6 @@ from guided_diffusion.random_streams import generator
 SIZE, T = (8, 16), 10
 BANK = NoiseBank((3, *SIZE), 20, seed=150)
 POSTERIOR = {"variance": "posterior"}
-
-
-def normals(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +83,9 @@ def test_select_initial_by_halving_equals_the_plain_rule(make_chain, method):
 
 
 def test_halving_rungs_quarter_the_candidates():
-    plans = {
-        (64, 50, 5): [(5, 16), (10, 4), (None, 1)],
-        (1000, 50, 5): [(5, 250), (10, 63), (20, 16), (None, 1)],  # 40 network steps would be no cheap look
-        (4, 50, 5): [(None, 1)],
-        (1, 50, 5): [],
-    }
-    assert {numbers: selection.halving_rungs(*numbers) for numbers in plans} == plans
+    plans = {1: [], 4: [(None, 1)], 64: [(5, 16), (10, 4), (None, 1)]}
+    plans[1000] = [(5, 250), (10, 63), (20, 16), (None, 1)]  # 40 network steps would be no cheap look
+    assert {count: selection.halving_rungs(count, 50, 5) for count in plans} == plans
 
 
 def by_definition(unet, s, candidates, atoms, selected_steps, tail_steps):
@@ -101,7 +93,7 @@ def by_definition(unet, s, candidates, atoms, selected_steps, tail_steps):
     model, diffusion = unet
     x, codewords, d = BANK[0][None], [], math.prod(BANK.shape)
     noisy = [t for t in reversed(range(T)) if t >= max(1, tail_steps)]
-    selected = noisy[-selected_steps:] if selected_steps else noisy
+    selected = noisy[-selected_steps:]
     for t in reversed(range(T)):
         x_start = diffusion.p_mean_variance(model, x, torch.tensor([t]), Y, s)["pred_xstart"]
         at, before = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod_prev[t]
@@ -127,7 +119,7 @@ def by_definition(unet, s, candidates, atoms, selected_steps, tail_steps):
 
 
 @pytest.mark.parametrize("settings", [POSTERIOR, {**POSTERIOR, "s": 1.5}, {"method": "ddim", "eta": 1.0}])
-@pytest.mark.parametrize("atoms, selected_steps, tail_steps", [(1, 0, 0), (3, 4, 2), (12, 2, 0)])
+@pytest.mark.parametrize("atoms, selected_steps, tail_steps", [(1, 9, 0), (3, 4, 2), (12, 2, 0)])
 def test_select_per_step_is_the_definition(unet, make_chain, evaluations, settings, atoms, selected_steps, tail_steps):
     chain = make_chain({"selected_steps": selected_steps}, **settings, tail_steps=tail_steps)
     choice = select_per_step(chain, Y, IMAGE, 0, StepCodebook(12, atoms), mse)
@@ -138,12 +130,12 @@ def test_select_per_step_is_the_definition(unet, make_chain, evaluations, settin
     assert choice.score == mse(choice.picture[None], IMAGE).item()
 
 
-def test_step_codebook_in_blocks_picks_what_a_kept_one_does():
-    bank, kept, in_blocks = NoiseBank((3, 4, 6), 70, 3), StepCodebook(70, 3), StepCodebook(70, 3, memory=0)
-    for k, size in enumerate(((4, 6), (4, 6), (4, 8))):
-        given = bank.sized(3, *size), normals(3, *size, seed=k), k
-        assert kept.pick(*given) == in_blocks.pick(*given)
-    assert len(kept._kept) == 3 and not in_blocks._kept
+def test_step_codebook_in_blocks_picks_what_a_kept_one_does(monkeypatch):
+    bank, kept = NoiseBank((3, 4, 6), 70, 3), StepCodebook(70, 3)
+    given = [(bank.sized(3, *size), normals(3, *size, seed=k), k) for k, size in enumerate(((4, 6), (4, 6), (4, 8)))]
+    picked = [kept.pick(*each) for each in given]
+    monkeypatch.setattr(selection, "CODEBOOK_BYTES", 0)
+    assert picked == [StepCodebook(70, 3).pick(*each) for each in given]
 
 
 def test_step_codebook_finds_a_residual_made_of_atoms_and_breaks_ties():
@@ -165,12 +157,6 @@ def test_chain_run_uses_the_codewords_that_are_left_and_seeded_noise_behind(make
     assert same == [[True] * 4, [True, True, False, True], [True, True, False, False], [True, False, False, False]]
 
 
-def test_chain_selected_are_the_last_steps_that_take_a_noise(make_chain):
-    for selected_steps, tail_steps, expected in ((None, 0, []), (0, 0, [*range(9, 0, -1)]), (3, 4, [6, 5, 4])):
-        chain = make_chain({"selected_steps": selected_steps}, **POSTERIOR, tail_steps=tail_steps)
-        assert chain.selected == expected
-
-
 def test_select_both_joins_the_two(make_chain):
     chain, codebook = make_chain({"selected_steps": 3}, **POSTERIOR), StepCodebook(16, 4)
     both = select_both(chain, Y, IMAGE, range(5), codebook, feedback_steps=2)
@@ -181,21 +167,16 @@ def test_select_both_joins_the_two(make_chain):
 
 
 REFUSED = {
-    "per-step selection with ddpm, model variance": ({}, 0),
-    "per-step selection with ddim, model variance, eta 0.5": ({"method": "ddim", "eta": 0.5}, 0),
-    "per-step selection with dpm": ({"method": "dpm++"}, 0),
-    "--selected_steps 10: 9 steps": (POSTERIOR, T),
-    "--selected_steps 0: 0 steps": ({**POSTERIOR, "tail_steps": T}, 0),
+    "--selected_steps 2: 0 take a noise": ({"method": "ddim"}, 2),
+    "--selected_steps 10: 9 take a noise": (POSTERIOR, T),
+    "--selected_steps 1: 0 take a noise": ({**POSTERIOR, "tail_steps": T}, 1),
+    "--tail_steps 11: expected 0 to 10": ({"tail_steps": T + 1}, 0),
 }
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_chain_refuses_what_cannot_be_selected_for(make_chain, words):
-    settings, selected_steps = REFUSED[words]
-    with pytest.raises(InputError, match=words):
-        make_chain({"selected_steps": selected_steps}, **settings)
-
-
-def test_select_initial_refuses_more_feedback_steps_than_the_chain_has(make_chain):
+def test_chain_and_search_refuse_more_steps_than_there_are(make_chain):
+    for words, (settings, selected_steps) in REFUSED.items():
+        with pytest.raises(InputError, match=words):
+            make_chain({"selected_steps": selected_steps}, **settings)
     with pytest.raises(InputError, match="--feedback_steps 10: expected 0"):
         select_initial(make_chain(), Y, IMAGE, [1, 2], feedback_steps=T)

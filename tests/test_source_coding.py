@@ -4,6 +4,7 @@ import itertools
 import lzma
 import math
 import tracemalloc
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -33,13 +34,8 @@ def containers(ids, num_values):
     return {data[0] & ~LISTED: data for data in coded}
 
 
-MAPS = [
-    (blocks(32, 64, [0, 7, 8, 11, 13, 26]), 35),
-    (blocks(1, 9, [0, 1], side=1), 2),
-    (blocks(40, 30, range(256), side=1), 256),
-    (slope(50, 70), 256),
-    (blocks(20, 20, [150, 0, 99]), 151),
-]
+MAPS = [(blocks(32, 64, [0, 7, 8, 11, 13, 26]), 35), (blocks(1, 9, [0, 1], side=1), 2), (slope(50, 70), 256)]
+MAPS += [(blocks(40, 30, range(256), side=1), 256), (blocks(20, 20, [150, 0, 99]), 151)]
 CODED = containers(blocks(24, 40, [0, 7, 8, 11]), 35)
 
 
@@ -68,24 +64,18 @@ def test_decode_map_of_damage_is_an_error_or_a_valid_map(coded):
     flips = [sum(1 << int(at) for at in rng.integers(0, 8 * len(coded), 2)) for _ in range(100)]
     flipped = [(number ^ bits).to_bytes(len(coded) + 1, "little")[: len(coded)] for bits in flips]
     for damaged in [*flipped, b"", coded[:1], coded[:4], coded[:-1], coded + coded]:
-        try:
+        with suppress(InputError):
             found = decode_map(damaged, 24, 40, 35)
-        except InputError as error:
-            assert "\n" not in str(error)
-        else:
             assert found.shape == (24, 40) and found.max() < 35
 
 
 def test_decode_map_refuses_damaged_containers_and_palettes():
-    for data in (b"", bytes([CONSTANT, 35]), bytes([CONSTANT | 8, 1]), bytes([CONSTANT, 1, 1])):
-        with pytest.raises(InputError, match="send it again"):
-            decode_map(data, 4, 4, 35)
     body = CODED[LZMA][6:]  # behind the container, and a bitmap of five bytes
-    for listed in ([1, 3, 3], [1, 3, 2], [1, 3, 35], [0, 3], [200, 1, 2]):
-        with pytest.raises(InputError, match="damaged list of values"):
-            decode_map(bytes([LZMA | LISTED, *listed]) + body, 24, 40, 35)
-    with pytest.raises(InputError, match="symbol 3, but it lists 3 values"):
-        decode_map(bytes([LZMA | LISTED, 2, 1, 3, 9]) + body, 24, 40, 35)
+    short = (b"", bytes([CONSTANT, 35]), bytes([CONSTANT | 8, 1]), bytes([CONSTANT, 1, 1]))
+    palettes = ([1, 3, 3], [1, 3, 2], [1, 3, 35], [0, 3], [200, 1, 2], [2, 1, 3, 9])  # the last lacks symbol 3
+    for data in (*short, *(bytes([LZMA | LISTED, *listed]) + body for listed in palettes)):
+        with pytest.raises(InputError, match="send it again"):
+            decode_map(data, 24, 40, 35)
 
 
 def test_decode_map_takes_no_memory_for_a_bomb():
@@ -93,9 +83,8 @@ def test_decode_map_takes_no_memory_for_a_bomb():
     tracemalloc.start()
     with pytest.raises(InputError, match="no map of 40x24 pixels"):
         decode_map(CODED[LZMA][:6] + bomb, 24, 40, 35)
-    peak = tracemalloc.get_traced_memory()[1]
+    assert len(bomb) < 20_000 and tracemalloc.get_traced_memory()[1] < 10**6
     tracemalloc.stop()
-    assert len(bomb) < 20_000 and peak < 10**6
 
 
 @needs_jxl
@@ -127,15 +116,15 @@ def random_codewords(steps, candidates, atoms):
 
 def test_pack_choices_ranks_all_index_sets():
     sets = sorted(itertools.combinations(range(6), 3), key=lambda indices: indices[::-1])
-    assert [source_coding._unrank(rank, 6, 3) for rank in range(len(sets))] == sets
     packed = [pack_choices(None, 0, [(indices, (1, 1, 1))], 6, 3) for indices in sets]
     assert [data[0] for data in packed] == [rank << 3 for rank in range(20)]  # 5 bits, then 3 signs
+    assert [unpack_choices(data, 0, 1, 6, 3)[1][0][0] for data in packed] == sets
 
 
-CHOICES = [(1000, 999, 50, 1000, 64), (1000, 0, 0, 0, 0), (1, 0, 0, 0, 0), (0, None, 50, 256, 1), (3, 2, 5, 16, 16)]
-
-
-@pytest.mark.parametrize(("bank_size", "start", "steps", "candidates", "atoms"), CHOICES)
+@pytest.mark.parametrize(
+    ("bank_size", "start", "steps", "candidates", "atoms"),
+    [(1000, 999, 50, 1000, 64), (1000, 0, 0, 0, 0), (1, 0, 0, 0, 0), (0, None, 50, 256, 1), (3, 2, 5, 16, 16)],
+)
 def test_pack_choices_comes_back_at_the_closed_forms_size(bank_size, start, steps, candidates, atoms):
     codewords = random_codewords(steps, candidates, atoms)
     data = pack_choices(start, bank_size, codewords, candidates, atoms)
@@ -157,15 +146,12 @@ def test_unpack_choices_of_a_beginning_gives_its_whole_steps():
 def test_unpack_choices_refuses_damage():
     codewords = random_codewords(3, 5, 2)  # 10 sets in 4 bits, 2 signs: 18 bits
     data = pack_choices(None, 0, codewords, 5, 2)
-    beyond = bytes([data[0], data[1] & 0xF0 | 0x0F, data[2] | 0xC0])
-    named = {"the header's take 18 bits": data[:-1], "step 3 of the noise choices is no set of 2 of 5": beyond}
-    named["bits are left over"] = data[:-1] + bytes([data[-1] | 1])
-    for words, damaged in named.items():
-        with pytest.raises(InputError, match=words):
+    beyond = bytes([data[0], data[1] & 0xF0 | 0x0F, data[2] | 0xC0])  # the third step has no set of that rank
+    for damaged in (b"", data[:-1], data + b"\0", beyond, data[:-1] + bytes([data[-1] | 1])):
+        with pytest.raises(InputError, match="noise choices"):
             unpack_choices(damaged, 0, 3, 5, 2)
     assert unpack_choices(beyond, 0, 3, 5, 2, prefix=True) == (None, codewords[:2])
-    with pytest.raises(InputError, match="noise index 1023: the bank has 1000"):
-        unpack_choices(b"\xff\xc0", 1000, 0, 0, 0)
-    assert unpack_choices(b"\xff\xc0", 1000, 0, 0, 0, prefix=True) == (None, ())
-    with pytest.raises(InputError, match="noise index 1000: the bank has 1000"):
-        pack_choices(1000, 1000, (), 0, 0)
+    for damaged in (b"", b"\xff", b"\xff\xc0"):  # 1023, of a bank of 1000
+        with pytest.raises(InputError, match="damaged"):
+            unpack_choices(damaged, 1000, 0, 0, 0)
+        assert unpack_choices(damaged, 1000, 9, 5, 2, prefix=True) == (None, ())

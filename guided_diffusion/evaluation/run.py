@@ -247,7 +247,7 @@ class MessageRun:
         """Make the picture of one message, write its files, and return its row in a list."""
         (k,), started = numbers, time.monotonic()
         message, name = read_message(self.files[k]), self.names[k]
-        arrival = self.receiver.accept(receive_parts(message.parts()))
+        arrival = self.receiver.accept(receive_parts(message.parts))
         result = self.receiver.pictures([arrival], on_step=on_step)
         image, header, bits = result.images.float().cpu(), message.header, message.bits()
         if header.one_hot:

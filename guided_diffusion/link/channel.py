@@ -1,7 +1,7 @@
 """The analog channel of GESCO (arXiv 2306.04321): Gaussian noise on the semantic planes, then a pooling filter.
 
-Only the planes of classes that are present, and the edge plane, are sent ("fast denoising semantics"). Which
-classes are present is side information: one bit per class.
+Only the planes of classes that are present, and the edge plane, are sent ("fast denoising semantics"). Which classes
+those are is side information: one bit per class.
 """
 
 import math
@@ -42,13 +42,11 @@ def sent_planes(y, num_classes, one_hot=True):
 
 
 def transmit(y, sigma, *, generators, num_classes, one_hot=True, pool="None", noise_to="semantics"):
-    """Send the conditioning over the analog channel.
+    """Send the conditioning y (N, C, H, W), from `encode_semantics`, over the analog channel.
 
-    :param y: (N, C, H, W), from `encode_semantics`.
     :param sigma: (N,) or a float: standard deviation of the noise (see `snr_to_sigma`).
-    :param generators: N CPU generators, one noise stream per sample.
-    :param pool: "None", "med" (3x3 median), "mean" (3x3 average) or "max" (3x3 average, then 3x3 maximum), applied to
-        every sent plane.
+    :param generators: N CPU generators, one per sample.
+    :param pool: "None", or of every sent plane "med" (3x3 median), "mean" (3x3 average) or "max" (3x3 maximum of that).
     :param noise_to: "semantics" (every sent plane) or "label" (the edge plane is spared the noise).
     :return: (N, C, H, W) as received; planes that were not sent are zero.
     """
@@ -65,13 +63,11 @@ def transmit(y, sigma, *, generators, num_classes, one_hot=True, pool="None", no
 
 
 def apply_pool(y, pool):
-    """Filter every plane (GESCO's denoising of received semantics), with one of the pools of `transmit`.
+    """Filter every plane of y (N, C, H, W) with one of the pools of `transmit` (GESCO's denoising of semantics).
 
-    The median pads by reflection; averages pad with zeros and divide by 9.
-
-    :param y: (N, C, H, W); each side at least 2 for the median.
+    The median pads by reflection, which needs sides of at least 2; averages pad with zeros and divide by 9.
     """
-    if pool in (None, "None"):
+    if pool == "None":
         return y
     if pool == "med":
         padded = F.pad(y, (1, 1, 1, 1), mode="reflect")

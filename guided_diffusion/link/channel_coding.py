@@ -1,12 +1,12 @@
 """The digital channel: a message's bytes as LDPC code words of 5G NR with CRCs (3GPP TS 38.212), QAM, AWGN or Rayleigh.
 
 Each part of a message is one transport block: it is cut into equal code blocks with a CRC of 24 bits each, and under
-fading it meets one gain of its own. sionna (`pip install sionna-no-rt`) supplies codes and (de)mapper; noise and fading
-come from the caller's generator. Everything runs on the CPU: the same draw delivers the same blocks on any device. How
-long each part is, and its modulation and rate, are known to the receiver and not counted (5G's control channel).
+fading it meets one gain of its own. sionna supplies codes and (de)mapper, on the CPU: one draw delivers the same blocks
+beside any device. Length, modulation and rate of parts are not counted (5G has a control channel for them).
 """
 
 import functools
+import itertools
 import math
 import random
 import warnings
@@ -28,16 +28,9 @@ CRC_BITS = 24
 SHORT_BITS, SHORT_RATE = 292, 0.85  # up to so many bits the decoder can fail without any noise at rates above 0.85
 BLOCK_BYTES = 475  # with its CRC 3824 bits: the most that one base graph (TS 38.212, 5.2.2) takes at every rate
 INDEX_BLOCK_BYTES = 64  # small, so that the blocks before the first lost one still say something
+ITERATIONS = 20  # of belief propagation, which are the time that decoding takes; 10 cost 0.6 dB
 LIMIT_DB = 100  # beyond +-100 dB nothing changes any more; float32 stays far from its ends
 BATCH = 8  # code blocks per call: larger batches leave the CPU's cache
-
-
-def es_n0_to_eb_n0(es_n0_db, rate, bits_per_symbol):
-    """Eb/N0 in dB: Es/N0 - 10 log10(R Q), with R = message bits / coded bits and Q = coded bits / channel uses."""
-    return es_n0_db - 10 * math.log10(rate * bits_per_symbol)
-
-
-# -- cutting a part into code blocks ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -76,9 +69,6 @@ def segment(num_bytes, block_bytes, rate, bits_per_symbol):
     return Segments(count, size, k, n, bits_per_symbol)
 
 
-# -- sionna -----------------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def _sionna():
     """Import sionna's modules (crc, ldpc, mapping; seconds, once), and put the global random states back."""
@@ -101,16 +91,16 @@ def _sionna():
 class _BlockCode:
     """CRC, whitening, LDPC and QAM for blocks of k bits in n coded bits.
 
-    Whitening is the exclusive or with a fixed sequence, CRC included. It gives symbols mean power 1 whatever the
-    payload, and the all-zero word that a dead channel decodes to no longer has a valid CRC.
+    Whitening (exclusive or with a fixed sequence, CRC included) gives symbols mean power 1 whatever the payload, and
+    makes the CRC of the all-zero word, which a dead channel decodes to, wrong.
     """
 
-    def __init__(self, k, n, bits_per_symbol, iterations):
+    def __init__(self, k, n, bits_per_symbol):
         crc, ldpc, mapping = _sionna()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # sionna warns of rates in 0.926...0.95, which it codes all the same
             self.ldpc = ldpc.LDPC5GEncoder(k, n, num_bits_per_symbol=bits_per_symbol, device="cpu")
-        self.decoder = ldpc.LDPC5GDecoder(self.ldpc, num_iter=iterations, device="cpu")
+        self.decoder = ldpc.LDPC5GDecoder(self.ldpc, num_iter=ITERATIONS, device="cpu")
         self.crc = crc.CRCEncoder("CRC24A", k=k - CRC_BITS, device="cpu")
         self.check = crc.CRCDecoder(self.crc, device="cpu")
         self.mapper = mapping.Mapper("qam", bits_per_symbol, device="cpu")
@@ -130,74 +120,45 @@ class _BlockCode:
         return [row.tobytes() if good else None for row, good in zip(payload, valid.flatten().tolist(), strict=True)]
 
 
-# -- the link ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Delivery:
     """What the receiver got, and what it cost.
 
     :param blocks: part -> payload of each code block in order, None where its CRC failed.
-    :param uses: part -> complex channel uses.
-    :param gains: part -> |h|^2, the fading's power gain (1 on AWGN).
-    :param message_bits, coded_bits: of all parts before coding, and after, with CRC and padding.
-    :param realised_es_n0_db: mean |x|^2 / mean |n|^2 of this delivery's symbols and noise in dB, without the fading
-        (see `gains`). NaN where nothing was sent.
+    :param uses, message_bits: complex channel uses, and bits of the message before coding, of all parts.
+    :param realised_es_n0_db: mean |x|^2 / mean |n|^2 of what was sent, in dB, without the fading; NaN of nothing.
     """
 
     blocks: dict[str, list[bytes | None]]
-    uses: dict[str, int]
-    gains: dict[str, float]
+    uses: int
     message_bits: int
-    coded_bits: int
     realised_es_n0_db: float
 
     def part(self, name):
         """Return the whole part, or None where any of its blocks was lost."""
-        blocks = self.blocks[name]
-        return None if None in blocks else b"".join(blocks)
+        return None if None in self.blocks[name] else b"".join(self.blocks[name])
 
     def prefix(self, name):
         """Return the bytes before the first lost block."""
-        blocks = self.blocks[name]
-        return b"".join(blocks[: blocks.index(None)] if None in blocks else blocks)
-
-    @property
-    def blocks_sent(self):
-        """Code blocks of all parts."""
-        return sum(len(blocks) for blocks in self.blocks.values())
-
-    @property
-    def block_errors(self):
-        """Code blocks whose CRC failed."""
-        return sum(blocks.count(None) for blocks in self.blocks.values())
-
-    @property
-    def realised_eb_n0_db(self):
-        """Realised Eb/N0 in dB: noise per bit of the message, over all parts; NaN where nothing was sent."""
-        if not self.coded_bits:
-            return math.nan
-        rate, bits_per_symbol = self.message_bits / self.coded_bits, self.coded_bits / sum(self.uses.values())
-        return es_n0_to_eb_n0(self.realised_es_n0_db, rate, bits_per_symbol)
+        return b"".join(itertools.takewhile(lambda block: block is not None, self.blocks[name]))
 
 
 class DigitalLink:
     """Sends a message's parts as 5G LDPC code words over AWGN or block Rayleigh fading.
 
     "header" and "indices" are coded in QPSK at rate 1/3, or at `code_rate` where that is lower; every other part in
-    `modulation` at `code_rate`. Measured on AWGN, 20 iterations: no block is lost of 16-QAM at rate 1/2 from Es/N0 =
-    7 dB (all at 5 dB), of QPSK at 1/3 from 0 dB (all at -2.5 dB), of QPSK at 1/5 from -3 dB.
+    `modulation` at `code_rate`. Measured on AWGN: no block is lost of 16-QAM at rate 1/2 from Es/N0 = 7 dB (all at
+    5 dB), of QPSK at 1/3 from 0 dB (all at -2.5 dB), of QPSK at 1/5 from -3 dB.
 
     :param snr_db: Es/N0 in dB, finite; beyond +-100 dB it acts as +-100 dB, which is all right or all lost.
     :param modulation: "qpsk", "16qam" or "64qam".
     :param code_rate: k / n of the LDPC code, 1/5...0.95 (what 5G's can do without repeating bits), CRC included in k.
     :param fading: "awgn", or "rayleigh": y = h x + n with one h ~ CN(0, 1) per part, known to the receiver. A part
         whose |h|^2 Es/N0 lies below its code's cliff is lost as a whole (outage).
-    :param iterations: of belief propagation; the time to decode is proportional to it. 10 instead of 20 cost 0.6 dB.
     """
 
-    def __init__(self, snr_db, modulation="16qam", code_rate=0.5, fading="awgn", iterations=20):
-        self.modulation, self.code_rate, self.fading, self.iterations = modulation, code_rate, fading, iterations
+    def __init__(self, snr_db, modulation="16qam", code_rate=0.5, fading="awgn"):
+        self.modulation, self.code_rate, self.fading = modulation, code_rate, fading
         self.noise_power = 10 ** (-min(max(snr_db, -LIMIT_DB), LIMIT_DB) / 10)  # variance N0 of the complex noise
         _sionna()
 
@@ -212,34 +173,26 @@ class DigitalLink:
     def send(self, parts, generator):
         """Send {name: bytes} and return the `Delivery`. An empty part costs nothing and arrives.
 
-        One number is drawn from `generator`; a part's noise and fading follow from it and the part's name, whatever
-        else is sent, and are the same at every SNR.
-
-        :param generator: CPU `torch.Generator`.
+        One number is drawn from the CPU `torch.Generator`; a part's noise and fading follow from it and its name alone.
         """
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
-        delivery = Delivery({}, {}, {}, 8 * sum(map(len, parts.values())), 0, math.nan)
-        energies = torch.zeros(2, dtype=torch.float64)  # of symbols and noise
+        blocks, uses, energies = {name: [] for name in parts}, 0, torch.zeros(2, dtype=torch.float64)
         for name, data in parts.items():
-            segments = self.segments(name, len(data))
-            stream = random_streams.generator(seed, "digital channel", random_streams.text_number(name))
-            h = torch.ones((), dtype=torch.complex64)
-            if self.fading == "rayleigh":
-                h = torch.randn((), dtype=torch.complex64, generator=stream)
-            delivery.blocks[name], energy = self._send_part(data, segments, h, stream)
-            delivery.uses[name], delivery.gains[name] = segments.uses, float(h.abs()) ** 2
-            delivery.coded_bits += segments.count * segments.n
-            energies += energy
-        if delivery.coded_bits:
-            delivery.realised_es_n0_db = float(10 * torch.log10(energies[0] / energies[1]))
-        return delivery
+            if data:
+                stream = random_streams.generator(seed, "digital channel", random_streams.text_number(name))
+                segments = self.segments(name, len(data))
+                blocks[name], energy = self._send_part(data, segments, stream)
+                uses, energies = uses + segments.uses, energies + energy
+        realised = float(10 * torch.log10(energies[0] / energies[1]))  # NaN of nothing
+        return Delivery(blocks, uses, 8 * sum(map(len, parts.values())), realised)
 
-    def _send_part(self, data, segments, h, stream):
+    def _send_part(self, data, segments, stream):
         """Return ([payload or None, per block], energies of symbols and noise (2,))."""
+        h = torch.ones((), dtype=torch.complex64)
+        if self.fading == "rayleigh":
+            h = torch.randn((), dtype=torch.complex64, generator=stream)
         blocks, energies = [], torch.zeros(2, dtype=torch.float64)
-        if not data:
-            return blocks, energies
-        code = _BlockCode(segments.k, segments.n, segments.bits_per_symbol, self.iterations)
+        code = _BlockCode(segments.k, segments.n, segments.bits_per_symbol)
         filled = np.frombuffer(data.ljust(segments.count * segments.size, b"\0"), np.uint8)
         for payload in np.split(filled.reshape(-1, segments.size), range(BATCH, segments.count, BATCH)):
             x = code.encode(payload)  # (B, n / Q)

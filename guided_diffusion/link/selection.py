@@ -8,7 +8,7 @@ diffusion, DDCM, arXiv 2502.01189, and Turbo-DDCM, with the one shared bank in p
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ import torch
 from ..console import InputError
 from ..diffusion.conditioning import CACHE_BYTES, Conditioning
 from ..diffusion.sampling import EarlyStop, fresh_noise, run_chain
-from ..diffusion.solvers import SamplerSettings
+from ..diffusion.solvers import SamplerSettings, StepRule
 from ..random_streams import generator
 
-CODEBOOK_BYTES = 2**30  # memory that a codebook may take
+CODEBOOK_BYTES = 2**30  # memory that a codebook may take; otherwise every step makes its entries again
 FINALISTS = 4  # candidates whose whole chains decide
 BLOCK = 32  # entries whose inner products are computed at once
 
@@ -30,8 +30,8 @@ class Chain:
 
     :param model, diffusion, sampler, early_stop, cache_bytes: as `run_chain` takes them.
     :param bank: the shared `NoiseBank`, or `FreshNoise`; chains run at any picture size, with the bank of that size.
-    :param selected_steps: None for chains whose steps are not selected. Otherwise the last so many steps that take a
-        noise (0: all of them) are: that needs ancestral steps with the posterior's variance, or DDIM with eta = 1.
+    :param selected_steps: the last so many steps that take a noise are selected (`selected`, in the chain's order);
+        that needs ancestral steps with the posterior's variance, or DDIM with eta = 1.
     :param device, precision: where the model is, and a function that gives the context it runs in, such as autocast.
     """
 
@@ -40,30 +40,18 @@ class Chain:
     bank: Any
     sampler: SamplerSettings
     early_stop: EarlyStop | None = None
-    selected_steps: int | None = None
+    selected_steps: int = 0
     device: Any = "cpu"
     precision: Callable = nullcontext
     cache_bytes: int = CACHE_BYTES
+    selected: list = field(init=False)
 
     def __post_init__(self):
-        if self.selected_steps is None:
-            return
-        if (self.sampler.method, self.sampler.variance) != ("ddpm", "posterior") and self.sampler.eta != 1:
-            found = f"{self.sampler.method}, {self.sampler.variance} variance, eta {self.sampler.eta:g}"
-            raise InputError(f"per-step selection with {found}: it needs ddpm, posterior variance, or ddim, eta 1")
-        available = max(0, self.diffusion.num_timesteps - max(1, self.sampler.tail_steps))
-        if max(1, self.selected_steps) > available:
-            raise InputError(
-                f"--selected_steps {self.selected_steps}: {available} steps take a noise; see --tail_steps"
-            )
-
-    @property
-    def selected(self):
-        """Step numbers t whose noise is selected, in the chain's order."""
-        if self.selected_steps is None:
-            return []
-        noisy = range(max(1, self.sampler.tail_steps), self.diffusion.num_timesteps)
-        return list(reversed(noisy[: self.selected_steps or None]))
+        rule = StepRule(self.diffusion, self.sampler)  # which refuses a wrong tail
+        noisy = [t for t in reversed(range(self.diffusion.num_timesteps)) if rule.is_noisy(t)]
+        if self.selected_steps > len(noisy):
+            raise InputError(f"--selected_steps {self.selected_steps}: {len(noisy)} take a noise; see --tail_steps")
+        object.__setattr__(self, "selected", noisy[len(noisy) - self.selected_steps :])
 
     def evaluations(self, result, network_steps=None):
         """NFE: network function evaluations that a `SampleResult` of this chain took; a guided step counts twice."""
@@ -80,37 +68,31 @@ class Chain:
         with self.precision():
             return Conditioning(self.model, y.to(self.device), self.sampler.s, self.cache_bytes)
 
-    def run(self, y, indices, codewords=None, on_step=None, network_steps=None, step_noise=None):
-        """Run chains from x_T = bank[i]; their later noise follows from i, too, or from codewords.
+    def run(self, y, indices, codewords=(), on_step=None, network_steps=None, step_noise=None):
+        """Run chains from x_T = bank[i], whose later noise follows from i, too, or from codewords: a `SampleResult`.
 
         :param y: (N or 1, C, H, W) conditioning, or what `prepare` makes of it.
         :param indices: bank index of each sample.
         :param codewords: per sample, those of its selected steps in the chain's order; further steps use seeded noise.
         :param on_step, network_steps, step_noise: as `run_chain` takes them; with network_steps no chain stops early.
-        :return: `SampleResult`, on the chain's device.
         """
         conditioning = y if isinstance(y, Conditioning) else self.prepare(y)
         bank = self.bank.sized(3, *y.shape[2:])
         x, seeds = bank.entries(indices).to(self.device), [bank.chain_seed(i) for i in indices]
-        if codewords is not None and any(codewords):
-            step_noise = self._replay(bank, seeds, codewords)
+
+        def replay(t, x, out):
+            z = fresh_noise(x, out["rows"], seeds, self.diffusion.kept[t])
+            for n, row in enumerate(out["rows"].tolist()):
+                codeword = dict(zip(self.selected, codewords[row], strict=False)).get(t)  # None behind the last
+                if codeword is not None:
+                    z[n] = codeword_noise(bank, codeword, self.diffusion.kept[t])
+            return z
+
+        step_noise = replay if any(codewords) else step_noise
         options = {"seeds": seeds, "step_noise": step_noise, "on_step": on_step, "network_steps": network_steps}
         options["early_stop"] = self.early_stop if network_steps is None else None
         with self.precision():
             return run_chain(self.model, self.diffusion, conditioning, x, self.sampler, **options)
-
-    def _replay(self, bank, seeds, codewords):
-        """Return a `step_noise` function: each sample's noise from its codewords, and seeded noise behind them."""
-        place = {t: k for k, t in enumerate(self.selected)}
-
-        def replay(t, x, out):
-            k, z = place.get(t, math.inf), fresh_noise(x, out["rows"], seeds, self.diffusion.kept[t])
-            for n, row in enumerate(out["rows"].tolist()):
-                if k < len(codewords[row]):
-                    z[n] = codeword_noise(bank, codewords[row][k], self.diffusion.kept[t])
-            return z
-
-        return replay
 
 
 @dataclass(frozen=True)
@@ -119,8 +101,7 @@ class Choice:
 
     :param index: bank index of x_T.
     :param codewords: one per selected step, in the chain's order: (indices, ascending; signs, each 1 or -1), M each.
-    :param score: distance of the picture from the original; None where none was asked for.
-    :param evaluations: NFE spent, those of the picture itself among them.
+    :param score, evaluations: distance from the original, or None; NFE spent, those of the picture itself among them.
     :param picture, steps: (3, H, W) in [-1, 1], made alone as the receiver makes it, and the steps its chain took.
     """
 
@@ -132,23 +113,19 @@ class Choice:
     steps: int
 
 
-# -- where the chain starts -------------------------------------------------------------------------------------------
-
-
 def mse(pictures, image):
     """Mean squared error (N,) over all pixels and channels of pictures in [-1, 1]; one original serves all."""
     return (pictures.float() - image.float()).square().flatten(1).mean(1)
 
 
 def select_initial(chain, y, image, candidates, distance=mse, batch_size=8, feedback_steps=0, on_step=None):
-    """Search i* = argmin over candidates of D(I, G(m, NB[i])) (Diff-GOn, noise selection).
+    """Search i* = argmin over candidates of D(I, G(m, NB[i])): a `Choice`; equal scores go to the smaller index.
 
     :param y: (1, C, H, W) conditioning, as the receiver will have it.
     :param image: (1, 3, H, W) in [-1, 1], the original picture.
     :param candidates, batch_size: bank indices, and how many of them run together.
     :param distance: function (pictures (N, 3, H, W), image) -> (N,), smaller is better.
     :param feedback_steps: 0 runs every candidate's whole chain; otherwise see `halving_rungs`.
-    :return: `Choice`; equal scores go to the smaller index.
     """
     alive = sorted(set(candidates))
     image, prepared, evaluations = image.to(chain.device), chain.prepare(y), 0
@@ -165,13 +142,11 @@ def select_initial(chain, y, image, candidates, distance=mse, batch_size=8, feed
 
 
 def halving_rungs(candidates, steps, feedback_steps):
-    """Plan a successive halving: all candidates are looked at cheaply, the better ones more closely.
+    """Plan a successive halving: list of (network steps, candidates kept then); empty for one candidate.
 
-    A look is the whole chain, with its own noises, whose network runs at a few steps only: it says more than x_0's
-    prediction after as many steps. Every rung keeps a quarter and doubles the network steps; whole chains decide among
-    the last four, or where doubling would pass half the chain.
-
-    :return: list of (network steps, candidates kept then), whole chains (None, 1) at its end; empty for one candidate.
+    All candidates are looked at cheaply, in whole chains whose network runs at a few steps only: that says more than
+    x_0's prediction after as many steps. Every rung keeps a quarter and doubles the network steps; whole chains
+    (None, 1) decide among the last four, or where doubling would pass half the chain.
     """
     if not 0 <= feedback_steps < steps:
         raise InputError(f"--feedback_steps {feedback_steps}: expected 0 (whole chains) to {steps - 1}")
@@ -185,9 +160,6 @@ def halving_rungs(candidates, steps, feedback_steps):
     return [*rungs, (None, 1)]
 
 
-# -- the noise of its steps -------------------------------------------------------------------------------------------
-
-
 def step_mask(bank, timestep):
     """The mask a_t (3, H, W) of 1 and -1 that turns the bank into the codebook of an original timestep."""
     stream = generator(bank.seed, "step mask", timestep)
@@ -195,9 +167,9 @@ def step_mask(bank, timestep):
 
 
 def codeword_noise(bank, codeword, timestep):
-    """Make a codeword's noise z (3, H, W): the signed sum of its masked entries, scaled to the norm sqrt(3HW).
+    """Make the noise z (3, H, W) of a codeword (indices, signs) at an original timestep.
 
-    :param bank, codeword, timestep: the picture's `NoiseBank`, (indices, signs), and the original timestep.
+    It is the signed sum of the masked entries of the picture's `NoiseBank`, scaled to the norm sqrt(3HW).
     """
     z = torch.zeros(bank.shape)
     for k, sign in sorted(zip(*codeword, strict=True)):
@@ -207,21 +179,13 @@ def codeword_noise(bank, codeword, timestep):
 
 
 class StepCodebook:
-    """Picks a step's codeword from the first K bank entries, masked for the step (transmitter alone).
+    """Picks M = `atoms` of the first K = `candidates` bank entries, masked for a step, as the step's codeword."""
 
-    :param candidates, atoms: K, at most the bank's size, and M <= K, how many entries make one noise.
-    :param memory: bytes that the entries may take to be kept; otherwise every step makes them again, in blocks.
-    """
-
-    def __init__(self, candidates, atoms, memory=CODEBOOK_BYTES):
-        self.candidates, self.atoms, self.memory = candidates, atoms, memory
-        self._kept, self._key = [], None
+    def __init__(self, candidates, atoms):
+        self.candidates, self.atoms, self._kept, self._key = candidates, atoms, [], None
 
     def pick(self, bank, residual, timestep):
-        """Return the codeword of the M largest inner products with a residual (3, H, W), by magnitude.
-
-        :return: (indices, ascending; signs, each 1 or -1), tuples of M; ties go to the smaller entry.
-        """
+        """Return the codeword of the M largest |inner products| with a residual (3, H, W); ties: the smaller entry."""
         vector = (step_mask(bank, timestep).to(residual) * residual).float().flatten()  # <a.NB[k], r> = <NB[k], a.r>
         with torch.autocast(vector.device.type, enabled=False):
             products = torch.cat([block @ vector for block in self._blocks(bank, vector.device)]).cpu()
@@ -234,33 +198,32 @@ class StepCodebook:
         if self._key != key:
             numbers = torch.arange(self.candidates).split(BLOCK)
             blocks = (bank.entries(indices.tolist()).flatten(1).to(device) for indices in numbers)
-            if self.candidates * math.prod(bank.shape) * 4 > self.memory:
+            if self.candidates * math.prod(bank.shape) * 4 > CODEBOOK_BYTES:
                 return blocks
             self._kept, self._key = list(blocks), key
         return self._kept
 
 
-def select_per_step(chain, y, image, start, codebook, distance=None, on_step=None):
+def select_per_step(chain, y, image, start, codebook, distance=mse, on_step=None):
     """Choose the noise of the chain's selected steps: at each, the codeword points from x_0's prediction to x_0.
 
     x_{t-1} = mu(x_t, x0_t) + sqrt(posterior variance) z, z made of the M entries z_k = a_t * NB[k], k < K, with the
     largest |<z_k, x_0 - x0_t>| (after DDCM and Turbo-DDCM). x0_t is the guided, clipped prediction of the step.
 
-    :param chain, y, image, distance: as in `select_initial`, the chain with `selected_steps`; distance None: no score.
+    :param chain, y, image, distance: as in `select_initial`, the chain with `selected_steps`.
     :param start, codebook: bank index of x_T, and the `StepCodebook`.
     """
-    bank, kept, selected = chain.bank.sized(3, *y.shape[2:]), chain.diffusion.kept, set(chain.selected)
+    bank, kept = chain.bank.sized(3, *y.shape[2:]), chain.diffusion.kept
     image, codewords = image.to(chain.device), []
 
     def choose(t, x, out):
-        if t not in selected:
+        if t not in chain.selected:
             return None
         codewords.append(codebook.pick(bank, (image - out["pred_xstart"])[0], kept[t]))
         return codeword_noise(bank, codewords[-1], kept[t])[None].to(x)
 
     result = chain.run(y, [start], on_step=on_step, step_noise=choose)
-    score = None if distance is None else float(distance(result.images, image))
-    return chain.choice(result, start, codewords, score)
+    return chain.choice(result, start, codewords, float(distance(result.images, image)))
 
 
 def select_both(chain, y, image, candidates, codebook, distance=mse, on_step=None, **search):

@@ -1,12 +1,14 @@
 """Source coding of a message's contents: small id maps without loss, and noise choices as one string of bits.
 
-A coded map is one container byte, the values that occur (`palette`), and the map in terms of them. The encoder tries
-every container and keeps the smallest; the decoder knows height, width and number of values from the message's header,
-and checks what the bytes claim before it takes memory.
+A coded map is one container byte, the values that occur (`palette`), and the map in terms of them, in the smallest
+container. The decoder knows height, width and number of values from the message's header, and checks what the bytes
+claim before it takes memory.
 """
 
 import io
 import lzma
+from bisect import bisect_right
+from contextlib import suppress
 from math import comb
 
 import numpy as np
@@ -26,15 +28,8 @@ MAX_CANDIDATES, MAX_ATOMS = 2**13, 2**8  # of per-step selection: bound the work
 MAX_SIDE, MAX_PIXELS = 2**13, 2**24
 
 
-# -- id maps ----------------------------------------------------------------------------------------------------------
-
-
 def encode_map(ids, num_values):
-    """Code an id map without loss in the smallest container.
-
-    :param ids: (h, w) uint8 (or bool), every id below num_values.
-    :param num_values: how many ids there are, 1...256; the receiver knows it.
-    """
+    """Code an id map (h, w), uint8 (or bool) below num_values = 1...256, without loss in the smallest container."""
     ids = np.ascontiguousarray(ids, np.uint8)
     values = np.unique(ids)
     if values[-1] >= num_values:
@@ -47,10 +42,7 @@ def encode_map(ids, num_values):
 
 
 def decode_map(data, height, width, num_values):
-    """Undo `encode_map`: return (height, width) uint8, every id below num_values.
-
-    :raises InputError: damaged bytes, or bytes left over.
-    """
+    """Undo `encode_map`: return (height, width) uint8 below num_values. Raises InputError for damaged bytes."""
     if len(data) < 2:
         raise InputError(f"a coded map of {len(data)} bytes: it is cut off; send it again")
     container = data[0] & ~LISTED
@@ -98,9 +90,6 @@ def _read_palette(data, listed, num_values):
     return values, data[size:]
 
 
-# -- LZMA: for maps that are too large or irregular for the context coder ---------------------------------------------
-
-
 def _depth(count):
     """Bits per symbol when packed: 1, 2, 4 or 8."""
     return next(depth for depth in (1, 2, 4, 8) if count <= 1 << depth)
@@ -113,6 +102,7 @@ def _lzma_options(size):
 
 
 def _lzma(symbols, depth):
+    """LZMA of symbols of `depth` bits: for maps that are too large or irregular for the context coder."""
     bits = np.unpackbits(symbols.reshape(-1, 1), axis=1)[:, 8 - depth :]  # (h·w, depth)
     raw = np.packbits(bits).tobytes()
     return lzma.compress(raw, **_lzma_options(len(raw)))
@@ -121,14 +111,12 @@ def _lzma(symbols, depth):
 def _from_lzma(data, height, width, depth):
     size = -(-height * width * depth // 8)
     reader = lzma.LZMADecompressor(**_lzma_options(size))
-    try:
+    with suppress(lzma.LZMAError, EOFError):
         raw = reader.decompress(data, max_length=size + 1)
-    except (lzma.LZMAError, EOFError) as error:
-        raise InputError(f"coded map: damaged LZMA data ({error}); send it again") from None
-    if len(raw) != size or not reader.eof or reader.unused_data:
-        raise InputError(f"coded map: LZMA data that is no map of {width}x{height} pixels; send it again")
-    bits = np.unpackbits(np.frombuffer(raw, np.uint8))[: height * width * depth].reshape(-1, depth)
-    return (np.packbits(bits, axis=1)[:, 0] >> (8 - depth)).reshape(height, width)
+        if len(raw) == size and reader.eof and not reader.unused_data:
+            bits = np.unpackbits(np.frombuffer(raw, np.uint8))[: height * width * depth].reshape(-1, depth)
+            return (np.packbits(bits, axis=1)[:, 0] >> (8 - depth)).reshape(height, width)
+    raise InputError(f"coded map: LZMA data that is no map of {width}x{height} pixels; send it again")
 
 
 # -- JPEG XL: 3 to 36 % below the others on image edges of 16 and more levels ----------------------------------------
@@ -181,9 +169,8 @@ def _from_jxl(data, height, width, shift):
             return np.array(image)  # (height, width)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the plugin's panics are not even Exceptions
-        reason = " ".join(str(error).split())[:80] or type(error).__name__
-        raise InputError(f"coded map: damaged JPEG XL data ({reason}); send it again") from None
+    except BaseException:  # the plugin's panics are not even Exceptions
+        raise InputError("coded map: damaged JPEG XL data; send it again") from None
 
 
 # -- noise choices -----------------------------------------------------------------------------------------------------
@@ -191,32 +178,23 @@ def _from_jxl(data, height, width, shift):
 
 def choice_bits(bank_size, steps, candidates, atoms):
     """Bits of `pack_choices`: ceil(log2 bank_size) + steps (ceil(log2 C(candidates, atoms)) + atoms)."""
-    start = (bank_size - 1).bit_length() if bank_size else 0
-    return start + (steps * _codeword_bits(candidates, atoms) if steps else 0)
-
-
-def _codeword_bits(candidates, atoms):
-    return (comb(candidates, atoms) - 1).bit_length() + atoms
+    return max(0, bank_size - 1).bit_length() + steps * ((comb(candidates, atoms) - 1).bit_length() + atoms)
 
 
 def pack_choices(start_index, bank_size, codewords, candidates, atoms):
     """Write noise choices as bits, the highest first, without gaps, zeros at the end up to a whole byte.
 
-    :param start_index: bank entry of x_T, or None where entry 0 is agreed on.
-    :param bank_size: entries of the bank; 0 (fresh noise): the start is not sent.
+    :param start_index: bank entry of x_T, or None where entry 0 is agreed on; not sent where bank_size is 0.
     :param codewords: per selected step (indices, signs): `atoms` ascending indices below `candidates`, and signs.
         The indices are sent as their set's rank in the combinatorial number system, then a bit per sign (1 is -1).
     """
-    bits = value = 0
-    if start_index is not None and bank_size:
-        if not 0 <= start_index < bank_size:
-            raise InputError(f"noise index {start_index}: the bank has {bank_size} entries")
-        bits, value = choice_bits(bank_size, 0, candidates, atoms), start_index
+    sent = start_index is not None and bank_size > 0
+    value, bits = (start_index, choice_bits(bank_size, 0, candidates, atoms)) if sent else (0, 0)
     for indices, signs in codewords:
         rank = sum(comb(index, k) for k, index in enumerate(indices, 1))
         for sign in signs:
             rank = rank << 1 | (sign < 0)
-        width = _codeword_bits(candidates, atoms)
+        width = choice_bits(0, 1, candidates, atoms)
         value, bits = value << width | rank, bits + width
     size = -(-bits // 8)
     return (value << 8 * size - bits).to_bytes(size, "big")
@@ -228,9 +206,6 @@ def unpack_choices(data, bank_size, steps, candidates, atoms, prefix=False):
     :param prefix: `data` may be a beginning: return what it holds whole and valid, (None, ()) without the start.
     :raises InputError: what `pack_choices` never writes.
     """
-    length = choice_bits(bank_size, steps, candidates, atoms)
-    if not prefix and len(data) != -(-length // 8):
-        raise InputError(f"noise choices of {len(data)} bytes, but the header's take {length} bits")
     value, left = int.from_bytes(data, "big"), 8 * len(data)
 
     def take(bits):
@@ -243,34 +218,24 @@ def unpack_choices(data, bank_size, steps, candidates, atoms, prefix=False):
         width = choice_bits(bank_size, 0, candidates, atoms)
         start = take(width) if left >= width else bank_size
         if start >= bank_size:
-            if prefix:
-                return None, ()
-            raise InputError(f"noise index {start}: the bank has {bank_size} entries")
-    width, sets = (_codeword_bits(candidates, atoms), comb(candidates, atoms)) if steps else (0, 0)
+            start, left = None, 0
+    width = choice_bits(0, 1, candidates, atoms)
     while len(codewords) < steps and left >= width:
         rank, signs = take(width - atoms), take(atoms)
-        if rank >= sets:
-            if prefix:
-                break
-            raise InputError(f"step {len(codewords) + 1} of the noise choices is no set of {atoms} of {candidates}")
+        if rank >= comb(candidates, atoms):
+            break
         signs = tuple(1 - 2 * (signs >> k & 1) for k in reversed(range(atoms)))
         codewords.append((_unrank(rank, candidates, atoms), signs))
-    if not prefix and take(left):
-        raise InputError("noise choices: bits are left over")
+    whole = len(data) == -(-choice_bits(bank_size, steps, candidates, atoms) // 8)
+    if not prefix and not (whole and pack_choices(start, bank_size, codewords, candidates, atoms) == data):
+        raise InputError(f"noise choices of {len(data)} bytes: damaged; send it again")
     return start, tuple(codewords)
 
 
 def _unrank(rank, candidates, atoms):
     """Return the ascending index set of a rank: sum of C(index_k, k), k = 1...atoms (combinatorial number system)."""
-    indices, index, k = [], candidates - 1, atoms
-    below = comb(index, k)  # sets whose largest index is below `index`
-    while k:
-        if rank >= below:
-            rank -= below
-            indices.append(index)
-            below = below * k // index if index else 0  # C(index - 1, k - 1)
-            k -= 1
-        else:
-            below = below * (index - k) // index  # C(index - 1, k)
-        index -= 1
-    return tuple(reversed(indices))
+    indices = [candidates]
+    for k in range(atoms, 0, -1):
+        indices.append(bisect_right(range(indices[-1]), rank, key=lambda index, k=k: comb(index, k)) - 1)
+        rank -= comb(indices[-1], k)
+    return tuple(reversed(indices[1:]))

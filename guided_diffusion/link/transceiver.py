@@ -1,10 +1,11 @@
 """Both ends of the link and the channel between them (Diff-GOn, arXiv 2412.06980, fig. 1): scene, message, picture.
 
 Both ends condition on the semantics *after* source coding, and draw all that is random from (bank seed, index,
-timestep). So after a channel without errors the receiver's picture is the transmitter's local one: bit for bit on one
-machine, library version and thread count when both are made alone (batch 1).
+timestep). So after a channel without errors the receiver's picture, made alone (batch 1), is the transmitter's local
+one: bit for bit on one machine, library version and thread count.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,9 +22,7 @@ from .selection import Choice
 def condition(header, label, boundary=None, edges=None):
     """Build the conditioning that a message stands for; both ends call this.
 
-    :param label: (h, w) uint8 class ids at the header's label scale.
-    :param boundary: (H, W) bool, boundaries within classes, or None where they are lost or there are none.
-    :param edges: (h', w') uint8 symbols of the image edges, or None.
+    :param label, boundary, edges: as in `Message`; a boundary or edges that are lost, too, are None.
     :return: (1, C, H, W) float32.
     """
     size, form = (header.height, header.width), (header.num_classes, header.one_hot, header.edge_plane)
@@ -56,8 +55,8 @@ class Transmitter:
     def __init__(self, template, coding, chain, choose=None, local=False):
         self.template, self.coding, self.chain, self.choose, self.local = template, coding, chain, choose, local
 
-    def describe(self, scene):
-        """Write the message of one scene without an index: what the label map, boundaries and edges come to.
+    def describe(self, scene, start=0):
+        """Write the message of one scene whose chain starts from bank entry `start`.
 
         :param scene: dict of label (1, 1, H, W) and, where there are, instance and image_edge (see `load_data`).
         :return: (`Message`, y): the message, and the conditioning (1, C, H, W) that it stands for.
@@ -69,40 +68,33 @@ class Transmitter:
         height, width = scene["label"].shape[2:]
         levels = 0 if edges is None else self.coding.edge_levels
         header = replace(self.template, height=height, width=width, boundaries=boundary is not None, edge_levels=levels)
-        label, start = label.astype("uint8"), 0 if header.start_sent else None
-        return Message(header, label, boundary, edges, start), condition(header, label, boundary, edges)
+        maps = label.astype("uint8"), boundary, edges
+        return Message(header, *maps, start if header.start_sent else None), condition(header, *maps)
 
     def send(self, scene, start, on_step=None):
-        """Describe one scene, choose its noise, and write the message.
+        """Describe one scene, choose its noise, and write the message: `Sent`.
 
         :param scene: as for `describe`, with image (1, 3, H, W) where noise is to be chosen.
         :param start: bank index of x_T, where none is chosen.
         :param on_step: called at every step of every local chain, as by `sample`.
-        :return: `Sent`; its choice has the picture where one was chosen or `local` is set.
         """
         if self.choose is not None and "image" not in scene:
             raise InputError("noise selection compares with the picture, and this split has labels alone")
-        (message, y), choice, codewords = self.describe(scene), None, ()
-        header = message.header
+        (message, y), choice = self.describe(scene, start), None
         if self.choose is not None:
             choice = self.choose(self.chain, y, scene, start, on_step)
         elif self.local:
             choice = self.chain.choice(self.chain.run(y, [start], on_step=on_step), start)
         if choice is not None:
-            start, codewords = choice.index, choice.codewords
-            if choice.steps < self.chain.diffusion.num_timesteps:
-                header = replace(header, stop_step=choice.steps)
-        start = start if header.start_sent else None
-        return Sent(replace(message, header=header, start_index=start, codewords=codewords), y, choice)
+            stop = choice.steps % self.chain.diffusion.num_timesteps  # 0: it did not
+            header, start = replace(message.header, stop_step=stop), choice.index if message.header.start_sent else None
+            message = replace(message, header=header, start_index=start, codewords=choice.codewords)
+        return Sent(message, y, choice)
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """What a receiver knows of one picture before it makes it.
-
-    :param y, start: (1, C, H, W) conditioning, and the bank index of x_T.
-    :param codewords, problems: of the selected steps, or of the first of them; and the names of parts that were lost.
-    """
+    """What a receiver knows of one picture: y is the conditioning (1, C, H, W), the rest as in `Message`."""
 
     header: Header
     y: torch.Tensor
@@ -112,7 +104,7 @@ class Arrival:
 
 
 class Receiver:
-    """Turns what arrived into pictures, each by itself, and never fails on what the channel did.
+    """Turns what arrived into pictures, and never fails on what the channel did.
 
     Error concealment: lost labels become the null conditioning, edges none, indices entry 0 and seeded noise.
 
@@ -136,22 +128,17 @@ class Receiver:
 
     def pictures(self, arrivals, on_step=None):
         """Run the chains of arrivals of one picture size, together where they ask for one chain: a `SampleResult`."""
-        groups, results = {}, {}
-        for k, arrival in enumerate(arrivals):
-            chain = self.make_chain(arrival.header)
-            groups.setdefault(id(chain), (chain, {}))[1][k] = arrival
-        for chain, own in groups.values():
+        chains, found = [self.make_chain(arrival.header) for arrival in arrivals], {}
+        for chain in {id(chain): chain for chain in chains}.values():
+            own = {k: arrival for k, arrival in enumerate(arrivals) if chains[k] is chain}
             y, starts = torch.cat([each.y for each in own.values()]), [each.start for each in own.values()]
             result = chain.run(y, starts, [each.codewords for each in own.values()], on_step=on_step)
-            results |= zip(own, zip(result.images, result.steps, strict=True), strict=True)
-        images, steps = zip(*(results[k] for k in range(len(arrivals))), strict=True)
-        return SampleResult(torch.stack(images), torch.stack(steps))
+            found |= zip(own, zip(result.images, result.steps, strict=True), strict=True)
+        return SampleResult(*(torch.stack(each) for each in zip(*(found[k] for k in sorted(found)), strict=True)))
 
 
-# -- channels ---------------------------------------------------------------------------------------------------------
-#
-# Each has `send(sent, receiver, stream)`: it sends one `Sent`, with noise from the CPU generator `stream`, and returns
-# the receiver's `Arrival` (None where the header is lost) and a dict of table columns.
+# Each channel has `send(sent, receiver, stream)`: it sends one `Sent`, with noise from the CPU generator `stream`, and
+# returns the receiver's `Arrival` (None where the header is lost) and a dict of table columns.
 
 
 class AnalogChannel:
@@ -161,7 +148,6 @@ class AnalogChannel:
         self.sigma, self.pool = sigma, pool
 
     def send(self, sent, receiver, stream):
-        """Send one message's conditioning."""
         message, header = sent.message, sent.message.header
         form = {"num_classes": header.num_classes, "one_hot": header.one_hot}
         received = transmit(sent.y, self.sigma, generators=[stream], pool=self.pool, **form)
@@ -173,8 +159,7 @@ class IdealChannel:
     """The message's bytes arrive as they are."""
 
     def send(self, sent, receiver, stream):
-        """Send one message."""
-        return receiver.accept(receive_parts(sent.message.parts())), {}
+        return receiver.accept(receive_parts(sent.message.parts)), {}
 
 
 class DigitalChannel:
@@ -184,10 +169,8 @@ class DigitalChannel:
         self.link = link
 
     def send(self, sent, receiver, stream):
-        """Send one message."""
-        parts = sent.message.parts()
-        delivery = self.link.send(parts, stream)
-        arrived = {name: delivery.part(name) for name in parts}
+        delivery = self.link.send(sent.message.parts, stream)
+        arrived = {name: delivery.part(name) for name in delivery.blocks}
         arrival = receiver.accept(receive_parts(arrived, delivery.prefix("indices")))
         return arrival, digital_facts(delivery, *sent.y.shape[2:])
 
@@ -201,18 +184,18 @@ def analog_facts(y, sigma, num_classes, one_hot):
     sent = sent_planes(y, num_classes, one_hot)[0]
     uses = int(sent.sum()) * height * width / 2
     power = float(y[0, sent].square().mean()) if sent.any() else 0.0
-    realised = 10 * torch.tensor(power / sigma**2).log10().item() if sigma and power else float("inf")
+    realised = 10 * torch.tensor(power / sigma**2).log10().item() if sigma and power else math.inf
     return {"channel_uses": uses, "bandwidth_ratio": uses / (3 * height * width), "realised_snr_db": realised}
 
 
 def digital_facts(delivery, height, width):
-    """Report what one `Delivery` cost, and how it went."""
-    uses = sum(delivery.uses.values())
+    """Report what one `Delivery` cost, and how it went; Eb/N0 is per bit of the message, before coding."""
+    uses, blocks = delivery.uses, [block for part in delivery.blocks.values() for block in part]
     return {
         "channel_uses": uses,
         "bandwidth_ratio": uses / (3 * height * width),
         "realised_snr_db": delivery.realised_es_n0_db,
-        "eb_n0_db": delivery.realised_eb_n0_db,
-        "blocks": delivery.blocks_sent,
-        "block_errors": delivery.block_errors,
+        "eb_n0_db": delivery.realised_es_n0_db - 10 * math.log10(delivery.message_bits / uses),
+        "blocks": len(blocks),
+        "block_errors": blocks.count(None),
     }
