@@ -175,10 +175,7 @@ def test_transmitter_takes_a_segmenters_distance(parts, segmenter):
     [
         ({"metrics": "miou"}, "--segmenter : cannot be loaded"),
         ({"metrics": "kid", "features": "none.pt"}, "--features none.pt: cannot be loaded"),
-        (
-            {"noise_index": "best", "distance": "segmenter", "segmenter": "none.pt"},
-            "--segmenter none.pt: cannot be loaded",
-        ),
+        ({"noise_index": "best", "distance": "segmenter", "segmenter": "none.pt"}, "--segmenter none.pt: cannot be"),
         ({"extractor": "none.pt"}, "--extractor none.pt: cannot be loaded"),
         ({"metrics": "lpips", "lpips_weights": "none.pth"}, "--lpips_weights none.pth"),
         ({"label_scale": 1, "edge_levels": 1}, "--edge_levels 1"),
@@ -202,6 +199,7 @@ def test_run_on_pictures_alone_with_an_extractor(parts, configure, scenes, segme
     rows = run.done.values()
     assert [row["name"] for row in rows] == ["p0", "p1"] and all(row["mismatch_db"] == "inf" for row in rows)
     # The labels are the segmenter's own, so it agrees with itself on the real pictures.
-    assert run.sum_up(quiet)["set"]["miou_real"] == 1.0
+    run.sum_up(quiet)
+    assert run.summary["set"]["miou_real"] == 1.0
     scene = sampling["dataset"].batch([0])
     assert torch.equal(scene["label"], torch.jit.load(segmenter)(scene["image"]).argmax(1, keepdim=True))

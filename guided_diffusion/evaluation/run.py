@@ -36,20 +36,20 @@ ALONE = Share()
 
 
 class Run:
-    """The run loop over the pictures of one point, or of a folder of messages. Parameters: see `run_pictures`.
+    """The run loop over the pictures of one point, or of a folder of messages.
 
     :param config: a `SampleConfig` of one point (see `config.sweep`).
+    :param weights: path of the weights file.
     :param paths: of the pictures or messages, in their order.
     """
 
     columns, batch_size = COLUMNS, 1
     kind, verb = "samples", "regenerating"  # kind: of the file that a finished picture leaves behind
 
-    def __init__(self, config, weights, paths, share, quiet):
-        self.config, self.weights, self.share, self.quiet = config, weights, share, quiet
-        self.results = ResultsFolder(config.results_path)
+    def __init__(self, config, weights, paths):
+        self.config, self.weights, self.results = config, weights, ResultsFolder(config.results_path)
         self.paths, self.names, self.done = [*map(str, paths)], unique_names(paths), {}  # done: number -> row
-        self.count = min(config.num_samples, len(paths))
+        self.count, self.summary = min(config.num_samples, len(paths)), None
 
     def settings(self):
         """Return what identifies the results: flags, and the weights' digest."""
@@ -65,19 +65,19 @@ class Run:
         self.done = {k: row for k, row in rows.items() if row and row.items() >= self.identity(k).items()}
         return self.done.keys() >= {*range(self.count)}
 
-    def run(self):
-        """Make what is missing of this share; return how many pictures that were."""
+    def run(self, share=ALONE, quiet=False):
+        """Make what is missing of a share, with or without a progress bar; return how many pictures that were."""
         self.results.claim(self.settings())
         self.find_done()
-        batches = share_out(self.count, self.batch_size, self.share)
+        batches = share_out(self.count, self.batch_size, share)
         todo = [left for batch in batches if (left := [k for k in batch if k not in self.done])]
         total, left, steps = sum(map(len, batches)), sum(map(len, todo)), itertools.count(1)
         if left < total:
             print(f"{total - left} of {total} pictures are done already", file=sys.stderr)
-        with tqdm(total=left, unit="picture", **bar_options(), disable=self.quiet) as bar:
+        with tqdm(total=left, unit="picture", **bar_options(), disable=quiet) as bar:
 
             def on_step(*_):  # of searches, too
-                if not self.quiet:
+                if not quiet:
                     _log_first_step()
                 bar.set_postfix_str(f"{next(steps)} steps")
 
@@ -95,14 +95,13 @@ class Run:
             save_picture(picture, self.results.file(kind, self.names[k]), colours)
 
     def sum_up(self, log):
-        """Join the rows to results.csv, once all else that follows from them is there; return the summary."""
+        """Join the rows to results.csv, once all else that follows from them is there."""
         rows = [row for _, row in sorted(self.done.items())]
-        summary = self.report(rows)
+        self.summary = self.report(rows)
         self.results.write_table("results.csv", self.columns, rows)
-        for line in summary_lines(summary) if summary else ():
+        for line in summary_lines(self.summary) if self.summary else ():
             log(line)
         log(f"{len(rows)} pictures; results.csv, panel.png and pictures are in {self.results.path}")
-        return summary
 
 
 @functools.cache
@@ -113,9 +112,9 @@ def _log_first_step():
 class SceneRun(Run):
     """Sends the scenes of a split over the channel and regenerates them; of --role transmit, only writes messages."""
 
-    def __init__(self, config, weights, parts, share=ALONE, quiet=False):
+    def __init__(self, config, weights, parts):
         self.dataset, self.bank, self.measures = parts["dataset"], parts["bank"], parts["measures"]
-        super().__init__(config, weights, [pair.image or pair.label for pair in self.dataset.pairs], share, quiet)
+        super().__init__(config, weights, [pair.image or pair.label for pair in self.dataset.pairs])
         # What is drawn for a picture follows from its name, so that further files in the split change nothing.
         stems = [pair.stem for pair in self.dataset.pairs]
         self.numbers = dict(zip(self.paths, map(text_number, stems), strict=True))
@@ -127,21 +126,18 @@ class SceneRun(Run):
 
     def settings(self):
         """Return what identifies the results: also the data's place, and digests of networks that decide them."""
-        config = self.config
-        place = config.data_dir if "://" in config.data_dir else os.path.abspath(config.data_dir)
-        networks = {
-            "extractor": config.extractor != "gt",
-            "segmenter": config.segmenter and config.distance == "segmenter",
-        }
-        files = {name: getattr(config, name) for name, decides in networks.items() if decides}
-        digests = {f"{name}_sha256": file_digest(path).hex() for name, path in files.items()}
-        return super().settings() | {"data_dir": place} | digests
+        config, found = self.config, super().settings()
+        found["data_dir"] = config.data_dir if "://" in config.data_dir else os.path.abspath(config.data_dir)
+        if config.extractor != "gt":
+            found["extractor_sha256"] = file_digest(config.extractor).hex()
+        if config.segmenter and config.distance == "segmenter":
+            found["segmenter_sha256"] = file_digest(config.segmenter).hex()
+        return found
 
     def make(self, numbers, on_step):
         """Make one batch of pictures, write their files, and return their rows."""
         if len({self.dataset.sample_size(k) for k in numbers}) > 1:
-            which = f"pictures {numbers[0] + 1} to {numbers[-1] + 1}"
-            raise InputError(f"{which} differ in size and cannot share a batch; use --batch_size 1")
+            raise InputError(f"pictures {numbers[0] + 1} to {numbers[-1] + 1} differ in size; use --batch_size 1")
         scenes = [self.dataset.batch([k]) for k in numbers]
         rows, sents, arrivals = [], [], []
         for k, scene in zip(numbers, scenes, strict=True):
@@ -177,8 +173,12 @@ class SceneRun(Run):
             # The planes cross as they are; besides the indices, bits say which classes those are of.
             candidates = config.step_candidates, config.step_atoms
             indices = pack_choices(message.start_index, self.bank.size, message.codewords, *candidates)
-            bits = {"header": 0, "labels": config.num_classes if config.one_hot_label else 0, "edges": 0}
-            bits["indices"] = 8 * len(indices)
+            bits = {
+                "header": 0,
+                "labels": config.num_classes * config.one_hot_label,
+                "edges": 0,
+                "indices": 8 * len(indices),
+            }
         else:
             bits = message.bits()
             path = self.results.file("messages", self.names[k], MESSAGE)
@@ -191,8 +191,8 @@ class SceneRun(Run):
         else:
             row |= {"link": config.link, "snr_db": f"{config.snr:g}", "pool": config.pool}
         if choice is not None:
-            row["evaluations"] = choice.evaluations
-            row["distance"] = "" if choice.score is None else f"{float(choice.score):.6g}"
+            distance = "" if choice.score is None else f"{float(choice.score):.6g}"
+            row |= {"evaluations": choice.evaluations, "distance": distance}
         return row
 
     def _receive(self, rows, arrivals, sents, on_step):
@@ -243,9 +243,8 @@ class SceneRun(Run):
         if self.bank.size:  # what both ends own before the first message, in bytes
             facts["shared_once_bytes"] = {"weights": os.path.getsize(self.weights), "bank_seed": 8}
         facts["picture"] = "x".join(map(str, self.dataset.sample_size(0)))
-        summary = self.measures.summarise(self.results, rows, baseline_rows, facts)
         self._write_panel(rows[: config.panel_items], self.measures.codecs if baseline_rows else ())
-        return summary
+        return self.measures.summarise(self.results, rows, baseline_rows, facts)
 
     def _write_panel(self, rows, codecs):
         config = self.config
@@ -270,11 +269,11 @@ class MessageRun(Run):
     columns = (*COLUMNS, "message_sha256")
     verb = "receiving"
 
-    def __init__(self, config, weights, parts, share=ALONE, quiet=False):
+    def __init__(self, config, weights, parts):
         self.files = sorted(Path(config.messages).rglob(f"*{MESSAGE}"))
         if not self.files:
             raise InputError(f"--messages {config.messages}: no {MESSAGE} files there; write them with --role transmit")
-        super().__init__(config, weights, self.files, share, quiet)
+        super().__init__(config, weights, self.files)
         self.receiver = parts["receiver"]()
         for k in range(self.count):  # what cannot be received is refused before the long work
             self._read(k)
@@ -298,7 +297,7 @@ class MessageRun(Run):
         (k,), started = numbers, time.monotonic()
         message, bits = self._read(k)
         arrival, header = self.receiver.accept(message), message.header
-        result = self.receiver.pictures([arrival], on_step=on_step)
+        result = self.receiver.pictures([arrival], on_step)
         image = result.images.float().cpu()
         files = {"received": show_semantics(arrival.y, header.num_classes, header.one_hot)[0]}
         files["samples"] = to_uint8(image)[0]
@@ -332,31 +331,30 @@ def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
     :param quiet: show no progress bar.
     """
     kind, points = (MessageRun, [config]) if config.role == "receive" else (SceneRun, sweep(config))
-    runs, summaries, made = [], [], 0
+    runs, made = [], 0
     for number, point in enumerate(points, 1):
-        run = kind(point, weights, parts, share, quiet)
+        run = kind(point, weights, parts)
         runs.append(run)
         place = f" ({number} of {len(points)})" if len(points) > 1 else ""
         part = f"share {share.index + 1} of {share.count} of " if share.count > 1 else ""
         log(f"{run.verb} {part}{run.count} pictures with {weights} into {point.results_path}{place}")
-        made += run.run()
+        made += run.run(share, quiet)
         if share.count == 1:  # at once, so that a long sweep shows its first results
-            summaries.append(run.sum_up(log))
+            run.sum_up(log)
     if share.count > 1:
-        last = all(run.find_done() for run in runs)
-        how = (
-            "and so are the others: joining their rows"
-            if last
-            else "the last to end sums up; if one fails, run it again"
-        )
-        log(f"share {share.index + 1} of {share.count} is done ({made} pictures made), {how}")
-        if not last:
+        done = f"share {share.index + 1} of {share.count} is done ({made} pictures made)"
+        if not all(run.find_done() for run in runs):
+            log(
+                f"{done}; the last share to end sums up. Should one fail, give the same command again: it does the rest"
+            )
             return
-        summaries = [run.sum_up(log) for run in runs]
+        log(f"{done}, and so are the others: joining their rows")
+        for run in runs:
+            run.sum_up(log)
     for note in sorted(parts["measures"].metrics.notes) if "measures" in parts else ():
         log(f"note: {note}")
     if len(points) > 1:
-        found = [(point.link, point.pool, point.snr, own) for point, own in zip(points, summaries, strict=True)]
+        found = [(run.config.link, run.config.pool, run.config.snr, run.summary) for run in runs]
         log(write_curves(Path(config.results_path), found))
     for run in runs:
         run.results.remove_leftovers()
