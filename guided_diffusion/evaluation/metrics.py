@@ -13,9 +13,6 @@ from ..config import METRICS
 from ..console import InputError
 from ..link.selection import mse
 
-# MS-SSIM (Wang et al. 2003): weights from the finest scale to the coarsest.
-_SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-
 
 def psnr(regenerated, original):
     """Peak signal-to-noise ratio in dB, (N,), from the mean square error over pixels and channels; peak-to-peak 2."""
@@ -50,16 +47,16 @@ def ms_ssim(regenerated, original):
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as measure
 
-    weights = _SCALE_WEIGHTS[: ms_ssim_scales(*original.shape[2:])]
+    weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[: ms_ssim_scales(*original.shape[2:])]  # from the finest scale
     weights = tuple(weight / sum(weights) for weight in weights)
     return measure(_unit(regenerated), _unit(original), data_range=1.0, betas=weights, reduction="none").reshape(-1)
 
 
 def lpips(network, regenerated, original):
     """Learned perceptual distance, (N,), 0 for equal pictures (Zhang et al. 2018); `network` is `lpips_network`'s."""
-    device = next(network.parameters()).device
+    pair = (images.float().clamp(-1, 1).to(next(network.parameters()).device) for images in (regenerated, original))
     with torch.no_grad():
-        return network(*(images.float().clamp(-1, 1).to(device) for images in (regenerated, original))).reshape(-1)
+        return network(*pair).reshape(-1)
 
 
 def _unit(images):

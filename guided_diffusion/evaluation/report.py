@@ -11,22 +11,32 @@ from tqdm import tqdm
 
 from ..data.pictures import eight_bit, from_uint8, save_picture
 from ..files import atomic_write
+from ..link.message import PARTS
 from ..link.transceiver import digital_facts
 from .metrics import bootstrap_interval, colour_error
 
 BATCH = 16
-PARTS = ("header", "labels", "edges", "indices", "total")  # of a message, as columns bits_...
-BITS = tuple(f"bits_{part}" for part in PARTS)
+BITS = tuple(f"bits_{part}" for part in (*PARTS, "total"))
 PICTURE_METRICS = {"psnr": "psnr_db", "ssim": "ssim", "ms_ssim": "ms_ssim", "lpips": "lpips"}  # name -> column
 MEASURED = ("psnr_db", "colour_error", "ssim", "ms_ssim", "lpips")
 CHANNEL = ("channel_uses", "bandwidth_ratio", "realised_snr_db", "eb_n0_db", "blocks", "block_errors")
 CODED = ("path", "name", "codec", "budget_bits", "bits", "bpp", "scale", "quality")
 BASELINE_COLUMNS = (*CODED, *CHANNEL, "problems", *MEASURED)
+POINT = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool")
+COST = ("seconds", "transmit_seconds", "evaluations", "distance", *BITS, "bpp")
+COLUMNS = (*POINT, *COST, *CHANNEL, "problems", *MEASURED, "mismatch_db", "picture_sha256")
 WORK = ("steps", "evaluations", "seconds", "transmit_seconds", "distance")
 SUMMED_UP = ("bpp", *BITS, "bits", *CHANNEL, *WORK, *MEASURED, "mismatch_db")
 WITH_INTERVAL = {*MEASURED, "mismatch_db", "distance", "bpp"}
 OVER_THE_SET = ("kid", "kid_features", "fid", "fid_features", "miou")
 CURVES = ("psnr_db", "ssim", "ms_ssim", "lpips", *OVER_THE_SET, "bad_pictures")
+
+
+def size_columns(bits, height, width):
+    """Return the table columns of a message's bits (dict: part -> bits)."""
+    columns = {f"bits_{part}": bits[part] for part in PARTS}
+    total = sum(columns.values())
+    return columns | {"bits_total": total, "bpp": f"{total / (height * width):.4f}"}
 
 
 class Measures:
@@ -73,8 +83,7 @@ class Measures:
         """Code every picture with each classical codec within its message's bits; write baselines.csv and the pictures.
 
         :param link: the message's `DigitalLink`, which the codec's bytes cross, too; None: they arrive.
-        :param stream_of: function path -> generator of the message's own noise and fading, so that the two are compared
-            on one channel.
+        :param stream_of: path -> generator of the message's own noise and fading: both are compared on one channel.
         :return: the rows.
         """
         done, path = {}, results.path / "baselines.csv"
@@ -159,7 +168,7 @@ def means(rows):
 def summary_lines(summary):
     """Lines that say what the messages and the channel cost, and how near the pictures came, in means."""
     mean, lines = {name: float(value) for name, value in summary["mean"].items()}, []
-    sizes = ", ".join(f"{part} {mean[f'bits_{part}'] / 8:.0f}" for part in PARTS[:-1] if mean[f"bits_{part}"])
+    sizes = ", ".join(f"{part} {mean[f'bits_{part}'] / 8:.0f}" for part in PARTS if mean[f"bits_{part}"])
     what = "message" if mean["bits_header"] else "side information"  # the analog planes themselves are no bits
     lines.append(f"{what}: {mean['bits_total'] / 8:.0f} bytes ({sizes}), {mean['bpp']:.3f} bits per pixel")
     if "channel_uses" in mean:

@@ -7,7 +7,6 @@ pictures out without speaking to each other, and whoever finds all rows there jo
 import functools
 import itertools
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -16,21 +15,18 @@ import torch
 from tqdm import tqdm
 
 from ..config import results_settings, sweep
-from ..console import STARTED, InputError, StandardError, bar_options
+from ..console import STARTED, InputError, StandardError, bar_options, log
 from ..data.pictures import save_picture, to_uint8
 from ..files import atomic_write, file_digest
-from ..link.message import HEADER_BYTES, PARTS, Message, read_header
+from ..link.message import HEADER_BYTES, Message, read_header
 from ..link.source_coding import pack_choices
 from ..random_streams import generator, text_number
 from ..training.distributed import Share
 from .metrics import psnr
 from .panels import palette, show_semantics, write_panel
-from .report import BITS, CHANNEL, MEASURED, summary_lines, write_curves
+from .report import COLUMNS, size_columns, summary_lines, write_curves
 from .results import ResultsFolder, picture_digest, share_out, unique_names
 
-_POINT = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool")
-_COST = ("seconds", "transmit_seconds", "evaluations", "distance", *BITS, "bpp")
-COLUMNS = (*_POINT, *_COST, *CHANNEL, "problems", *MEASURED, "mismatch_db", "picture_sha256")
 MESSAGE = ".dgo"  # ending of a message's file
 ALONE = Share()
 
@@ -73,7 +69,7 @@ class Run:
         todo = [left for batch in batches if (left := [k for k in batch if k not in self.done])]
         total, left, steps = sum(map(len, batches)), sum(map(len, todo)), itertools.count(1)
         if left < total:
-            print(f"{total - left} of {total} pictures are done already", file=sys.stderr)
+            log(f"{total - left} of {total} pictures are done already")
         with tqdm(total=left, unit="picture", **bar_options(), disable=quiet) as bar:
 
             def on_step(*_):  # of searches, too
@@ -173,19 +169,15 @@ class SceneRun(Run):
             # The planes cross as they are; besides the indices, bits say which classes those are of.
             candidates = config.step_candidates, config.step_atoms
             indices = pack_choices(message.start_index, self.bank.size, message.codewords, *candidates)
-            bits = {
-                "header": 0,
-                "labels": config.num_classes * config.one_hot_label,
-                "edges": 0,
-                "indices": 8 * len(indices),
-            }
+            classes = config.num_classes if config.one_hot_label else 0
+            bits = {"header": 0, "labels": classes, "edges": 0, "indices": 8 * len(indices)}
         else:
             bits = message.bits()
             path = self.results.file("messages", self.names[k], MESSAGE)
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path, "wb") as f:
                 f.write(message.to_bytes())
-        row = self.identity(k) | _size_columns(bits, *sent.y.shape[2:])
+        row = self.identity(k) | size_columns(bits, *sent.y.shape[2:])
         if self.transmitting:
             row |= {"bank_index": message.start_index or 0, "steps": choice.steps}
         else:
@@ -234,7 +226,7 @@ class SceneRun(Run):
         config, baseline_rows = self.config, []
         for row in self.measures.complete(self.results, rows, self.kind):
             self.results.write_row(row)
-        facts = {"role": config.role}
+        facts = {"role": config.role, "picture": "x".join(map(str, self.dataset.sample_size(0)))}
         if not self.transmitting:
             facts |= {"link": config.link, "pool": config.pool, "snr_db": f"{config.snr:g}"}
         if self.measures.codecs and facts.get("link") != "analog":
@@ -242,7 +234,6 @@ class SceneRun(Run):
             baseline_rows = self.measures.compare(self.results, rows, link, self._stream)
         if self.bank.size:  # what both ends own before the first message, in bytes
             facts["shared_once_bytes"] = {"weights": os.path.getsize(self.weights), "bank_seed": 8}
-        facts["picture"] = "x".join(map(str, self.dataset.sample_size(0)))
         self._write_panel(rows[: config.panel_items], self.measures.codecs if baseline_rows else ())
         return self.measures.summarise(self.results, rows, baseline_rows, facts)
 
@@ -306,18 +297,12 @@ class MessageRun(Run):
         self.save(k, files)
         row = {"link": "messages", "bank_index": arrival.start, "steps": int(result.steps[0])}
         row |= {"seconds": f"{time.monotonic() - started:.3f}", "picture_sha256": picture_digest(image[0])}
-        return [self.identity(k) | row | _size_columns(bits, header.height, header.width)]
+        return [self.identity(k) | row | size_columns(bits, header.height, header.width)]
 
     def report(self, rows):
         """Write panel.png; there is nothing to compare with."""
         columns = {"received semantics": "received", "regenerated": "samples"}
         write_panel(self.results, rows[: self.config.panel_items], columns)
-
-
-def _size_columns(bits, height, width):
-    columns = {f"bits_{part}": bits[part] for part in PARTS}
-    total = sum(columns.values())
-    return columns | {"bits_total": total, "bpp": f"{total / (height * width):.4f}"}
 
 
 def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
