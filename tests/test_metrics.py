@@ -75,12 +75,12 @@ def test_ssim_equals_its_definition():
     assert ssim(a, a).tolist() == pytest.approx([1, 1], abs=1e-6)
 
 
-@pytest.mark.parametrize(("short", "scales"), [(10, 0), (11, 1), (21, 1), (22, 2), (44, 3), (98, 3), (99, 4), (176, 5)])
-def test_ms_ssim_scales_fit_the_picture(short, scales):
-    assert ms_ssim_scales(short, 512) == ms_ssim_scales(512, short) == scales
-    if scales:  # torchmetrics agrees that they fit
-        a = scene(2, short, short + 9)
-        assert ms_ssim(a, a).tolist() == pytest.approx([1, 1], abs=1e-6)
+def test_ms_ssim_scales_fit_the_picture():
+    for short, scales in ((10, 0), (11, 1), (21, 1), (22, 2), (44, 3), (98, 3), (99, 4), (176, 5)):
+        assert ms_ssim_scales(short, 512) == ms_ssim_scales(512, short) == scales
+        if scales:  # torchmetrics agrees that they fit
+            a = scene(2, short, short + 9)
+            assert ms_ssim(a, a).tolist() == pytest.approx([1, 1], abs=1e-6)
 
 
 @pytest.fixture(scope="module")

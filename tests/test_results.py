@@ -33,10 +33,9 @@ def test_claim_notes_settings_and_checks_them_after(results):
         results.claim({"snr": 5.0, "pool": "None"})
 
 
-@pytest.mark.parametrize("name", ["results.csv", "config.json"])
-def test_claim_refuses_a_folder_with_other_files(tmp_path, name):
-    (tmp_path / name).write_text("x")
-    with pytest.raises(InputError, match=f"holds a {name}"):
+def test_claim_refuses_a_folder_with_other_files(tmp_path):
+    (tmp_path / "config.json").write_text("x")
+    with pytest.raises(InputError, match="holds a config.json"):
         ResultsFolder(tmp_path).claim({})
 
 

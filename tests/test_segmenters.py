@@ -39,9 +39,6 @@ def files(network, tmp_path_factory):
     return folder
 
 
-# -- loading ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["script.pt", "any.pt2", "one.pt2", "two.pt2"])
 def test_load_network_answers_as_the_original(name, files, network, images):
     with warnings.catch_warnings():
@@ -70,9 +67,6 @@ def test_load_network_refuses_other_and_truncated_files(content, files, tmp_path
     with pytest.raises(InputError, match=rf"--features {path}: cannot be loaded \(.*give a file of") as caught:
         load_network(path, "features")
     assert "\n" not in str(caught.value)
-
-
-# -- uses -------------------------------------------------------------------------------------------------------------
 
 
 def test_segment_takes_ids_and_scores(images):
