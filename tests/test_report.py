@@ -43,11 +43,6 @@ def results(tmp_path):
     return folder, rows
 
 
-def table(folder, name="baselines.csv"):
-    with open(folder.path / name, newline="") as f:
-        return list(csv.DictReader(f))
-
-
 def test_means_and_intervals_equal_numpys():
     values = [20.5, 21.0, 19.0, 30.25]
     rows = [{"psnr_db": str(v), "steps": k, "path": "x"} for k, v in enumerate(values)] + [{"psnr_db": ""}]
@@ -88,7 +83,9 @@ def test_compare_keeps_within_the_messages_bits(results):
     ours = measures(codecs=["jpeg", "webp"])
     found = ours.compare(folder, rows, None, stream)
     assert [(row["path"], row["codec"]) for row in found] == [(f"p{k}", c) for k in range(3) for c in ("jpeg", "webp")]
-    for row, written in zip(found, table(folder), strict=True):
+    with open(folder.path / "baselines.csv", newline="") as f:
+        table = list(csv.DictReader(f))
+    for row, written in zip(found, table, strict=True):
         assert tuple(written) == BASELINE_COLUMNS
         picture = Image.open(folder.file(f"baseline_{row['codec']}", row["name"]))
         assert picture.size == SIZE[::-1]

@@ -35,7 +35,7 @@ def test_claim_notes_settings_and_checks_them_after(results):
 
 def test_claim_refuses_a_folder_with_other_files(tmp_path):
     (tmp_path / "config.json").write_text("x")
-    with pytest.raises(InputError, match="holds a config.json"):
+    with pytest.raises(InputError, match=r"holds a config\.json"):
         ResultsFolder(tmp_path).claim({})
 
 

@@ -1,7 +1,6 @@
 """A sampling run: files, rows, resuming, shares, sweeps, both roles of the link, and the receiver alone."""
 
 import csv
-import itertools
 import json
 import os
 import shutil
