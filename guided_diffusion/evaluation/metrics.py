@@ -219,7 +219,7 @@ def lpips_network(path="", device="cpu"):
             names = {key: re.sub(r"^slice\d+", "features", key) for key in network.net.state_dict()}
             network.net.load_state_dict({key: weights[name] for key, name in names.items()})
     except Exception as error:  # torch raises many kinds for damaged and for refused files
-        found = f"--lpips_weights {path or 'not given'}: no AlexNet ({_reason(error)})"
+        found = f"--lpips_weights {path or 'not given'}: no AlexNet ({reason(error)})"
         raise InputError(f"{found}; give torchvision's alexnet-owt-7be5be79.pth, or leave lpips out") from None
     return network.to(device)
 
@@ -237,9 +237,10 @@ def inception_features(path="", device="cpu"):
             network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path) if path else None).to(device)
     except Exception as error:  # torch-fidelity is missing, or whatever it raises for other files
         hint = "pip install torch-fidelity, give pt_inception-2015-12-05-6726825d.pth as --fid_weights, or --features"
-        raise InputError(f"--metrics fid and kid: no Inception ({_reason(error)}); {hint}") from None
+        raise InputError(f"--metrics fid and kid: no Inception ({reason(error)}); {hint}") from None
     return torch.no_grad()(lambda images: network((_unit(images) * 255).round().to(torch.uint8)))
 
 
-def _reason(error):
+def reason(error):
+    """Return what an exception of another library says, on one line."""
     return (" ".join(str(error).split()) or type(error).__name__)[:160]

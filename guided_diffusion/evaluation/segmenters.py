@@ -10,6 +10,7 @@ import zipfile
 import torch
 
 from ..console import InputError
+from .metrics import reason
 
 
 def load_network(path, flag, device="cpu"):
@@ -29,7 +30,7 @@ def load_network(path, flag, device="cpu"):
                 run, batch = torch.jit.load(path, map_location=device).eval(), None
     except Exception as error:  # torch raises many kinds for damaged files
         wanted = "give a file of torch.jit.save or torch.export.save"
-        raise InputError(f"--{flag} {path}: cannot be loaded ({_reason(error)}); {wanted}") from None
+        raise InputError(f"--{flag} {path}: cannot be loaded ({reason(error)}); {wanted}") from None
 
     def network(images):
         size = batch or len(images)
@@ -39,14 +40,10 @@ def load_network(path, flag, device="cpu"):
             with torch.no_grad():
                 return torch.cat([run(group) for group in padded.split(size)])[: len(images)]
         except Exception as error:  # whatever a foreign network raises, most often about the size
-            found = f"fails on {images.shape[2]}x{images.shape[3]} pictures ({_reason(error)})"
+            found = f"fails on {images.shape[2]}x{images.shape[3]} pictures ({reason(error)})"
             raise InputError(f"--{flag} {path} {found}; give a network of that size") from None
 
     return network
-
-
-def _reason(error):
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:160]
 
 
 def _program(path, device):
