@@ -237,5 +237,5 @@ def _measures(config, device):
     files = config.lpips_weights, config.fid_weights
     metrics = Metrics(names, config.num_classes, *files, device=device, **networks)
     if "miou" in names and config.extractor != "gt":
-        metrics.notes.append("miou is measured against the extractor's label maps: the pictures' own are not known")
+        metrics.notes.add("miou is measured against the extractor's label maps: the pictures' own are not known")
     return Measures(metrics, codecs)

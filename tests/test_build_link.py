@@ -12,7 +12,7 @@ from guided_diffusion import build_link
 from guided_diffusion.config import SampleConfig, parse_config, sweep
 from guided_diffusion.console import InputError
 from guided_diffusion.diffusion.solvers import SamplerSettings
-from guided_diffusion.evaluation.run import Run
+from guided_diffusion.evaluation.run import SceneRun
 from guided_diffusion.files import file_digest
 from guided_diffusion.training.checkpoint import find_weights
 
@@ -175,10 +175,10 @@ def test_transmitter_takes_a_segmenters_distance(parts, segmenter):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ({"metrics": "miou"}, "--segmenter : no such file"),
-        ({"metrics": "kid", "features": "none.pt"}, "--features none.pt: no such file"),
-        ({"noise_index": "best", "distance": "segmenter", "segmenter": "none.pt"}, "--segmenter none.pt: no such file"),
-        ({"extractor": "none.pt"}, "--extractor none.pt: no such file"),
+        ({"metrics": "miou"}, "--segmenter : cannot be loaded"),
+        ({"metrics": "kid", "features": "none.pt"}, "--features none.pt: cannot be loaded"),
+        ({"noise_index": "best", "distance": "segmenter", "segmenter": "none.pt"}, "--segmenter none.pt: cannot be"),
+        ({"extractor": "none.pt"}, "--extractor none.pt: cannot be loaded"),
         ({"metrics": "lpips", "lpips_weights": "none.pth"}, "--lpips_weights none.pth"),
         ({"label_scale": 1, "edge_levels": 1}, "--edge_levels 1"),
     ],
@@ -196,11 +196,12 @@ def test_run_on_pictures_alone_with_an_extractor(parts, configure, scenes, segme
         shutil.copy(path, folder / f"p{number}.png")
     flags = {"data_dir": folder, "extractor": segmenter, "link": "ideal", "local_picture": True, "metrics": "psnr,miou"}
     point, sampling = parts(segmenter=segmenter, **flags)
-    run = Run(point, configure()[1], sampling)
+    run = SceneRun(point, configure()[1], sampling)
     run.run()
-    rows = run.rows()
+    rows = run.done.values()
     assert [row["name"] for row in rows] == ["p0", "p1"] and all(row["mismatch_db"] == "inf" for row in rows)
     # The labels are the segmenter's own, so it agrees with itself on the real pictures.
-    assert run.sum_up(rows, quiet)["set"]["miou_real"] == 1.0
+    run.sum_up(quiet)
+    assert run.summary["set"]["miou_real"] == 1.0
     scene = sampling["dataset"].batch([0])
     assert torch.equal(scene["label"], torch.jit.load(segmenter)(scene["image"]).argmax(1, keepdim=True))

@@ -11,31 +11,25 @@ from PIL import Image
 
 from guided_diffusion.data.pictures import from_uint8, save_picture
 from guided_diffusion.evaluation.metrics import Metrics, bootstrap_interval
-from guided_diffusion.evaluation.report import (
-    BASELINE_COLUMNS,
-    Measures,
-    codec_lines,
-    cost_lines,
-    intervals,
-    means,
-    score_lines,
-    write_curves,
-)
+from guided_diffusion.evaluation.report import BASELINE_COLUMNS, Measures, means, summary_lines, write_curves
 from guided_diffusion.evaluation.results import ResultsFolder
+from guided_diffusion.random_streams import generator
 
 CLASSES, SIZE = 3, (32, 48)
-NUMBERS = {f"p{k}": k for k in range(3)} | {"q": 9}  # path -> what channel noise follows from
+
+
+def stream(path):
+    return generator(0, "channel", int(path[1:]))
 
 
 def measures(names="psnr,ssim", codecs=(), **options):
-    metrics = Metrics(names.split(","), CLASSES, **options)
-    return Measures(metrics, codecs)
+    return Measures(Metrics(names.split(","), CLASSES, **options), codecs)
 
 
 @pytest.fixture
 def results(tmp_path):
     """A folder with three pictures, their labels, and worse samples; its rows with bits."""
-    folder = ResultsFolder(tmp_path / "run", ())
+    folder = ResultsFolder(tmp_path / "run")
     draw, rows = np.random.default_rng(0), []
     for k in range(3):
         small = draw.integers(256, size=(4, 6, 3)).astype(np.uint8)
@@ -49,16 +43,13 @@ def results(tmp_path):
     return folder, rows
 
 
-def table(folder, name="baselines.csv"):
-    with open(folder.path / name, newline="") as f:
-        return list(csv.DictReader(f))
-
-
 def test_means_and_intervals_equal_numpys():
     values = [20.5, 21.0, 19.0, 30.25]
     rows = [{"psnr_db": str(v), "steps": k, "path": "x"} for k, v in enumerate(values)] + [{"psnr_db": ""}]
-    assert means(rows) == {"psnr_db": np.mean(values), "steps": 1.5}
-    assert intervals(rows) == {"psnr_db": list(bootstrap_interval(values))}
+    interval = {"psnr_db": list(bootstrap_interval(values))}
+    assert means(rows) == {"mean": {"psnr_db": np.mean(values), "steps": 1.5}, "interval_95": interval}
+    rows = [{"psnr_db": "inf", "mismatch_db": value} for value in ("inf", "50", "60")]
+    assert means(rows) == {"mean": {"psnr_db": "inf", "mismatch_db": 55}, "interval_95": {"mismatch_db": [50, 60]}}
 
 
 def brightness(images):
@@ -90,9 +81,11 @@ def test_summarise_writes_what_it_returns(results):
 def test_compare_keeps_within_the_messages_bits(results):
     folder, rows = results
     ours = measures(codecs=["jpeg", "webp"])
-    found = ours.compare(folder, rows, None, 0, NUMBERS)
+    found = ours.compare(folder, rows, None, stream)
     assert [(row["path"], row["codec"]) for row in found] == [(f"p{k}", c) for k in range(3) for c in ("jpeg", "webp")]
-    for row, written in zip(found, table(folder), strict=True):
+    with open(folder.path / "baselines.csv", newline="") as f:
+        table = list(csv.DictReader(f))
+    for row, written in zip(found, table, strict=True):
         assert tuple(written) == BASELINE_COLUMNS
         picture = Image.open(folder.file(f"baseline_{row['codec']}", row["name"]))
         assert picture.size == SIZE[::-1]
@@ -105,22 +98,22 @@ def test_compare_keeps_within_the_messages_bits(results):
 def test_compare_does_not_code_again(results, monkeypatch):
     folder, rows = results
     ours = measures("psnr", codecs=["jpeg"])
-    first = ours.compare(folder, rows, None, 0, NUMBERS)
+    first = ours.compare(folder, rows, None, stream)
     calls, code = [], ours._code
     monkeypatch.setattr(ours, "_code", lambda *args: calls.append(args[1]["name"]) or code(*args))
-    assert [row["psnr_db"] for row in ours.compare(folder, rows, None, 0, NUMBERS)] == [r["psnr_db"] for r in first]
+    assert [row["psnr_db"] for row in ours.compare(folder, rows, None, stream)] == [r["psnr_db"] for r in first]
     assert calls == []
     folder.file("baseline_jpeg", "n1").unlink()
-    ours.compare(folder, rows, None, 0, NUMBERS)
+    ours.compare(folder, rows, None, stream)
     assert calls == ["n1"] and folder.file("baseline_jpeg", "n1").exists()
 
 
 def test_compare_shows_grey_where_no_file_fits(results):
     folder, rows = results
-    row = measures("psnr", codecs=["jpeg"]).compare(folder, [rows[0] | {"bits_total": "80"}], None, 0, NUMBERS)[0]
+    row = measures("psnr", codecs=["jpeg"]).compare(folder, [rows[0] | {"bits_total": "80"}], None, stream)[0]
     assert row["problems"] == "no picture within the bits" and "bits" not in row
     assert np.unique(np.asarray(Image.open(folder.file("baseline_jpeg", "n0")))).tolist() == [128]
-    assert measures(codecs=["jpeg"]).compare(folder, [{"path": "q", "name": "labels alone"}], None, 0, NUMBERS) == []
+    assert measures(codecs=["jpeg"]).compare(folder, [{"path": "p9", "name": "labels alone"}], None, stream) == []
 
 
 @pytest.mark.parametrize("snr, problem", [(30, None), (-20, "picture")])
@@ -130,7 +123,7 @@ def test_compare_takes_the_messages_channel(results, snr, problem):
 
     folder, rows = results
     link = DigitalLink(snr)
-    row = measures("psnr", codecs=["jpeg"]).compare(folder, rows[2:], link, 0, NUMBERS)[0]
+    row = measures("psnr", codecs=["jpeg"]).compare(folder, rows[2:], link, stream)[0]
     assert row.get("problems") == problem
     assert row["channel_uses"] == link.segments("picture", row["bits"] // 8).uses > 0
     grey = np.unique(np.asarray(Image.open(folder.file("baseline_jpeg", "n2")))).tolist() == [128]
@@ -163,36 +156,28 @@ def test_write_curves_as_a_table(tmp_path):
     ]
 
 
-def test_write_curves_as_a_figure(tmp_path):
+def test_write_curves_as_a_figure_or_hints_at_matplotlib(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     assert "curves.png" in write_curves(tmp_path, SUMMARIES)
     with Image.open(tmp_path / "curves.png") as figure:
         assert figure.width > 2 * figure.height  # three panels side by side
-
-
-def test_write_curves_without_matplotlib_hints_at_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     line = write_curves(tmp_path, SUMMARIES)
     assert "pip install matplotlib" in line and "\n" not in line
-    assert (tmp_path / "curves.csv").exists() and not (tmp_path / "curves.png").exists()
 
 
-def test_score_and_cost_lines_are_means():
+def test_summary_lines_are_means():
     bits = {"bits_header": 8, "bits_labels": "16", "bits_edges": 0, "bits_indices": 8, "bits_total": 32, "bpp": "0.5"}
-    rows = [{"psnr_db": str(20 + k), "colour_error": "0.1", "ssim": "0.5", **bits} for k in range(3)]
-    assert score_lines(rows) == ["mean PSNR 21.00 dB, SSIM 0.500, mean colour error 0.100 of the range"]
-    assert score_lines([bits]) == []
-    assert cost_lines(rows) == ["message: 4 bytes (header 1, labels 2, indices 1), 0.500 bits per pixel"]
-    channel = {"channel_uses": 100, "bandwidth_ratio": 0.5, "realised_snr_db": math.inf}
-    assert cost_lines([channel]) == [
-        "channel: 100 complex uses per picture, bandwidth ratio 0.500; plane power over noise power inf dB"
-    ]
-    coded = channel | {"eb_n0_db": 3, "blocks": 4, "block_errors": 1, "problems": "labels"}
-    assert cost_lines([coded])[1] == "1.0 of 4.0 blocks lost per picture; 1 pictures lack a part"
-
-
-def test_codec_lines_say_how_many_have_no_picture():
-    summary = {"pictures": 4, "baselines": {"jpeg": {"mean": {"psnr_db": "inf"}, "without_picture": 2}}}
-    assert codec_lines(summary) == [
-        "jpeg within the same bits: PSNR inf dB, 2 of 4 without a picture (counted as grey)"
+    rows = [{"psnr_db": str(20 + k), "colour_error": "0.1", **bits} for k in range(3)]
+    message = "message: 4 bytes (header 1, labels 2, indices 1), 0.500 bits per pixel"
+    score = "mean PSNR 21.00 dB, mean colour error 0.100 of the range"
+    assert summary_lines(means(rows)) == [message, score]
+    channel = {"channel_uses": 100, "bandwidth_ratio": 0.5, "realised_snr_db": math.inf, "blocks": 4, "block_errors": 1}
+    baselines = {"jpeg": {"mean": {"psnr_db": "inf"}, "without_picture": 2}}
+    summary = means([bits | channel]) | {"with_problems": 1, "pictures": 4, "baselines": baselines}
+    assert summary_lines(summary) == [
+        message,
+        "channel: 100 complex uses per picture, bandwidth ratio 0.500; realised SNR inf dB",
+        "1.0 of 4.0 blocks lost per picture; 1 pictures lack a part",
+        "jpeg within the same bits: PSNR inf dB, 2 of 4 without a picture (counted as grey)",
     ]

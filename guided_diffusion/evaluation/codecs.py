@@ -12,7 +12,6 @@ from ..link.source_coding import pillow_jxl
 
 SCALES = (1, 2, 4, 8)  # the picture is coded at 1/scale of its size and enlarged by the receiver
 NEAR = 12  # qualities around the best so far among which slow settings look
-
 _JPEG = {"optimize": True, "subsampling": "4:2:0"}
 _AVIF = {"subsampling": "4:2:0", "max_threads": 1}
 _JXL = {"num_threads": 1, "use_container": False}
@@ -29,10 +28,7 @@ QUALITIES = {"jpeg": (1, 95), "webp": (0, 100), "avif": (0, 99), "jxl": (0, 99)}
 
 
 class Coded(NamedTuple):
-    """A picture coded within a budget: the file, 1/scale it was coded at, quality, and what the receiver sees.
-
-    `picture` is (H, W, 3) uint8 at full size.
-    """
+    """A picture within a budget: the file, at 1/scale of its size, and what the receiver sees: (H, W, 3) uint8."""
 
     data: bytes
     scale: int
@@ -59,28 +55,21 @@ def encode(codec, picture, quality, options):
     return buffer.getvalue()
 
 
+def decode(data, height, width):
+    """Decode a file and enlarge it (bicubic) to (height, width, 3) uint8."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+
+
 @functools.lru_cache
 def container_bytes(codec):
     """Return what a file costs before it says anything: the bytes of a flat grey 8x8 picture at the lowest quality."""
-    check_installed(codec)
     flat = Image.new("RGB", (8, 8), (128, 128, 128))
     return len(encode(codec, flat, QUALITIES[codec][0], SEARCHED[codec][0]))
 
 
-def decode(codec, data, height, width):
-    """Decode a file and enlarge it (bicubic) to (height, width, 3) uint8."""
-    with Image.open(io.BytesIO(data), formats=[codec.upper()]) as image:
-        return np.asarray(_resized(image.convert("RGB"), width, height, Image.Resampling.BICUBIC))
-
-
-def _resized(image, width, height, method):
-    return image if image.size == (width, height) else image.resize((width, height), method)
-
-
-def _psnr(picture, original):
-    """PSNR in dB of uint8 pictures; infinite for equal ones."""
-    error = np.square(picture.astype(np.float64) - original).mean()
-    return 10 * np.log10(255**2 / error) if error else np.inf
+def _error(picture, original):
+    return np.square(np.asarray(picture, np.float64) - original).mean()
 
 
 def _fitting(codec, small, budget, options, low, high):
@@ -88,17 +77,14 @@ def _fitting(codec, small, budget, options, low, high):
 
     Size grows with quality but for a few bytes, so a step off the true best is possible, a file over budget is not.
     """
-    data = encode(codec, small, low, options)
-    if len(data) > budget:
-        return None
-    best = low, data
-    while low < high:
-        middle = (low + high + 1) // 2
-        data = encode(codec, small, middle, options)
+    best, quality = None, low  # where the lowest does not fit, none does
+    while low <= high:
+        data = encode(codec, small, quality, options)
         if len(data) <= budget:
-            low, best = middle, (middle, data)
+            low, best = quality + 1, (quality, data)
         else:
-            high = middle - 1
+            high = quality - 1
+        quality = (low + high) // 2
     return best
 
 
@@ -107,29 +93,26 @@ def best_within(codec, picture, budget_bytes):
 
     Searches every scale of `SCALES` (Lanczos down, bicubic up) and the quality; slow settings at the best scale only.
 
-    :param codec: of `CODECS`.
+    :param codec: of `CODECS`, installed.
     :param picture: (H, W, 3) uint8.
     """
-    check_installed(codec)
-    height, width = picture.shape[:2]
-    low, high = QUALITIES[codec]
-    smaller, best, best_psnr = {}, None, -np.inf
+    (height, width), (low, high) = picture.shape[:2], QUALITIES[codec]
+    smaller, best, least = {}, None, np.inf
 
     def consider(scale, options):
-        nonlocal best, best_psnr
+        nonlocal best, least
         found = _fitting(codec, smaller[scale], budget_bytes, options, low, high)
         if found:
-            decoded = decode(codec, found[1], height, width)
-            value = _psnr(decoded, picture)
-            if best is None or value > best_psnr:
-                best, best_psnr = Coded(found[1], scale, found[0], decoded), value
+            shown = decode(found[1], height, width)
+            error = _error(shown, picture)
+            if error < least:
+                best, least = Coded(found[1], scale, found[0], shown), error
 
     for scale in SCALES:
         size = max(1, round(width / scale)), max(1, round(height / scale))
-        smaller[scale] = _resized(Image.fromarray(picture), *size, Image.Resampling.LANCZOS)
+        smaller[scale] = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
         # What this scale would give without any coding loss: where that is beaten already, coding it is in vain.
-        uncoded = np.asarray(_resized(smaller[scale], width, height, Image.Resampling.BICUBIC))
-        if best is None or _psnr(uncoded, picture) > best_psnr:
+        if _error(smaller[scale].resize((width, height), Image.Resampling.BICUBIC), picture) < least:
             for options in SEARCHED[codec]:
                 consider(scale, options)
     if best:

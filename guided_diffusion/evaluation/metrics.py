@@ -13,9 +13,6 @@ from ..console import InputError
 from ..flags import METRICS
 from ..link.selection import mse
 
-# MS-SSIM (Wang et al. 2003): weights from the finest scale to the coarsest.
-_SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-
 
 def psnr(regenerated, original):
     """Peak signal-to-noise ratio in dB, (N,), from the mean square error over pixels and channels; peak-to-peak 2."""
@@ -32,38 +29,33 @@ def ssim(regenerated, original):
 
     Gaussian window of 11 pixels, on the [0, 1] range; averaged over all pixels, mirrored at the borders.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    from torchmetrics.functional.image import structural_similarity_index_measure as measure
 
-    pair = _unit(regenerated), _unit(original)
-    return structural_similarity_index_measure(*pair, data_range=1.0, reduction="none").reshape(-1)
+    return measure(_unit(regenerated), _unit(original), data_range=1.0, reduction="none").reshape(-1)
 
 
 def ms_ssim_scales(height, width):
     """Return how many of MS-SSIM's five scales torchmetrics takes at a size."""
-    shortest = (11, 22, 44, 99, 176)
-    return sum(min(height, width) >= short for short in shortest)
+    return sum(min(height, width) >= short for short in (11, 22, 44, 99, 176))
 
 
 def ms_ssim(regenerated, original):
     """Multi-scale structural similarity, (N,), in [0, 1] (Wang et al. 2003).
 
-    The five scales halve the picture four times, which needs a short side of 176 pixels. A smaller picture is measured
-    at the scales it has room for (99: 4, 44: 3, 22: 2, 11: 1), with their weights scaled to sum to 1: such values
-    compare only with each other.
+    A picture whose short side is below 176 pixels is measured at the scales it has room for (99: 4, 44: 3, 22: 2,
+    11: 1), with their weights scaled to sum to 1: such values compare only with each other.
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as measure
 
-    weights = _SCALE_WEIGHTS[: ms_ssim_scales(*original.shape[2:])]
+    weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[: ms_ssim_scales(*original.shape[2:])]  # from the finest scale
     weights = tuple(weight / sum(weights) for weight in weights)
-    pair = _unit(regenerated), _unit(original)
-    return measure(*pair, data_range=1.0, betas=weights, reduction="none").reshape(-1)
+    return measure(_unit(regenerated), _unit(original), data_range=1.0, betas=weights, reduction="none").reshape(-1)
 
 
 def lpips(network, regenerated, original):
     """Learned perceptual distance, (N,), 0 for equal pictures (Zhang et al. 2018); `network` is `lpips_network`'s."""
-    device = next(network.parameters()).device
+    pair = (images.float().clamp(-1, 1).to(next(network.parameters()).device) for images in (regenerated, original))
     with torch.no_grad():
-        pair = (images.float().clamp(-1, 1).to(device) for images in (regenerated, original))
         return network(*pair).reshape(-1)
 
 
@@ -85,12 +77,11 @@ def distance(name, lpips_weights="", device="cpu"):
     return lambda candidates, original: lpips(network, candidates, original.expand_as(candidates))
 
 
-def bootstrap_interval(values, seed=0, draws=1000, level=0.95):
-    """Return (low, high): the percentile bootstrap interval of the mean of `values` (n,), one per picture."""
+def bootstrap_interval(values, seed=0):
+    """Return (low, high): the 95 % percentile bootstrap interval of the mean of `values` (n,), one per picture."""
     values = np.asarray(values, dtype=np.float64)
-    rows = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    low, high = np.quantile(values[rows].mean(1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    rows = np.random.default_rng(seed).integers(len(values), size=(1000, len(values)))
+    return tuple(np.quantile(values[rows].mean(1), [0.025, 0.975]).tolist())
 
 
 def frechet_distance(first, second):
@@ -108,17 +99,17 @@ def frechet_distance(first, second):
     return float((means[0] - means[1]).square().sum() + spread)
 
 
-def kernel_distance(first, second, subset_size, seed=0, subsets=100):
-    """Kernel distance of feature sets (N, D), (M, D): (mean, standard deviation) over random subsets.
+def kernel_distance(first, second, subset_size):
+    """Kernel distance of feature sets (N, D), (M, D): (mean, standard deviation) over 100 random subsets.
 
     The unbiased squared MMD with the kernel (x.y / D + 1)^3 (KID, Binkowski et al. 2018); may be a little below 0.
     """
     from torchmetrics.image.kid import poly_mmd
 
-    draw, values = np.random.default_rng(seed), []
-    for _ in range(subsets):
-        rows = [draw.permutation(len(features))[:subset_size] for features in (first, second)]
-        values.append(float(poly_mmd(first[rows[0]].double(), second[rows[1]].double())))
+    draw, values = np.random.default_rng(0), []
+    for _ in range(100):
+        subsets = [features[draw.permutation(len(features))[:subset_size]].double() for features in (first, second)]
+        values.append(float(poly_mmd(*subsets)))
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -141,7 +132,7 @@ def accuracy_and_iou(confusion):
 
 
 class Metrics:
-    """The measures that a run was asked for, with their networks; `notes` are lines for the run to print.
+    """The measures that a run was asked for, with their networks; `notes` are for the run to print.
 
     :param names: of `METRICS`.
     :param num_classes: of the label maps, for miou.
@@ -156,65 +147,55 @@ class Metrics:
         self, names, num_classes=35, lpips_weights="", fid_weights="", features=None, segmenter=None, device="cpu"
     ):
         self.names = [name for name in METRICS if name in names]
-        self.num_classes, self.segmenter, self.device, self.notes = num_classes, segmenter, device, []
+        self.num_classes, self.segmenter, self.device, self.notes = num_classes, segmenter, device, set()
         self._lpips = lpips_network(lpips_weights, device) if "lpips" in names else None
-        self._features, self._suffix = features, "_features"
+        self._features, self._suffix = features, "_features" if features else ""
         if features is None and {"fid", "kid"} & {*names}:
-            self._features, self._suffix = inception_features(fid_weights, device), ""
-
-    def _note(self, line):
-        if line not in self.notes:
-            self.notes.append(line)
+            self._features = inception_features(fid_weights, device)
 
     def per_picture(self, regenerated, original):
-        """Measure pictures (N, 3, H, W) in [-1, 1]: dict from name to (N,), for psnr, ssim, ms_ssim and lpips."""
-        height, width = original.shape[2:]
-        scales = ms_ssim_scales(height, width)
+        """Measure pictures (N, 3, H, W) in [-1, 1]: dict from name to (N,), for psnr, ssim, ms_ssim and lpips.
+
+        Pictures below the 11 pixels of their window have no ssim and ms_ssim.
+        """
         functions = {"psnr": psnr, "lpips": functools.partial(lpips, self._lpips)}
+        scales = ms_ssim_scales(*original.shape[2:])
         if scales:
             functions |= {"ssim": ssim, "ms_ssim": ms_ssim}
-        else:
-            self._note(f"{height}x{width} pictures are smaller than the 11-pixel window of ssim and ms_ssim: left out")
         if 0 < scales < 5 and "ms_ssim" in self.names:
-            self._note(f"ms_ssim at {height}x{width} has room for {scales} of 5 scales; compare with equal sizes only")
+            self.notes.add(f"ms_ssim has room for {scales} of 5 scales; compare with pictures of equal size only")
         return {name: functions[name](regenerated, original).cpu() for name in self.names if name in functions}
 
     def over_the_set(self, batches):
         """Measure a set of pictures: a dict of floats, empty where nothing such was asked for.
 
-        fid, kid and kid_std (over subsets of 50 pictures, at most half of all); miou and pixel_accuracy of the
-        regenerated pictures against the label maps, miou_real and pixel_accuracy_real of the originals: the ceiling.
+        fid, kid and kid_std (over subsets of 50 pictures, at most half of all), from 2 pictures on; miou and
+        pixel_accuracy of the regenerated pictures against the label maps, and with _real of the originals: the ceiling.
 
         :param batches: iterable of regenerated, original (N, 3, H, W) in [-1, 1] and label maps (N, 1, H, W).
         """
         distances, classes = {"fid", "kid"} & {*self.names}, "miou" in self.names
-        if not (distances or classes):
-            return {}
         features, confusions = ([], []), torch.zeros(2, self.num_classes, self.num_classes).long()
-        for *pair, label in batches:
+        for *pair, label in batches if distances or classes else ():
             for kept, confusion, images in zip(features, confusions, pair, strict=True):
                 images = images.float().clamp(-1, 1).to(self.device)
                 if distances:
                     kept.append(self._features(images).float().cpu())
                 if classes:
                     confusion += confusion_matrix(self.segmenter(images).cpu(), label.cpu(), self.num_classes)
-        values, n = {}, sum(map(len, features[0]))
-        if n > 1:
-            values = self._set_distances(*map(torch.cat, features))
-        elif distances:
-            self._note(f"fid and kid are left out: they need 2 pictures, and there is {n}")
+        values = self._set_distances(*map(torch.cat, features)) if sum(map(len, features[0])) > 1 else {}
         if confusions[0].any():
             for suffix, confusion in zip(("", "_real"), confusions, strict=True):
                 values[f"pixel_accuracy{suffix}"], values[f"miou{suffix}"] = accuracy_and_iou(confusion)
         return values
 
     def _set_distances(self, regenerated, original):
-        (n, dimension), fid, kid = original.shape, f"fid{self._suffix}", f"kid{self._suffix}"
-        values = {}
+        (n, dimension), values = original.shape, {}
+        fid, kid = f"fid{self._suffix}", f"kid{self._suffix}"
         if "fid" in self.names:
             values[fid] = frechet_distance(regenerated, original)
             if n <= dimension:
-                self._note(f"{fid} is unreliable: {n} pictures for {dimension} features; {kid} copes with few")
+                self.notes.add(f"{fid} is unreliable: {n} pictures for {dimension} features; {kid} copes with few")
         if "kid" in self.names:
             subset = max(2, min(50, n // 2))  # half of the pictures at most: subsets of all would not differ
             values[kid], values[f"{kid}_std"] = kernel_distance(regenerated, original, subset)
@@ -228,17 +209,18 @@ def lpips_network(path="", device="cpu"):
     :raises InputError: a file that is missing, damaged or of another network.
     """
     from torchmetrics.functional.image.lpips import _NoTrainLpips
-    from torchvision.models import AlexNet_Weights
 
-    weights = _read_weights(path, "lpips", AlexNet_Weights.DEFAULT.url)
-    with torch.random.fork_rng(devices=[]):  # initial weights would shift torch's global stream
-        network = _NoTrainLpips(net="alex", pnet_rand=True)
-    # torchmetrics cuts the backbone into slices, whose layers keep their number: slice2.3.weight is features.3.weight
-    renamed = {key: re.sub(r"^slice\d+", "features", key) for key in network.net.state_dict()}
     try:
-        network.net.load_state_dict({key: weights[theirs] for key, theirs in renamed.items()})
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise InputError(f"--lpips_weights {path}: not torchvision's AlexNet ({_reason(error)})") from None
+        with torch.random.fork_rng(devices=[]):  # initial weights would shift torch's global stream
+            network = _NoTrainLpips(net="alex", pnet_rand=bool(path))
+        if path:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            # torchmetrics cuts the backbone into slices, whose layers keep their number: slice2.3 is features.3
+            names = {key: re.sub(r"^slice\d+", "features", key) for key in network.net.state_dict()}
+            network.net.load_state_dict({key: weights[name] for key, name in names.items()})
+    except Exception as error:  # torch raises many kinds for damaged and for refused files
+        found = f"--lpips_weights {path or 'not given'}: no AlexNet ({reason(error)})"
+        raise InputError(f"{found}; give torchvision's alexnet-owt-7be5be79.pth, or leave lpips out") from None
     return network.to(device)
 
 
@@ -250,27 +232,15 @@ def inception_features(path="", device="cpu"):
     """
     from torchmetrics.image.fid import NoTrainInceptionV3
 
-    if path:
-        _read_weights(path, "fid")  # torch-fidelity itself would unpickle anything
     try:
         with torch.random.fork_rng(devices=[]):
             network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path) if path else None).to(device)
     except Exception as error:  # torch-fidelity is missing, or whatever it raises for other files
         hint = "pip install torch-fidelity, give pt_inception-2015-12-05-6726825d.pth as --fid_weights, or --features"
-        raise InputError(f"--metrics fid and kid: no Inception ({_reason(error)}); {hint}") from None
+        raise InputError(f"--metrics fid and kid: no Inception ({reason(error)}); {hint}") from None
     return torch.no_grad()(lambda images: network((_unit(images) * 255).round().to(torch.uint8)))
 
 
-def _read_weights(path, metric, url=""):
-    """Return the tensors of a file; without a path, of TORCH_HOME's copy of `url`, downloaded where it is missing."""
-    try:
-        if path:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged and for refused files
-        found = f"--{metric}_weights {path or url}: cannot be read ({_reason(error)})"
-        raise InputError(f"{found}; give a file of weights, or leave {metric} out") from None
-
-
-def _reason(error):
+def reason(error):
+    """Return what an exception of another library says, on one line."""
     return (" ".join(str(error).split()) or type(error).__name__)[:160]

@@ -5,7 +5,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..data.pictures import save_picture, to_uint8
 from .metrics import colour_error
-from .results import read_picture_file
 
 # Colours of the Cityscapes ids 0...34, as rrggbb (as the data set's own tools show them).
 _CITYSCAPES = """
@@ -24,21 +23,14 @@ def palette(num_classes):
     return ((k * np.array([[37, 91, 151]]) + np.array([[60, 120, 30]])) % 256).astype(np.uint8)
 
 
-def colour_labels(label, num_classes):
-    """Turn label maps (N, 1, H, W) into (N, H, W, 3) uint8 arrays; ids outside the palette are clipped."""
-    ids = label[:, 0].detach().cpu().clamp(0, num_classes - 1).numpy()
-    return palette(num_classes)[ids]
-
-
 def show_semantics(y, num_classes, one_hot=True):
     """Show conditioning (N, C, H, W), clean or noisy: the strongest class's colour, with the edge plane drawn in white.
 
     :return: (N, H, W, 3) uint8.
     """
-    y = y.detach().float().cpu()
-    classes = num_classes if one_hot else 1
-    label = y[:, :classes].argmax(1, keepdim=True) if one_hot else y[:, :1].round().long()
-    colours = colour_labels(label, num_classes).astype(np.float32)
+    y, classes = y.detach().float().cpu(), num_classes if one_hot else 1
+    label = y[:, :classes].argmax(1) if one_hot else y[:, 0].round().long().clamp(0, num_classes - 1)  # (N, H, W)
+    colours = palette(num_classes)[label.numpy()].astype(np.float32)
     if y.shape[1] > classes:
         edge = y[:, classes].clamp(0, 1).numpy()[..., None]  # (N, H, W, 1)
         colours = colours + (255 - colours) * edge
@@ -74,10 +66,9 @@ def write_panel(results, rows, columns):
     :param columns: caption -> kind of picture file, or a function from a row's name to a picture (H, W, 3) uint8.
     """
     lines = []
-    for row in rows:
-        name = row["name"]
-        lines.append([k(name) if callable(k) else read_picture_file(results.file(k, name)) for k in columns.values()])
-    if any(picture is not None for line in lines for picture in line):
+    for name in (row["name"] for row in rows):
+        lines.append([kind(name) if callable(kind) else results.pixels(kind, name) for kind in columns.values()])
+    if lines:
         save_picture(picture_grid(lines, list(columns)), results.path / "panel.png")
 
 

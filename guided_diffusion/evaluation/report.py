@@ -7,24 +7,24 @@ import sys
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ..data.pictures import eight_bit, from_uint8, save_picture
 from ..files import atomic_write
+from ..link.message import PARTS
 from ..link.transceiver import digital_facts
-from ..random_streams import generator
 from .metrics import bootstrap_interval, colour_error
-from .results import read_picture_file
 
 BATCH = 16
-PARTS = ("header", "labels", "edges", "indices", "total")  # of a message, as columns bits_...
-BITS = tuple(f"bits_{part}" for part in PARTS)
+BITS = tuple(f"bits_{part}" for part in (*PARTS, "total"))
 PICTURE_METRICS = {"psnr": "psnr_db", "ssim": "ssim", "ms_ssim": "ms_ssim", "lpips": "lpips"}  # name -> column
 MEASURED = ("psnr_db", "colour_error", "ssim", "ms_ssim", "lpips")
 CHANNEL = ("channel_uses", "bandwidth_ratio", "realised_snr_db", "eb_n0_db", "blocks", "block_errors")
 CODED = ("path", "name", "codec", "budget_bits", "bits", "bpp", "scale", "quality")
 BASELINE_COLUMNS = (*CODED, *CHANNEL, "problems", *MEASURED)
+POINT = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool")
+COST = ("seconds", "transmit_seconds", "evaluations", "distance", *BITS, "bpp")
+COLUMNS = (*POINT, *COST, *CHANNEL, "problems", *MEASURED, "mismatch_db", "picture_sha256")
 WORK = ("steps", "evaluations", "seconds", "transmit_seconds", "distance")
 SUMMED_UP = ("bpp", *BITS, "bits", *CHANNEL, *WORK, *MEASURED, "mismatch_db")
 WITH_INTERVAL = {*MEASURED, "mismatch_db", "distance", "bpp"}
@@ -32,11 +32,15 @@ OVER_THE_SET = ("kid", "kid_features", "fid", "fid_features", "miou")
 CURVES = ("psnr_db", "ssim", "ms_ssim", "lpips", *OVER_THE_SET, "bad_pictures")
 
 
-class Measures:
-    """Measures the pictures of a results folder.
+def size_columns(bits, height, width):
+    """Return the table columns of a message's bits (dict: part -> bits)."""
+    columns = {f"bits_{part}": bits[part] for part in PARTS}
+    total = sum(columns.values())
+    return columns | {"bits_total": total, "bpp": f"{total / (height * width):.4f}"}
 
-    :param metrics: a `Metrics`. :param codecs: names of classical codecs to compare with (`codecs.CODECS`).
-    """
+
+class Measures:
+    """Measures the pictures of a results folder by a `Metrics`, and compares with codecs (names of `CODECS`)."""
 
     def __init__(self, metrics, codecs):
         self.metrics, self.codecs = metrics, codecs
@@ -54,61 +58,56 @@ class Measures:
         :return: the rows that changed, in place.
         """
         columns = [PICTURE_METRICS[name] for name in self.metrics.names if name in PICTURE_METRICS]
-        changed = []
-        for row in rows:
-            if all(row.get(column) for column in columns):
-                continue
-            made, original = (read_picture_file(results.file(k, row["name"])) for k in (kind, "images"))
-            if made is not None and original is not None:
-                row |= self.per_picture(from_uint8(made), from_uint8(original))
-                changed.append(row)
-        return changed
+        lacking = [row for row in rows if not all(row.get(column) for column in columns)]
+        lacking = [row for row in lacking if results.file("images", row["name"]).exists()]
+        for row in lacking:
+            row |= self.per_picture(*(from_uint8(results.pixels(k, row["name"])) for k in (kind, "images")))
+        return lacking
 
     def whole_set(self, results, rows, kind="samples"):
         """Return the measures over all pictures of a results folder (FID, KID, mIoU, as asked for)."""
 
         def batches():
-            bar = tqdm(rows, desc=f"measuring {kind}", unit="picture", file=sys.stderr, leave=False)
-            read = ([_read(results.file(k, row["name"])) for k in (kind, "images", "labels")] for row in bar)
-            for _, equal in itertools.groupby(read, lambda pictures: pictures[0].shape):
+            names = [row["name"] for row in rows if results.file("images", row["name"]).exists()]
+            bar = tqdm(names, desc=f"measuring {kind}", unit="picture", file=sys.stderr, leave=False)
+            read = ([results.pixels(k, name) for k in (kind, "images", "labels")] for name in bar)
+            for _, equal in itertools.groupby(read, lambda pixels: pixels[0].shape):
                 while batch := [*itertools.islice(equal, BATCH)]:
-                    yield [torch.cat(pictures) for pictures in zip(*batch, strict=True)]
+                    made, originals, labels = zip(*batch, strict=True)
+                    labels = torch.from_numpy(np.stack(labels))[:, None]  # (N, 1, H, W)
+                    yield torch.cat([*map(from_uint8, made)]), torch.cat([*map(from_uint8, originals)]), labels
 
         return self.metrics.over_the_set(batches())
 
-    def compare(self, results, rows, link, seed, numbers):
+    def compare(self, results, rows, link, stream_of):
         """Code every picture with each classical codec within its message's bits; write baselines.csv and the pictures.
 
         :param link: the message's `DigitalLink`, which the codec's bytes cross, too; None: they arrive.
-        :param numbers: path -> the number that a picture's channel noise follows from.
+        :param stream_of: path -> generator of the message's own noise and fading: both are compared on one channel.
         :return: the rows.
         """
-        done, found = {}, []
-        if (results.path / "baselines.csv").exists():
-            with open(results.path / "baselines.csv", newline="") as f:
+        done, path = {}, results.path / "baselines.csv"
+        if path.exists():
+            with open(path, newline="") as f:
                 done = {(row["path"], row["codec"]): row for row in csv.DictReader(f)}
+        rows = [row for row in rows if results.file("images", row["name"]).exists()]
         for row in tqdm(rows, desc="classical codecs", unit="picture", file=sys.stderr, leave=False):
-            picture = read_picture_file(results.file("images", row["name"]))
-            for codec in self.codecs if picture is not None else ():
-                key = row["path"], codec
-                if key not in done or not results.file(f"baseline_{codec}", row["name"]).exists():
-                    # The message's own noise and fading, so that the two are compared on one channel.
-                    stream = generator(seed, "channel", numbers[row["path"]])
-                    done[key] = self._code(results, row, codec, picture, link, stream)
-                    results.write_table(done.values(), "baselines.csv", BASELINE_COLUMNS)
-                found.append(done[key])
-        for codec in self.codecs:
-            self.complete(results, [row for row in found if row["codec"] == codec], f"baseline_{codec}")
-        if found:
-            results.write_table(done.values(), "baselines.csv", BASELINE_COLUMNS)
-        return found
+            for codec in self.codecs:
+                key, kind = (row["path"], codec), f"baseline_{codec}"
+                if key not in done or not results.file(kind, row["name"]).exists():
+                    done[key] = self._code(results, row, codec, link, stream_of(row["path"]))
+                elif not self.complete(results, [done[key]], kind):
+                    continue
+                results.write_table("baselines.csv", BASELINE_COLUMNS, done.values())
+        return [done[row["path"], codec] for row in rows for codec in self.codecs]
 
-    def _code(self, results, row, codec, picture, link, stream):
+    def _code(self, results, row, codec, link, stream):
         from .codecs import best_within
 
-        (height, width), budget = picture.shape[:2], int(row["bits_total"])
-        coded = best_within(codec, picture, budget // 8)
-        out = {"path": row["path"], "name": row["name"], "codec": codec, "budget_bits": budget}
+        name, budget = row["name"], int(row["bits_total"])
+        picture = results.pixels("images", name)
+        (height, width), coded = picture.shape[:2], best_within(codec, picture, budget // 8)
+        out = {"path": row["path"], "name": name, "codec": codec, "budget_bits": budget}
         shown = np.full_like(picture, 128)  # what the receiver sees where no picture arrives
         if coded is None:
             out["problems"] = "no picture within the bits"
@@ -117,32 +116,26 @@ class Measures:
             out |= {"bits": bits, "bpp": f"{bits / (height * width):.4f}"}
             out |= {"scale": coded.scale, "quality": coded.quality}
             delivery = link and link.send({"labels": coded.data}, stream)
-            if delivery:
-                out |= digital_facts(delivery, height, width)
+            out |= digital_facts(delivery, height, width) if delivery else {}
             if delivery and delivery.part("labels") is None:
                 out["problems"] = "picture"
             else:
                 shown = coded.picture
-        save_picture(shown, results.file(f"baseline_{codec}", row["name"]))
+        save_picture(shown, results.file(f"baseline_{codec}", name))
         return out | self.per_picture(from_uint8(shown), from_uint8(picture))
 
     def summarise(self, results, rows, baseline_rows, facts):
-        """Write summary.json: means, 95 % intervals over pictures, measures over the set; return it.
-
-        :param facts: what else it should hold.
-        """
-        measured = [row for row in rows if results.file("images", row["name"]).exists()]
+        """Write summary.json: facts, means, 95 % intervals over pictures, measures over the set; return it."""
         kind = "samples" if (results.path / "samples").exists() else "local"
         summary = {**facts, "pictures": len(rows), "with_problems": _problems(rows)}
         if any(row.get("mismatch_db") for row in rows):
             summary["equal_pictures"] = sum(row.get("mismatch_db") == "inf" for row in rows)
-        summary |= {"mean": means(rows), "interval_95": intervals(rows), "set": self.whole_set(results, measured, kind)}
+        summary |= means(rows) | {"set": self.whole_set(results, rows, kind)}
         for codec in self.codecs if baseline_rows else ():
             from .codecs import container_bytes
 
             own = [row for row in baseline_rows if row["codec"] == codec]
-            found = {"container_bytes": container_bytes(codec), "without_picture": _problems(own)}
-            found |= {"mean": means(own), "interval_95": intervals(own)}
+            found = {"container_bytes": container_bytes(codec), "without_picture": _problems(own), **means(own)}
             found["set"] = self.whole_set(results, own, f"baseline_{codec}")
             summary.setdefault("baselines", {})[codec] = found
         results.write_json("summary.json", summary)
@@ -153,72 +146,39 @@ def _problems(rows):
     return sum(bool(row.get("problems")) for row in rows)
 
 
-def _read(path):
-    """Read a picture (1, 3, H, W) in [-1, 1], or a label map (1, 1, H, W)."""
-    with Image.open(path) as picture:
-        pixels = np.array(picture)
-    return from_uint8(pixels) if pixels.ndim == 3 else torch.from_numpy(pixels).long()[None, None]
+def means(rows):
+    """Return the mean of every numeric column over the rows that have it, and 95 % bootstrap intervals of measures.
 
-
-def _columns(rows):
+    The mismatch, infinite where the pictures are equal, is averaged over the others. Both dicts leave out what no row
+    has; JSON has no infinity, so that an infinite mean is the text "inf".
+    """
+    mean, interval = {}, {}
     for name in SUMMED_UP:
         values = [float(row[name]) for row in rows if row.get(name) not in (None, "")]
-        if name == "mismatch_db":  # infinite where the pictures are equal, which summary.json counts
+        if name == "mismatch_db":
             values = [value for value in values if math.isfinite(value)]
         if values:
-            yield name, values
+            average = float(np.mean(values))
+            mean[name] = average if math.isfinite(average) else str(average)
+            if name in WITH_INTERVAL and math.isfinite(average):
+                interval[name] = [*bootstrap_interval(values)]
+    return {"mean": mean, "interval_95": interval}
 
 
-def means(rows):
-    """Mean of every numeric column over the rows that have it; of the mismatch over the pictures that are not equal."""
-    return {name: _plain(np.mean(values)) for name, values in _columns(rows)}
-
-
-def intervals(rows):
-    """95 % bootstrap intervals over pictures of the measures among the columns."""
-    columns = [(name, values) for name, values in _columns(rows) if name in WITH_INTERVAL and np.isfinite(values).all()]
-    return {name: [_plain(v) for v in bootstrap_interval(values)] for name, values in columns}
-
-
-def _plain(value):
-    value = float(value)
-    return value if math.isfinite(value) else str(value)  # JSON has no infinity
-
-
-# -- printed lines ----------------------------------------------------------------------------------------------------
-
-
-def score_lines(rows):
-    """A line that says how near the pictures are to the originals, in means; none where nothing was measured."""
-    mean = means([row for row in rows if row.get("psnr_db")])
-    if not mean:
-        return []
-    similar = f"SSIM {mean['ssim']:.3f}, " if "ssim" in mean else ""
-    psnr, colour = float(mean["psnr_db"]), mean["colour_error"]
-    return [f"mean PSNR {psnr:.2f} dB, {similar}mean colour error {colour:.3f} of the range"]
-
-
-def cost_lines(rows):
-    """Lines that say what the messages and the channel cost, in means over the rows."""
-    mean, lines = {name: float(value) for name, value in means(rows).items()}, []
-    if "bits_total" in mean:
-        sizes = ", ".join(f"{part} {mean[f'bits_{part}'] / 8:.0f}" for part in PARTS[:-1] if mean[f"bits_{part}"])
-        what = "message" if mean["bits_header"] else "side information"  # the analog planes themselves are no bits
-        lines.append(f"{what}: {mean['bits_total'] / 8:.0f} bytes ({sizes}), {mean['bpp']:.3f} bits per pixel")
+def summary_lines(summary):
+    """Lines that say what the messages and the channel cost, and how near the pictures came, in means."""
+    mean, lines = {name: float(value) for name, value in summary["mean"].items()}, []
+    sizes = ", ".join(f"{part} {mean[f'bits_{part}'] / 8:.0f}" for part in PARTS if mean[f"bits_{part}"])
+    what = "message" if mean["bits_header"] else "side information"  # the analog planes themselves are no bits
+    lines.append(f"{what}: {mean['bits_total'] / 8:.0f} bytes ({sizes}), {mean['bpp']:.3f} bits per pixel")
     if "channel_uses" in mean:
         uses = f"{mean['channel_uses']:.0f} complex uses per picture, bandwidth ratio {mean['bandwidth_ratio']:.3f}"
-        snr = f"{mean['realised_snr_db']:.2f} dB"
-        if "eb_n0_db" not in mean:
-            return [*lines, f"channel: {uses}; plane power over noise power {snr}"]
-        lines.append(f"channel: {uses}; realised Es/N0 {snr}, Eb/N0 {mean['eb_n0_db']:.2f} dB")
+        lines.append(f"channel: {uses}; realised SNR {mean['realised_snr_db']:.2f} dB")
+    if "blocks" in mean:
         blocks = f"{mean['block_errors']:.1f} of {mean['blocks']:.1f} blocks lost per picture"
-        lines.append(f"{blocks}; {_problems(rows)} pictures lack a part")
-    return lines
-
-
-def codec_lines(summary):
-    """Lines that say how the classical codecs did."""
-    lines = []
+        lines.append(f"{blocks}; {summary['with_problems']} pictures lack a part")
+    if "psnr_db" in mean:
+        lines.append(f"mean PSNR {mean['psnr_db']:.2f} dB, mean colour error {mean['colour_error']:.3f} of the range")
     for codec, found in summary.get("baselines", {}).items():
         if "psnr_db" in found["mean"]:
             without = f"{found['without_picture']} of {summary['pictures']} without a picture (counted as grey)"
@@ -237,13 +197,11 @@ def write_curves(folder, summaries):
     """
     lines = {}
     for link, pool, snr, summary in summaries:
-        pictures = max(1, summary["pictures"])
-        name = link if pool == "None" else f"{link}, pool {pool}"
-        values = {**summary["mean"], **summary["set"], "bad_pictures": summary["with_problems"] / pictures}
-        lines.setdefault(name, []).append((snr, values))
-        for codec, found in summary.get("baselines", {}).items():
-            values = {**found["mean"], **found["set"], "bad_pictures": found["without_picture"] / pictures}
-            lines.setdefault(f"{link}, {codec}", []).append((snr, values))
+        found = {link if pool == "None" else f"{link}, pool {pool}": summary}
+        found |= {f"{link}, {codec}": own for codec, own in summary.get("baselines", {}).items()}
+        for name, own in found.items():
+            bad = own["without_picture" if "without_picture" in own else "with_problems"] / summary["pictures"]
+            lines.setdefault(name, []).append((snr, {**own["mean"], **own["set"], "bad_pictures": bad}))
     measures = [name for name in CURVES if any(name in own for line in lines.values() for _, own in line)]
     with atomic_write(folder / "curves.csv") as f:
         writer = csv.writer(f)

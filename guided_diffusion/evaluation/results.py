@@ -7,7 +7,7 @@ import csv
 import hashlib
 import json
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,7 @@ from ..files import atomic_write
 
 def unique_names(paths):
     """Return a file stem for each path: its own stem, or with as many of its folders as tell equal stems apart."""
-    parts = [PurePosixPath(str(path).replace("\\", "/")).with_suffix("").parts for path in paths]
+    parts = [Path(path).with_suffix("").parts for path in paths]
     names = [part[-1] for part in parts]
     for depth in range(2, max(map(len, parts), default=1) + 1):
         counts = Counter(names)
@@ -30,74 +30,61 @@ def unique_names(paths):
 
 def picture_digest(image):
     """SHA-256, in hexadecimal, of one float picture (3, H, W): equal digests are equal bits."""
-    return hashlib.sha256(np.ascontiguousarray(image.detach().float().cpu().numpy()).tobytes()).hexdigest()
-
-
-def read_picture_file(path):
-    """Return an 8-bit RGB picture file as (H, W, 3) uint8, or None where there is none."""
-    if not path.exists():
-        return None
-    with Image.open(path) as picture:
-        return np.array(picture.convert("RGB"))
+    return hashlib.sha256(image.float().cpu().numpy().tobytes()).hexdigest()
 
 
 class ResultsFolder:
-    """One sampling run's output.
+    """One sampling run's output."""
 
-    :param folder: the path.
-    :param columns: of results.csv.
-    """
-
-    def __init__(self, folder, columns):
-        self.path, self.columns = Path(folder), columns
+    def __init__(self, folder):
+        self.path = Path(folder)
 
     def claim(self, settings):
-        """Note the settings in the folder, or check that those noted there are the same.
-
-        :raises InputError: the folder holds other results, or files that are not of sampling.
-        """
-        path = self.path / "settings.json"
+        """Note the settings in the folder; InputError where it holds other ones, or files that are not of sampling."""
+        path, found = self.path / "settings.json", f"--results_path {self.path} holds"
         # Looked for before settings.json, which another process may be writing just now.
         foreign = [name for name in ("results.csv", "config.json") if (self.path / name).exists()]
         if path.exists():
             earlier = json.loads(path.read_text())
             for name, value in json.loads(json.dumps(settings)).items():  # infinity and tuples as they were written
                 if earlier.get(name) != value:
-                    found = f"--results_path {self.path} holds results with {name} {earlier.get(name)!r}, now {value!r}"
-                    raise InputError(f"{found}; choose another folder for other settings")
+                    found += f" results with {name} {earlier.get(name)!r}, now {value!r}"
+                    raise InputError(f"{found}; choose another folder")
         elif foreign:
-            found = f"--results_path {self.path} holds a {foreign[0]} that is not of sampling"
-            raise InputError(f"{found}; choose another folder")
+            raise InputError(f"{found} a {foreign[0]} that is not of sampling; choose another folder")
         else:
-            self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("settings.json", settings)
 
     def file(self, kind, name, ending=".png"):
         """Path of one picture's file of a kind, such as "samples"."""
         return self.path / kind / f"{name}{ending}"
 
+    def pixels(self, kind, name):
+        """Return a picture's file as uint8: (H, W, 3), or the ids (H, W) of a label map; None where there is none."""
+        if self.file(kind, name).exists():
+            with Image.open(self.file(kind, name)) as picture:
+                return np.array(picture)
+
     def finished_row(self, name, kind):
         """Return a picture's row (a dict); None where the row, or its picture of a kind, is not there."""
-        row = self.file("rows", name, ".json")
-        if not (row.exists() and self.file(kind, name).exists()):
-            return None
-        return json.loads(row.read_text())
+        if self.file("rows", name, ".json").exists() and self.file(kind, name).exists():
+            return json.loads(self.file("rows", name, ".json").read_text())
 
     def write_row(self, row):
         """Write the row of a picture whose files are all there: with it, the picture is done."""
         self.write_json(f"rows/{row['name']}.json", row)
 
-    def write_table(self, rows, name="results.csv", columns=None):
+    def write_table(self, name, columns, rows):
         """Write rows (dicts) as CSV, whole or not at all."""
         with atomic_write(self.path / name) as f:
-            writer = csv.DictWriter(f, columns or self.columns, restval="", extrasaction="ignore")
+            writer = csv.DictWriter(f, columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
 
     def write_json(self, name, values):
         """Write a dict as JSON, whole or not at all."""
         path = self.path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as f:
             f.write(json.dumps(values, indent=1) + "\n")
 
@@ -112,5 +99,5 @@ def share_out(count, size, share):
 
     Batches of `size` go to the shares in turn; what is in one does not depend on how many shares there are.
     """
-    starts = range(share.index * size, count, share.count * size)
-    return [range(start, min(start + size, count)) for start in starts]
+    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    return batches[share.index :: share.count]
