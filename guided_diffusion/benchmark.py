@@ -114,11 +114,11 @@ def reverse_step(bench, path, precision):
     denoiser = guided_denoiser(model, diffusion, y, bench.s)
     if path == "fast":
         with devices.autocast(bench.device, precision):
-            denoiser = Conditioning(model, y, bench.s, CACHE_BYTES).denoiser(diffusion, bench.s, 1)
+            denoiser = Conditioning(model, y, bench.s, CACHE_BYTES).denoiser(diffusion, 1)
 
     def run():
         with devices.autocast(bench.device, precision):
-            return ancestral_step(diffusion, diffusion.posterior(denoiser(x, t), x, t), x, t, x)
+            return ancestral_step(diffusion.posterior(denoiser(x, t), x, t), x)
 
     return run
 

@@ -234,5 +234,5 @@ def test_p_mean_variance_refuses_a_guidance_scale_below_one(s):
 
 
 def test_unknown_prediction_is_an_error():
-    with pytest.raises(InputError, match="--prediction score: unknown; choose one of eps, x0, v"):
+    with pytest.raises(InputError, match="--prediction score: unknown; choose eps, x0 or v"):
         GaussianDiffusion(np.full(10, 0.1), prediction="score")

@@ -71,7 +71,7 @@ def parts(request):
 def test_batch_equals_its_samples_one_by_one(parts, method, eta, s):
     (model, diffusion, y, noise), options = parts, {"method": method, "eta": eta, "s": s}
     together = sample(model, diffusion, y, noise, seeds=torch.tensor(SEEDS), **options).images
-    uncached = sample(model, diffusion, y, noise, seeds=SEEDS, cache_bytes=0, **options).images
+    uncached = sample(model, diffusion, Conditioning(model, y, s, 0), noise, seeds=SEEDS, **options).images
     torch.testing.assert_close(uncached, together, rtol=0, atol=1e-5)
     for k in range(3):
         one = slice(k, k + 1)
@@ -83,13 +83,13 @@ def test_batch_equals_its_samples_one_by_one(parts, method, eta, s):
 @pytest.mark.parametrize("s", [1.0, 2.0])
 def test_one_label_map_serves_all_samples(parts, s, cache_bytes):
     model, diffusion, y, noise = parts
-    options = {"s": s, "seeds": SEEDS, "cache_bytes": cache_bytes, "early_stop": EarlyStop(0.3, patience=1)}
-    repeated = sample(model, diffusion, y[:1].repeat(3, 1, 1, 1), noise, **options)
-    shared = sample(model, diffusion, y[:1], noise, **options)
+    options = {"s": s, "seeds": SEEDS, "early_stop": EarlyStop(0.3, patience=1)}
+    maps = (y[:1], y[:1].repeat(3, 1, 1, 1), torch.zeros_like(y))
+    conditions = (Conditioning(model, y, s, cache_bytes) for y in maps)
+    shared, repeated, other = (sample(model, diffusion, y, noise, **options) for y in conditions)
     assert shared.steps.tolist() == repeated.steps.tolist()
     torch.testing.assert_close(shared.images, repeated.images, rtol=0, atol=1e-5)
-    other = sample(model, diffusion, torch.zeros_like(y), noise, **options).images
-    assert (shared.images - other).abs().max() > 1e-3  # the label map matters
+    assert (shared.images - other.images).abs().max() > 1e-3  # the label map matters
 
 
 def test_label_maps_are_computed_once_or_at_every_step(parts):
@@ -99,7 +99,7 @@ def test_label_maps_are_computed_once_or_at_every_step(parts):
     counts, needed = [], model.modulation_bytes(2, *SIZE)  # one picture and the null conditioning
     for cache_bytes in (needed, needed - 1, needed // 2 - 1):
         calls.clear()
-        sample(model, diffusion, y, noise, s=2.0, cache_bytes=cache_bytes)
+        sample(model, diffusion, Conditioning(model, y, 2.0, cache_bytes), noise)
         counts.append(len(calls))
     calls.clear()
     prepared = Conditioning(model, y, 2.0)  # its work is shared between calls
@@ -124,15 +124,15 @@ def test_chain_equals_the_naive_loop(parts, method, eta, variance, tail, count):
             x_start = diffusion.posterior(output, x, t)["pred_xstart"]
         out = diffusion.posterior(output, x, t) | {"pred_xstart": x_start}
         out["mean"] = diffusion.q_posterior(x_start, x, t)[0]
-        z = fresh_noise(x, torch.arange(3), SEEDS, diffusion.kept[step])
+        z = fresh_noise(x, torch.arange(3), SEEDS, diffusion.kept[step]) if step else None
         if step < tail:
             x = ddim_step(diffusion, out, x, t)
         elif method == "ddim":
-            x = ddim_step(diffusion, out, x, t, z if step else None, eta)
-        elif variance == "posterior":
-            x = out["mean"] + diffusion.posterior_variance[step].sqrt().float() * z  # zero at t = 0
+            x = ddim_step(diffusion, out, x, t, z, eta)
+        elif variance == "posterior" and step:
+            x = out["mean"] + diffusion.posterior_variance[step].sqrt().float() * z
         else:
-            x = ancestral_step(diffusion, out, x, t, z)
+            x = ancestral_step(out, z)
     handle = model.register_forward_hook(lambda *_: calls.append(1))
     options = {"eta": eta, "variance": variance, "tail_steps": tail, "network_steps": count}
     result = sampled(model, diffusion, y, noise, method, seeds=SEEDS, **options)

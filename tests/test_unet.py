@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from guided_diffusion import InputError, create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.diffusion.nn import AttentionBlock
 from guided_diffusion.diffusion.spade import LabelModulation, SPADEGroupNorm
-from guided_diffusion.diffusion.unet import ResBlock, SPADEResBlock, check_size
+from guided_diffusion.diffusion.unet import ResBlock, SPADEResBlock
 
 TINY = {
     "image_size": 32,
@@ -156,7 +156,7 @@ def test_forward_equals_the_naive_network(updown, scale_shift, places):
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     alone = run(model, x[1:], t[1:], y[1:])
     torch.testing.assert_close(alone, output[1:], rtol=0, atol=1e-5)  # samples in a batch do not mix
-    cached = model.cached_modulation(y)
+    cached = model.cached_modulation(model.label_modulation(y))
     torch.testing.assert_close(run(model, x, t, cached), output, rtol=0, atol=1e-6)
     needed = sum(tensor.nbytes for pair in cached.pairs for tensor in pair)
     assert model.modulation_bytes(2, *x.shape[2:]) == needed and len(cached.pairs) == len(model.spades)
@@ -248,18 +248,16 @@ def test_conditioning_planes(flags, planes):
     assert run(build_awake(**flags), *inputs(1, labels=planes)).shape == (1, 3, *SIZE)
 
 
-@pytest.mark.parametrize("size, example", [((18, 32), (16, 32)), ((1, 8), (4, 8)), ((23, 9), (24, 8))])
-def test_check_size_names_sizes_that_divide(size, example):
-    model = build(channel_mult="1,1,1")
-    with pytest.raises(InputError, match=f"{size[0]}x{size[1]}.*multiples of 4, for example {example[0]}x{example[1]}"):
-        model(*(v.to("meta") for v in inputs(1, size=size)))
-    check_size(*example, model.downsampling)
+@pytest.mark.parametrize("size", [(18, 32), (8, 9)])
+def test_size_that_the_downsampling_does_not_divide(size):
+    with pytest.raises(InputError, match=f"{size[0]}x{size[1]}.*multiples of 4"):
+        build("cpu", channel_mult="1,1,1")(*inputs(size=size))
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ({"num_channels": 48}, "--num_channels 48.*48 wide.*multiple of 32"),
+        ({"num_channels": 48}, r"--num_channels 48: levels \[48, 96\].*multiple of 32"),
         ({"channel_mult": "1,x"}, "--channel_mult 1,x"),
         ({"image_size": 96, "channel_mult": ""}, "--image_size 96.*--channel_mult"),
         ({"num_head_channels": 48}, "--num_head_channels 48 does not divide.* 64 channels"),
@@ -274,15 +272,14 @@ def test_flags_that_do_not_fit(flags, words):
 
 
 @pytest.mark.parametrize(
-    "y, words",
+    "shape, words",
     [
-        (torch.zeros(2, LABELS - 1, *SIZE), r"expected \(N, 6, H, W\), found \(2, 5, 8, 16\)"),
-        (None, "found None"),
-        (torch.zeros(1, LABELS, *SIZE), "differ in N, H or W"),
-        (torch.zeros(2, LABELS, 16, 16), "differ in N, H or W"),
+        ((2, LABELS - 1, *SIZE), r"expected \(N, 6, H, W\), found \(2, 5, 8, 16\)"),
+        ((1, LABELS, *SIZE), "differ in N, H or W"),
+        ((2, LABELS, 16, 16), "differ in N, H or W"),
     ],
 )
-def test_conditioning_that_does_not_fit(y, words):
+def test_conditioning_that_does_not_fit(shape, words):
     x, t, _ = inputs()
     with pytest.raises(InputError, match=words):
-        build("cpu")(x, t, y)
+        build("cpu")(x, t, torch.zeros(shape))
