@@ -6,6 +6,7 @@ image_sample.py run. Weights are random. A GPU's owner runs --configuration read
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -39,9 +40,10 @@ CONFIGURATIONS = {  # S: 64x128, a step takes a CPU less than a second; readme: 
     "S": "--image_size 64 --num_channels 64 --num_head_channels 32 --resblock_updown True --learn_sigma True",
     "readme": "--preset cityscapes",
 }
-FIXED = "--preview_items 0 --eval_interval 0 --num_workers 0 --precision fp32"
 SAMPLERS = (("dpm++", "logsnr12"), ("dpm++", "logsnr20"), ("ddim", "50"))
 CACHE_BYTES = 10 * 2**30  # --label_memory of the cityscapes preset
+GUIDANCE = 2.0  # the scale s
+ROUNDS = 3  # turns behind each median of a step
 SIDE = 4096  # of the matrices by whose product the machine is judged
 HOST_WAITS = ("StreamSynchronize", "EventSynchronize", "aten::item")  # ends of the profiler's names
 ROOT = Path(__file__).parents[1]
@@ -63,7 +65,7 @@ def host_waits(run):
 def step_rows(bench, cases, batch):
     """Time cases, a dict from (path, precision) to functions, in turn: a slow moment slows all. Yield rows of STEP."""
     turns = {case: [] for case in cases}
-    for _ in range(bench.rounds):
+    for _ in range(ROUNDS):
         for case, run in cases.items():
             turns[case].append(timer(run).blocked_autorange())  # warms up first
     times = {case: Measurement.merge(own)[0].median for case, own in turns.items()}
@@ -79,7 +81,7 @@ def step_rows(bench, cases, batch):
 def products(bench):
     """Products of two square matrices, the fastest of 3 turns. On a GPU, fp32 rounds to TF32 as convolutions do"""
     torch.set_float32_matmul_precision("highest" if bench.device.type == "cpu" else "high")
-    for precision in dict.fromkeys(["fp32", *bench.precisions]):
+    for precision in bench.precisions:
         dtype = devices.DTYPES[precision] or torch.float32
         a, b = torch.randn(2, SIDE, SIDE, device=bench.device).to(dtype)
         turns = [timer(partial(torch.mm, a, b)).blocked_autorange().median for _ in range(3)]
@@ -111,21 +113,27 @@ def reverse_step(bench, path, precision):
     model, (x, y) = network(bench, path, precision), noise_and_labels(bench)
     diffusion = build.diffusion_from(bench.config).to(bench.device)
     t = torch.tensor([diffusion.num_timesteps // 2], device=bench.device)
-    denoiser = guided_denoiser(model, diffusion, y, bench.s)
+    denoiser = guided_denoiser(model, diffusion, y, GUIDANCE)
     if path == "fast":
         with devices.autocast(bench.device, precision):
-            denoiser = Conditioning(model, y, bench.s, CACHE_BYTES).denoiser(diffusion, bench.s, 1)
+            denoiser = Conditioning(model, y, GUIDANCE, CACHE_BYTES).denoiser(diffusion, 1)
 
     def run():
         with devices.autocast(bench.device, precision):
-            return ancestral_step(diffusion, diffusion.posterior(denoiser(x, t), x, t), x, t, x)
+            return ancestral_step(diffusion.posterior(denoiser(x, t), x, t), x)
 
     return run
 
 
 def reverse_steps(bench):
-    """One reverse step with guidance"""
+    """One reverse step with guidance scale 2"""
     return step_rows(bench, {case: reverse_step(bench, *case) for case in bench.cases}, 1)
+
+
+def picture(model, diffusion, y, noise, settings):
+    """Make one picture by a whole reverse chain."""
+    condition = Conditioning(model, y, settings.s, CACHE_BYTES)
+    return run_chain(model, diffusion, condition, noise, settings, seeds=[0])
 
 
 def pictures(bench):
@@ -135,8 +143,7 @@ def pictures(bench):
         model = network(bench, "fast", precision)
         for method, steps in SAMPLERS[:1] if bench.quick else SAMPLERS:
             diffusion = build.diffusion_from(bench.config, timestep_respacing=steps).to(bench.device)
-            settings = SamplerSettings(method=method, steps=steps, s=bench.s)
-            run = partial(run_chain, model, diffusion, y, x, settings, seeds=[0], cache_bytes=CACHE_BYTES)
+            run = partial(picture, model, diffusion, y, x, SamplerSettings(method, steps, GUIDANCE))
             with devices.autocast(bench.device, precision):
                 seconds = timer(run).blocked_autorange().median
             yield precision, method, steps, seconds, plain / seconds
@@ -150,16 +157,14 @@ class PlainTraining:
         self.model.load_state_dict(loop.model.state_dict())
         rates = {"lr": loop.settings.lr, "weight_decay": loop.settings.weight_decay}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), foreach=False, fused=False, **rates)
-        weights = self.model.state_dict().items()
-        self.emas = {rate: {name: value.clone() for name, value in weights} for rate in loop.settings.ema_rates}
+        self.emas = {rate: copy.deepcopy(self.model.state_dict()) for rate in loop.settings.ema_rates}
 
     def train_step(self, batch):
         """One optimizer step on a prepared batch; returns the mean loss."""
-        loop = self.loop
-        batch = {name: value.to(loop.device) for name, value in batch.items() if torch.is_tensor(value)}
-        t, weights = loop.sampler.sample(batch["u"])
-        y = loop.inputs.conditioning(batch)
-        losses = loop.diffusion.training_losses(self.model, batch["image"], t, y=y, noise=batch["noise"])
+        batch = {name: value.to(self.loop.device) for name, value in batch.items() if torch.is_tensor(value)}
+        t, weights = self.loop.sampler.sample(batch["u"])
+        y, noise = self.loop.inputs.conditioning(batch), batch["noise"]
+        losses = self.loop.diffusion.training_losses(self.model, batch["image"], t, y=y, noise=noise)
         loss = (losses["loss"] * weights).mean()
         loss.backward()
         self.optimizer.step()
@@ -203,8 +208,10 @@ def peaks(bench):
 
 def peak_of(bench, what, path, precision):
     """Return the peak memory in bytes of two steps of one picture, and on a CPU of all that this process did before."""
-    reverse = what == "reverse step"
-    run = reverse_step(bench, path, precision) if reverse else training_cases(bench, 1)[path, precision]
+    if what == "reverse step":
+        run = reverse_step(bench, path, precision)
+    else:
+        run = training_cases(bench, 1)[path, precision]
     devices.release_memory(bench.device)
     run()
     run()
@@ -262,23 +269,19 @@ def prepare(arguments, folder):
     parser.add_argument("--only", default=",".join(PARTS), help="parts to measure: %(default)s")
     parser.add_argument("--output", default="benchmark.json", help="where the figures go, after each part")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
-    parser.add_argument("--precision", default="fp32,bf16,fp16", help="of the fast path, those that the device can do")
     parser.add_argument("--compile", action="store_true", help="torch.compile the fast path's network")
-    parser.add_argument("--s", type=float, default=2.0, help="guidance scale")
-    parser.add_argument("--rounds", type=int, default=3, help="turns behind each median of a step")
     bench = parser.parse_args(arguments)
     bench.flags = dict(vars(bench))
-    for flag, choices in (("only", PARTS), ("precision", ("fp32", "bf16", "fp16"))):
-        for name in parts_of(getattr(bench, flag)):
-            if name not in choices:
-                raise InputError(f"--{flag} {name}: unknown; choose from {', '.join(choices)}")
+    if unknown := [name for name in parts_of(bench.only) if name not in PARTS]:
+        raise InputError(f"--only {unknown[0]}: unknown; choose from {', '.join(PARTS)}")
     check_folder(str(Path(bench.output).parent), "output")
     bench.device, bench.rates = devices.select_device(bench.device), {}
-    usable = (devices.usable_precision(bench.device, name)[0] for name in parts_of(bench.precision))
+    usable = (devices.usable_precision(bench.device, name)[0] for name in ("fp32", "bf16", "fp16"))
     bench.precisions = list(dict.fromkeys(usable))
     bench.cases = [("plain", "fp32"), *(("fast", precision) for precision in bench.precisions)]
-    words = f"{CONFIGURATIONS[bench.configuration]} {FIXED} --compile {bench.compile}".split()
+    fixed = f"--preview_items 0 --eval_interval 0 --num_workers 0 --precision fp32 --compile {bench.compile}"
     folders = ["--data_dir", f"{folder}/scenes", "--checkpoint_dir", f"{folder}/run"]
+    words = f"{CONFIGURATIONS[bench.configuration]} {fixed}".split()
     bench.config, _ = parse_config(TrainConfig, "", words + folders)
     write_toy_scenes(bench.config.data_dir, 8, 1, bench.config.image_size, 2 * bench.config.image_size, progress=False)
     return bench

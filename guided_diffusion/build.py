@@ -176,7 +176,7 @@ def training_loop(config, given, log, group=None, device=None):
     """
     # Here and below: what training alone needs is imported by training alone.
     from .data.loading import scene_batches
-    from .diffusion.resample import create_schedule_sampler
+    from .diffusion.resample import SCHEDULE_SAMPLERS
     from .training.loop import TrainLoop
 
     group, device = group or Group(), device or select_device(config.device)
@@ -201,7 +201,7 @@ def training_loop(config, given, log, group=None, device=None):
     loop = TrainLoop(
         compiled(model, log) if config.compile else model,
         diffusion,
-        create_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps).to(device),
+        SCHEDULE_SAMPLERS[config.schedule_sampler](diffusion.num_timesteps).to(device),
         inputs,
         lambda position: scene_batches(pictures, start=position, **loading),
         _validation(config, validation_pictures, inputs, diffusion, device, precision),

@@ -18,11 +18,12 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setitem(benchmark.CONFIGURATIONS, "S", " ".join(as_arguments({**TINY, "image_size": 32})))
     monkeypatch.setattr(benchmark, "SIDE", 16)
     monkeypatch.setattr(benchmark, "SAMPLERS", (("dpm++", "logsnr3"), ("ddim", "5")))
-    words = ["--quick", "--precision", "fp32", "--output", str(tmp_path / "b.json")]
-    return benchmark.prepare([*words, "--device", "cpu"], tmp_path)
+    bench = benchmark.prepare(["--quick", "--device", "cpu", "--output", str(tmp_path / "b.json")], tmp_path)
+    bench.precisions, bench.cases = ["fp32"], [("plain", "fp32"), ("fast", "fp32")]
+    return bench
 
 
-@pytest.mark.parametrize("words", ["--only steps", "--precision fp8", "--output {file}/b.json", "--device tpu"])
+@pytest.mark.parametrize("words", ["--only steps", "--output {file}/b.json", "--device tpu"])
 def test_prepare_refuses_bad_flags(words, tmp_path):
     (tmp_path / "a.json").write_text("")
     with pytest.raises(InputError, match=words.split()[0]):

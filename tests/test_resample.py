@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from guided_diffusion import InputError
-from guided_diffusion.diffusion.resample import LossSecondMomentSampler, UniformSampler, create_schedule_sampler
+from guided_diffusion.diffusion.resample import LossSecondMomentSampler, UniformSampler
 
 
 def grid(count):
@@ -18,13 +17,6 @@ def warm(losses, history=3):
     for _ in range(history):
         sampler.update(torch.arange(len(losses)), torch.tensor(losses))
     return sampler
-
-
-def test_create_schedule_sampler_by_name():
-    assert type(create_schedule_sampler("uniform", 10)) is UniformSampler
-    assert type(create_schedule_sampler("loss-second-moment", 10)) is LossSecondMomentSampler
-    with pytest.raises(InputError, match="--schedule_sampler best: unknown; choose uniform or loss-second-moment"):
-        create_schedule_sampler("best", 10)
 
 
 def test_uniform_covers_every_step_equally_and_has_no_state():

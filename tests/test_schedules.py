@@ -27,10 +27,9 @@ def test_beta_schedule_cosine_has_the_closed_alpha_bar():
     assert COSINE[-1] == 0.999  # capped
 
 
-@pytest.mark.parametrize("name, steps, words", [("sqrt", 10, "sqrt.*linear or cosine"), ("linear", 0, "at least 1")])
-def test_beta_schedule_names_a_bad_flag(name, steps, words):
-    with pytest.raises(InputError, match=words):
-        beta_schedule(name, steps)
+def test_beta_schedule_names_a_bad_flag():
+    with pytest.raises(InputError, match="sqrt: unknown; choose linear or cosine"):
+        beta_schedule("sqrt", 10)
 
 
 @pytest.mark.parametrize("text", ["", " ", "1000", "ddim1000", 1000])
@@ -76,11 +75,9 @@ def test_space_timesteps_gives_every_section_its_count(steps, text):
     [
         ("abc", "expected a count"),
         ("ddim5,5", "expected a count"),
-        ("logsnr", "expected a count"),
-        ("logsnr0", "at least 1"),
-        ("logsnr101", "has 100 steps"),
-        ("101", "section of 100 steps cannot give 101"),
-        ("10,60", "section of 50 steps cannot give 60"),
+        ("logsnr0", "expected a count"),
+        ("logsnr101", "sections of .100. steps"),
+        ("10,60", "sections of .50, 50. steps"),
         ("ddim30", "no whole stride takes 30 of 100"),
     ],
 )

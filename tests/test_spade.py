@@ -22,25 +22,23 @@ def inputs(n, labels=None):
     return x, torch.tensor([0.0, 731.0, 5.5])[:n], y
 
 
-def two_passes(model, x, t, y):
-    y = y.expand(len(x), -1, -1, -1)
-    return torch.cat([model(x, t, y), model(x, t, torch.zeros_like(y))])
-
-
-@pytest.mark.parametrize("form", ["cached_modulation", "label_modulation"])
-@pytest.mark.parametrize("n, labels", [(3, 3), (3, 1)])
-def test_guided_modulation_equals_two_passes(network, form, n, labels):
-    x, t, y = inputs(n, labels)
-    make, rows = getattr(network, form), []
+@pytest.mark.parametrize("is_cached", [True, False])
+@pytest.mark.parametrize("labels", [3, 1])
+def test_guided_modulation_equals_two_passes(network, is_cached, labels):
+    (x, t, y), rows = inputs(3, labels), []
+    halves = [network.label_modulation(maps) for maps in (y, torch.zeros_like(y[:1]))]
+    if is_cached:
+        halves = [network.cached_modulation(half) for half in halves]
     parts = (network.input_blocks[-1], network.output_blocks[0])
     handles = [part.register_forward_hook(lambda _, inputs, output: rows.append(len(output))) for part in parts]
-    together = network(x, t, GuidedModulation(make(y), make(torch.zeros_like(y[:1]))))
+    together = network(x, t, GuidedModulation(*halves))
     for handle in handles:
         handle.remove()
-    expected = two_passes(network, x, t, y)
-    assert (expected[:n] - expected[n:]).abs().max() > 0.05
+    y = y.expand(3, -1, -1, -1)
+    expected = torch.cat([network(x, t, y), network(x, t, torch.zeros_like(y))])
+    assert (expected[:3] - expected[3:]).abs().max() > 0.05
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-5)
-    assert rows == [2 * n if network.encoder_sees_labels else n, 2 * n]  # a plain encoder serves both halves
+    assert rows == [6 if network.encoder_sees_labels else 3, 6]  # a plain encoder serves both halves
 
 
 @pytest.mark.parametrize("size", [(2, 4), (5, 6), (8, 16), (11, 3)])
@@ -80,7 +78,7 @@ def test_compile_has_no_graph_breaks_in_guided_sampling(compiled, places, cache_
     model, diffusion = tiny_network(unet_model=places)
     model.requires_grad_(False)
     condition, x = Conditioning(model, inputs(3)[2], 2.0, cache_bytes), normals(2, 3, *SIZE)
-    denoiser = condition.denoiser(diffusion, 2.0, 2, torch.tensor([0, 2]))
+    denoiser = condition.denoiser(diffusion, 2, torch.tensor([0, 2]))
     t = torch.tensor([3, 700])
     plain = denoiser(x, t)
     model.forward = compiled(model.forward)

@@ -2,9 +2,8 @@
 
 import torch
 
-from ..console import InputError
 from .gaussian_diffusion import guide, guided_denoiser
-from .spade import CachedModulation, GuidedModulation
+from .spade import GuidedModulation, NullModulation
 
 CACHE_BYTES = 2**32  # memory that a chain may take for what it computes once from the label map (--label_memory)
 
@@ -15,14 +14,13 @@ class Conditioning:
     :param model: callable (x, timesteps, y). A `UNetModel` runs both halves of guidance in one batch of two, and its
         encoder, where that has no SPADE, for one of them only.
     :param y: (N, C, H, W) conditioning; (1, C, H, W) serves any number of samples.
-    :param s: guidance scale that it will be used with.
+    :param s: guidance scale.
     :param cache_bytes: bound on the memory; 0 computes everything at every step.
     """
 
     @torch.no_grad()
     def __init__(self, model, y, s=1.0, cache_bytes=CACHE_BYTES):
-        self.model, self.s, self.y, self.shape = model, s, y, y.shape
-        self.modulation = self.null = None
+        self.model, self.s, self.y, self.shape, self.modulation = model, s, y, y.shape, None
         if not hasattr(model, "cached_modulation"):
             return
         itemsize = 2 if torch.is_autocast_enabled(y.device.type) else 4
@@ -32,29 +30,21 @@ class Conditioning:
             return model.cached_modulation(modulation) if fits else modulation
 
         self.modulation = cached(model.label_modulation(y), len(y))
-        if s > 1:
-            self.null = cached(model.null_modulation(y), len(y) + 1)
+        self.null = cached(NullModulation(y), len(y) + 1) if s > 1 else None
 
-    @property
-    def is_cached(self):
-        """Whether the label maps' work is kept, and not done at every step."""
-        return isinstance(self.modulation, CachedModulation)
-
-    def denoiser(self, diffusion, s, n, rows=None):
+    def denoiser(self, diffusion, n, rows=None):
         """Return the denoiser of n samples, those at `rows` (n,) where not all are left."""
-        if s != self.s:
-            raise InputError(f"--s {s:g}: this conditioning was made ready for {self.s:g}")
         y, modulation = self.y, self.modulation
         if rows is not None and len(y) > 1:
             rows = rows.to(y.device)  # once: not at every step and layer
             y, modulation = y[rows], modulation and modulation.rows(rows)
         if modulation is None:
-            return guided_denoiser(self.model, diffusion, y.expand(n, -1, -1, -1), s)
-        if s == 1:
+            return guided_denoiser(self.model, diffusion, y.expand(n, -1, -1, -1), self.s)
+        if self.s == 1:
             return guided_denoiser(self.model, diffusion, modulation)
         both = GuidedModulation(modulation, self.null)
 
         def guided(x, t):
-            return guide(*self.model(x, diffusion.model_timesteps(t), both).chunk(2), s)
+            return guide(*self.model(x, diffusion.model_timesteps(t), both).chunk(2), self.s)
 
         return guided

@@ -13,14 +13,12 @@ from .losses import discretized_gaussian_log_likelihood, mean_flat, nats_to_bits
 from .schedules import beta_schedule, respaced_betas, space_timesteps
 from .solvers import SamplerSettings
 
-PREDICTIONS = ("eps", "x0", "v")
-
 
 class GaussianDiffusion(nn.Module):
     """Tables of one diffusion process; no learned parameters.
 
     :param betas: (T,) float64 of the original process.
-    :param kept: which original steps this chain uses, ascending; all of them by default.
+    :param kept: list of the original steps that this chain uses, ascending; all of them by default.
     :param prediction: what the network predicts: "eps", "x0" or "v" (progressive distillation, arXiv 2202.00512).
     :param learn_sigma: the network gives 3 more channels that place log variance between posterior and beta
         (improved diffusion, eq. 15); otherwise the variance is beta_t, and the posterior's at t = 0.
@@ -30,10 +28,10 @@ class GaussianDiffusion(nn.Module):
 
     def __init__(self, betas, kept=None, prediction="eps", learn_sigma=False, loss_type="mse", rescale_timesteps=False):
         super().__init__()
-        if prediction not in PREDICTIONS:
-            raise InputError(f"--prediction {prediction}: unknown; choose one of {', '.join(PREDICTIONS)}")
+        if prediction not in ("eps", "x0", "v"):
+            raise InputError(f"--prediction {prediction}: unknown; choose eps, x0 or v")
         self.prediction, self.learn_sigma, self.loss_type = prediction, learn_sigma, loss_type
-        self.kept = kept = list(range(len(betas))) if kept is None else list(kept)
+        self.kept = kept = list(range(len(betas))) if kept is None else kept
         self.num_timesteps = len(kept)
         self._table("timestep_map", np.asarray(kept) * (1000.0 / len(betas) if rescale_timesteps else 1))
         betas = respaced_betas(betas, kept)
@@ -41,8 +39,7 @@ class GaussianDiffusion(nn.Module):
         previous = np.append(1.0, alphas_cumprod[:-1])
         posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
         # The posterior variance is 0 at t = 0, where its logarithm takes the next one's value.
-        clipped = np.append(posterior_variance[min(1, len(kept) - 1)], posterior_variance[1:])
-        clipped = np.maximum(clipped, 1e-20)
+        clipped = np.maximum(np.append(posterior_variance[:2][-1], posterior_variance[1:]), 1e-20)
         self._table("alphas_cumprod", alphas_cumprod)
         self._table("alphas_cumprod_prev", previous)
         self._table("sqrt_alphas_cumprod", np.sqrt(alphas_cumprod))
@@ -70,9 +67,7 @@ class GaussianDiffusion(nn.Module):
     def q_sample(self, x_start, t, noise):
         """Forward process: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (DDPM eq. 4; Diff-GOn's NR-FD, noise NB[i]).
 
-        :param x_start: (N, 3, H, W) in [-1, 1].
-        :param t: (N,) steps.
-        :param noise: (N, 3, H, W) standard normal.
+        :param x_start, t, noise: (N, 3, H, W) in [-1, 1], (N,) steps, (N, 3, H, W) standard normal.
         """
         return self.at("sqrt_alphas_cumprod", t) * x_start + self.at("sqrt_one_minus_alphas_cumprod", t) * noise
 
@@ -126,16 +121,15 @@ class GaussianDiffusion(nn.Module):
         :param model: callable (x, timesteps, y).
         :param x, t, y: (N, 3, H, W), (N,) steps of this chain, (N, C, H, W) conditioning.
         """
-        settings = SamplerSettings(s=s, clip_denoised=clip_denoised)  # checks them
-        return self.posterior(guided_denoiser(model, self, y, settings.s)(x, t), x, t, settings.clip_denoised)
+        SamplerSettings(s=s)  # checks it
+        return self.posterior(guided_denoiser(model, self, y, s)(x, t), x, t, clip_denoised)
 
     def training_losses(self, model, x_start, t, y, noise):
         """Losses of one batch (Diff-GOn eq. for NR-FD; the variational term as improved diffusion, section 3.1).
 
         :param model: callable (x, timesteps, y).
-        :param x_start: (N, 3, H, W) in [-1, 1].
-        :param t: (N,) steps.
-        :param noise: (N, 3, H, W): bank entries, or fresh noise.
+        :param x_start, t: (N, 3, H, W) in [-1, 1], (N,) steps.
+        :param y, noise: (N, C, H, W) conditioning, (N, 3, H, W) bank entries or fresh noise.
         :return: dict of "loss" and, where the loss type computes them, "mse" and "vb" (bits per dimension), each (N,).
         """
         x = self.q_sample(x_start, t, noise)
@@ -156,10 +150,9 @@ class GaussianDiffusion(nn.Module):
     def _variational_term(self, output, x_start, x, t):
         """L_{t-1}, or L_0 at t = 0, in bits per dimension, (N,)."""
         true_mean, _, true_log_variance = self.q_posterior(x_start, x, t)
-        predicted = self.posterior(output, x, t, clip_denoised=False)
-        mean, log_variance = predicted["mean"], predicted["log_variance"]
-        kl = mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance))
-        nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, mean, 0.5 * log_variance))
+        model = self.posterior(output, x, t, clip_denoised=False)
+        kl = mean_flat(normal_kl(true_mean, true_log_variance, model["mean"], model["log_variance"]))
+        nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, model["mean"], 0.5 * model["log_variance"]))
         return nats_to_bits(torch.where(t == 0, nll, kl))
 
 
@@ -173,20 +166,16 @@ def guided_denoiser(model, diffusion, y, s=1.0):
     :return: denoiser(x, t) -> (N, 3 or 6, H, W).
     """
 
-    def conditional(x, t):
-        return model(x, diffusion.model_timesteps(t), y)
+    def denoiser(x, t):
+        timesteps = diffusion.model_timesteps(t)
+        output = model(x, timesteps, y)
+        return guide(output, model(x, timesteps, torch.zeros_like(y)), s) if s > 1 else output
 
-    def guided(x, t):
-        return guide(conditional(x, t), model(x, diffusion.model_timesteps(t), torch.zeros_like(y)), s)
-
-    return guided if s > 1 else conditional
+    return denoiser
 
 
 def guide(output, null_output, s):
-    """Return out(0) + s (out(m) - out(0)) for the mean channels, and the variance channels of out(m).
-
-    :param output, null_output: (N, 3 or 6, H, W), the network's outputs for m and for the null conditioning.
-    """
+    """Return out(0) + s (out(m) - out(0)) for the mean channels, and out(m)'s variance channels; (N, 3 or 6, H, W)."""
     mean = torch.lerp(null_output[:, :3], output[:, :3], s)
     return torch.cat([mean, output[:, 3:]], dim=1)
 

@@ -10,15 +10,9 @@ def mean_flat(x):
     return x.flatten(1).mean(1)
 
 
-def normal_kl(mean1, log_variance1, mean2, log_variance2):
-    """KL(N1 || N2) of diagonal Gaussians, element by element, in nats."""
-    return 0.5 * (
-        -1.0
-        + log_variance2
-        - log_variance1
-        + torch.exp(log_variance1 - log_variance2)
-        + (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
-    )
+def normal_kl(mean1, logvar1, mean2, logvar2):
+    """KL(N1 || N2) of diagonal Gaussians from their log variances, element by element, in nats."""
+    return 0.5 * (-1 + logvar2 - logvar1 + (logvar1 - logvar2).exp() + (mean1 - mean2) ** 2 * (-logvar2).exp())
 
 
 def discretized_gaussian_log_likelihood(x, mean, log_scale):

@@ -10,15 +10,14 @@ def timestep_embedding(timesteps, dim):
     """Sinusoidal embedding, cosines first (Vaswani et al. 2017, in the order that guided-diffusion weights expect).
 
     :param timesteps: (N,) original timesteps; may be fractional.
-    :param dim: width of the embedding; an odd width gets one zero column.
+    :param dim: width of the embedding, even.
     :return: (N, dim) float32 in [-1, 1].
     """
     half = dim // 2
     powers = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     frequencies = torch.exp(-math.log(10000) * powers / half)
     angles = timesteps[:, None].float() * frequencies  # (N, half)
-    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
-    return nn.functional.pad(embedding, (0, dim % 2))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def zero_module(module):
@@ -38,13 +37,10 @@ class Upsample(nn.Module):
 
     def __init__(self, channels, use_conv):
         super().__init__()
-        if use_conv:
-            self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.use_conv = use_conv
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
 
     def forward(self, x):
-        x = nn.functional.interpolate(x, scale_factor=2, mode="nearest")  # (N, C, 2H, 2W)
-        return self.conv(x) if self.use_conv else x
+        return self.conv(nn.functional.interpolate(x, scale_factor=2, mode="nearest"))  # (N, C, 2H, 2W)
 
 
 class Downsample(nn.Module):
@@ -59,10 +55,7 @@ class Downsample(nn.Module):
 
 
 class Pointwise(nn.Conv1d):
-    """A 1x1 convolution, with its parameters' shapes, on tokens (N, L, C)."""
-
-    def __init__(self, channels, out_channels):
-        super().__init__(channels, out_channels, 1)
+    """A convolution of kernel size 1, with its parameters' shapes, on tokens (N, L, C)."""
 
     def forward(self, tokens):
         return nn.functional.linear(tokens, self.weight[..., 0], self.bias)
@@ -79,8 +72,8 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.num_heads, self.new_order = num_heads, new_order
         self.norm = normalization(channels)
-        self.qkv = Pointwise(channels, 3 * channels)
-        self.proj_out = zero_module(Pointwise(channels, channels))
+        self.qkv = Pointwise(channels, 3 * channels, 1)
+        self.proj_out = zero_module(Pointwise(channels, channels, 1))
 
     def forward(self, x):
         n, c, height, width = x.shape

@@ -3,8 +3,6 @@
 import torch
 from torch import nn
 
-from ..console import InputError
-
 
 class UniformSampler(nn.Module):
     """Each of T `steps` equally often."""
@@ -61,11 +59,4 @@ class LossSecondMomentSampler(UniformSampler):
             self.counts[step] += 1
 
 
-SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentSampler}
-
-
-def create_schedule_sampler(name, steps):
-    """Return the sampler called `name`: "uniform" or "loss-second-moment"."""
-    if name not in SAMPLERS:
-        raise InputError(f"--schedule_sampler {name}: unknown; choose {' or '.join(SAMPLERS)}")
-    return SAMPLERS[name](steps)
+SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentSampler}

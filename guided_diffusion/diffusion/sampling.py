@@ -6,7 +6,7 @@ import torch
 
 from ..console import InputError
 from ..random_streams import generator
-from .conditioning import CACHE_BYTES, Conditioning
+from .conditioning import Conditioning
 from .solvers import SamplerSettings, StepRule
 
 
@@ -44,25 +44,13 @@ def sample(model, diffusion, y, noise, method="ddpm", s=1.0, eta=0.0, clip_denoi
 
 @torch.no_grad()
 def run_chain(
-    model,
-    diffusion,
-    y,
-    noise,
-    settings,
-    *,
-    seeds=None,
-    step_noise=None,
-    early_stop=None,
-    on_step=None,
-    cache_bytes=CACHE_BYTES,
-    network_steps=None,
+    model, diffusion, y, noise, settings, seeds=None, step_noise=None, early_stop=None, on_step=None, network_steps=None
 ):
     """Run the reverse chain from x_T = noise.
 
     :param model: callable (x, timesteps, y) -> (N, 3 or 6, H, W); a module is put in evaluation mode for the run.
     :param diffusion: the (respaced) `GaussianDiffusion`.
-    :param y: (N, C, H, W) conditioning, as received; (1, C, H, W) serves all samples, with the label-map work done
-        once; or a `Conditioning`, to share that work between calls.
+    :param y: (N, C, H, W) conditioning; (1, C, H, W) serves all samples; or a `Conditioning`, whose guidance counts.
     :param noise: (N, 3, H, W) standard normal, such as bank entries.
     :param settings: the `SamplerSettings`; the respacing in them is the diffusion's.
     :param seeds: (N,) integers. Sample k's fresh noise at a step follows from seeds[k] and the original timestep alone,
@@ -71,7 +59,6 @@ def run_chain(
         host, says which samples still run.
     :param early_stop: an `EarlyStop`: finished samples leave the batch with their predicted x_0 as the answer.
     :param on_step: function (t, x, out), called at every step with the step number, x_t and the prediction.
-    :param cache_bytes: see `Conditioning`.
     :param network_steps: run the network at so many steps only, evenly spread, and hold the predicted x_0 between them
         (not with early stopping). The noises stay those of the whole chain: a cheap look at its picture.
     """
@@ -89,7 +76,7 @@ def run_chain(
     try:
         if training:
             model.eval()
-        condition = y if isinstance(y, Conditioning) else Conditioning(model, y, settings.s, cache_bytes)
+        condition = y if isinstance(y, Conditioning) else Conditioning(model, y, settings.s)
         _reverse_process(condition, rule, noise, batch, draw, on_step)
     finally:
         if training:
@@ -97,12 +84,11 @@ def run_chain(
     return batch.result
 
 
-def _reverse_process(condition, rule, noise, batch, draw, on_step):
-    """Run all steps from x_T = noise; the pictures are then in the batch's result."""
-    diffusion, s, x = rule.diffusion, rule.settings.s, noise
-    times = torch.arange(diffusion.num_timesteps, device=x.device)
-    denoiser = condition.denoiser(diffusion, s, len(x))
-    for step in reversed(range(diffusion.num_timesteps)):
+def _reverse_process(condition, rule, x, batch, draw, on_step):
+    """Run all steps from x_T = x; the pictures are then in the batch's result."""
+    times = torch.arange(rule.diffusion.num_timesteps, device=x.device)
+    denoiser = condition.denoiser(rule.diffusion, len(x))
+    for step in reversed(range(len(times))):
         t = times[step].expand(len(x))
         if step in rule.evaluated:
             output, held = denoiser(x, t), None
@@ -116,7 +102,7 @@ def _reverse_process(condition, rule, noise, batch, draw, on_step):
             if not len(x):
                 return
             rule.keep(left)
-            denoiser = condition.denoiser(diffusion, s, len(x), batch.rows)
+            denoiser = condition.denoiser(rule.diffusion, len(x), batch.rows)
         z = draw(step, x, out) if rule.is_noisy(step) else None
         x = rule(step, out, x, t, z)
     batch.finish(x)
@@ -126,7 +112,7 @@ class _Batch:
     """The samples of a chain that still run, and the answers of those that are done."""
 
     def __init__(self, noise, early_stop):
-        self.early_stop, self.previous, self.taken = early_stop, None, 0
+        self.early_stop, self.previous, self.taken = early_stop, float("nan"), 0
         self.rows = torch.arange(len(noise))  # on the host: asking the device would wait for it at every step
         self.calm = torch.zeros(len(noise), dtype=torch.int64, device=noise.device)  # consecutive steps below tol
         self.result = SampleResult(torch.zeros_like(noise), torch.zeros_like(self.calm))
@@ -136,10 +122,8 @@ class _Batch:
         self.taken += 1
         if self.early_stop is None:
             return None
-        if self.previous is not None:
-            moved = (x_start - self.previous).flatten(1).square().mean(1).sqrt()
-            self.calm = torch.where(moved < self.early_stop.tol, self.calm + 1, 0)
-        self.previous = x_start
+        moved = (x_start - self.previous).flatten(1).square().mean(1).sqrt()  # NaN at the first step
+        self.calm, self.previous = torch.where(moved < self.early_stop.tol, self.calm + 1, 0), x_start
         runs_on = ((self.calm < self.early_stop.patience) | (self.taken < self.early_stop.min_steps)).cpu()
         if runs_on.all():
             return None

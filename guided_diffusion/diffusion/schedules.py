@@ -1,12 +1,11 @@
 """Noise schedules and respacing."""
 
 import math
+from itertools import accumulate
 
 import numpy as np
 
 from ..console import InputError
-
-MAX_BETA = 0.999  # beta = 1 would leave nothing of x_0, and the posterior undefined
 
 
 def beta_schedule(name, steps):
@@ -14,11 +13,9 @@ def beta_schedule(name, steps):
 
     :param name: "linear" (DDPM, scaled so that any number of steps covers the same range: 1e-4...2e-2 at 1000) or
         "cosine" (improved diffusion, arXiv 2102.09672, eq. 17).
-    :param steps: number of diffusion steps, at least 1.
+    :param steps: number of diffusion steps.
     :return: (steps,) float64 in (0, 0.999].
     """
-    if steps < 1:
-        raise InputError(f"--diffusion_steps {steps}: at least 1 step is needed")
     if name == "linear":
         scale = 1000 / steps
         betas = np.linspace(scale * 1e-4, scale * 2e-2, steps, dtype=np.float64)
@@ -27,7 +24,7 @@ def beta_schedule(name, steps):
         betas = 1 - levels[1:] / levels[:-1]
     else:
         raise InputError(f"--noise_schedule {name}: unknown; choose linear or cosine")
-    return np.minimum(betas, MAX_BETA)
+    return np.minimum(betas, 0.999)  # beta = 1 would leave nothing of x_0, and the posterior undefined
 
 
 def space_timesteps(betas, respacing):
@@ -46,35 +43,31 @@ def space_timesteps(betas, respacing):
     try:
         counts = [int(text[len(kind) :])] if kind else [int(part) for part in text.split(",")]
     except ValueError:
+        counts = [0]
+    if min(counts) < 1:
         forms = 'a count ("250"), counts per section ("10,20,30"), "ddim50" or "logsnr20"'
-        raise InputError(f"--timestep_respacing {text}: expected {forms}") from None
+        raise InputError(f"--timestep_respacing {text}: expected {forms}")
     if kind == "ddim":
         strides = [stride for stride in range(1, steps + 1) if len(range(0, steps, stride)) == counts[0]]
         if not strides:
             raise InputError(f"--timestep_respacing {text}: no whole stride takes {counts[0]} of {steps} steps")
         return list(range(0, steps, strides[0]))
-    if min(counts) < 1:
-        raise InputError(f"--timestep_respacing {text}: every count must be at least 1")
+    sizes = [steps // len(counts) + (i < steps % len(counts)) for i in range(len(counts))]
+    if any(size < count for size, count in zip(sizes, counts, strict=True)):
+        raise InputError(f"--timestep_respacing {text}: {counts} of sections of {sizes} steps; ask for fewer")
     if kind == "logsnr":
-        return _even_in_logsnr(betas, counts[0], text)
+        return _even_in_logsnr(betas, counts[0])
     chosen, start = [], 0
-    for i, count in enumerate(counts):
-        size = steps // len(counts) + (i < steps % len(counts))
-        if size < count:
-            raise InputError(f"--timestep_respacing {text}: a section of {size} steps cannot give {count}")
-        stride = (size - 1) / (count - 1) if count > 1 else 1
-        place = 0.0
-        for _ in range(count):
-            chosen.append(start + round(place))
-            place += stride  # added up, as guided-diffusion does: a product would round some ties the other way
+    for size, count in zip(sizes, counts, strict=True):
+        stride = (size - 1) / max(1, count - 1)
+        # Added up, as guided-diffusion does: a product would round some ties the other way.
+        chosen += [start + round(place) for place in accumulate([0.0, *[stride] * (count - 1)])]
         start += size
     return chosen
 
 
-def _even_in_logsnr(betas, count, text):
-    if count > len(betas):
-        raise InputError(f"--timestep_respacing {text}: the process has {len(betas)} steps")
-    alphas_cumprod = np.cumprod(1 - np.asarray(betas, dtype=np.float64))
+def _even_in_logsnr(betas, count):
+    alphas_cumprod = np.cumprod(1 - betas)
     logsnr = np.log(alphas_cumprod / (1 - alphas_cumprod))  # falls
     wanted = np.linspace(logsnr[-1], logsnr[0], count)
     chosen = np.abs(logsnr[:, None] - wanted).argmin(0)[::-1]  # ascending
@@ -86,5 +79,5 @@ def _even_in_logsnr(betas, count, text):
 
 def respaced_betas(betas, kept):
     """Return the betas of the shorter chain over the original steps `kept` (same alpha-bar at those steps)."""
-    alphas_cumprod = np.cumprod(1 - np.asarray(betas, dtype=np.float64))[list(kept)]
+    alphas_cumprod = np.cumprod(1 - betas)[kept]
     return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])

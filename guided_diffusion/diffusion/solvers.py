@@ -5,15 +5,10 @@ from dataclasses import dataclass
 
 from ..console import InputError
 
-METHODS = ("ddpm", "ddim", "dpm++")
 
-
-def ancestral_step(diffusion, out, x, t, z=None):
-    """x_{t-1} = mean + sigma z (DDPM, algorithm 2, line 4); no noise at t = 0, or where z is None."""
-    if z is None:
-        return out["mean"]
-    noisy = (t != 0).float()[:, None, None, None]
-    return out["mean"] + noisy * (0.5 * out["log_variance"]).exp() * z
+def ancestral_step(out, z=None):
+    """x_{t-1} = mean + sigma z (DDPM, algorithm 2, line 4); z is None at t = 0."""
+    return out["mean"] if z is None else out["mean"] + (0.5 * out["log_variance"]).exp() * z
 
 
 def ddim_step(diffusion, out, x, t, z=None, eta=0.0):
@@ -39,11 +34,9 @@ class DPMSolver:
     def __init__(self, diffusion, evaluated):
         # Python numbers in float64, once per chain: a step reads nothing from the device.
         abar = [1.0, *diffusion.alphas_cumprod.tolist()]  # of the step's end, then of its start
-        alpha, sigma = [math.sqrt(a) for a in abar], [math.sqrt(1 - a) for a in abar]
-        keeps = [sigma[t] / sigma[t + 1] for t in range(diffusion.num_timesteps)]
-        self.weights = [(keep, alpha[t] - keep * alpha[t + 1]) for t, keep in enumerate(keeps)]  # of x_t and D
+        self.alpha, self.sigma = [math.sqrt(a) for a in abar], [math.sqrt(1 - a) for a in abar]
         points = sorted(evaluated, reverse=True)
-        level = [math.log(alpha[t + 1] / sigma[t + 1]) for t in points]
+        level = [math.log(self.alpha[t + 1] / self.sigma[t + 1]) for t in points]
         self.extrapolation = dict.fromkeys(points, 0.0)  # 1 / (2 r), r = h_last / h
         for k in range(1, len(points) - 1):
             self.extrapolation[points[k]] = (level[k + 1] - level[k]) / (level[k] - level[k - 1]) / 2
@@ -55,8 +48,8 @@ class DPMSolver:
         if weight is not None:
             self.direction = x_start if weight == 0 else x_start + weight * (x_start - self.previous)
             self.previous = x_start
-        keep, pull = self.weights[step]
-        return keep * x + pull * self.direction
+        keep = self.sigma[step] / self.sigma[step + 1]
+        return keep * x + (self.alpha[step] - keep * self.alpha[step + 1]) * self.direction
 
 
 @dataclass(frozen=True)
@@ -81,14 +74,12 @@ class SamplerSettings:
     tail_steps: int = 0
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise InputError(f"sampling method {self.method!r}: unknown; choose one of {', '.join(METHODS)}")
+        if self.method not in ("ddpm", "ddim", "dpm++"):
+            raise InputError(f"sampling method {self.method!r}: unknown; choose ddpm, ddim or dpm++")
         if not self.s >= 1:
             raise InputError(f"--s {self.s}: the guidance scale must be at least 1")
-        if self.eta and self.method != "ddim":
-            raise InputError(f"--eta {self.eta} belongs to DDIM, not to {self.method}")
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"--eta {self.eta}: expected 0 (deterministic) to 1 (as much noise as ancestral sampling)")
+        if not 0 <= self.eta <= 1 or (self.eta and self.method != "ddim"):
+            raise InputError(f"--eta {self.eta} with {self.method}: expected 0 to 1 with ddim, 0 with the others")
 
 
 class StepRule:
@@ -119,7 +110,7 @@ class StepRule:
 
     def keep(self, rows):
         """Go on with the samples at `rows` (n,) alone."""
-        if self.solver is not None and self.solver.previous is not None:
+        if self.solver is not None:
             self.solver.previous = self.solver.previous[rows]
 
     def __call__(self, step, out, x, t, z):
@@ -128,4 +119,4 @@ class StepRule:
             return self.solver.step(x, out["pred_xstart"], step)
         if self.settings.method == "ddim" or step < self.settings.tail_steps:
             return ddim_step(self.diffusion, out, x, t, z, self.settings.eta)
-        return ancestral_step(self.diffusion, out, x, t, z)
+        return ancestral_step(out, z)

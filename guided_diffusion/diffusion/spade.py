@@ -16,16 +16,13 @@ class SPADEGroupNorm(nn.Module):
     :param stride: by how much this layer's tensor is smaller than the picture.
     """
 
-    hidden = 128
-
     def __init__(self, channels, label_channels, stride):
         super().__init__()
-        self.stride = stride
-        self.number = 0  # the network counts its layers: the place in CachedModulation
+        self.stride, self.number = stride, 0  # the network counts its layers: the place in CachedModulation
         self.norm = nn.GroupNorm(32, channels, affine=False)
-        self.mlp_shared = nn.Sequential(nn.Conv2d(label_channels, self.hidden, 3, padding=1), nn.ReLU())
-        self.mlp_gamma = nn.Conv2d(self.hidden, channels, 3, padding=1)
-        self.mlp_beta = nn.Conv2d(self.hidden, channels, 3, padding=1)
+        self.mlp_shared = nn.Sequential(nn.Conv2d(label_channels, 128, 3, padding=1), nn.ReLU())
+        self.mlp_gamma = nn.Conv2d(128, channels, 3, padding=1)
+        self.mlp_beta = nn.Conv2d(128, channels, 3, padding=1)
 
     def scale_shift(self, y):
         """Return (1 + gamma, beta), each (N, channels, h, w), for y already at this layer's size (N, C, h, w)."""
@@ -37,7 +34,10 @@ class SPADEGroupNorm(nn.Module):
 
 
 class Modulation:
-    """What a network takes in place of y: gives every SPADE layer its scale_shift(spade) -> (1 + gamma, beta)."""
+    """What a network takes in place of y: gives every SPADE layer its scale_shift(spade) -> (1 + gamma, beta).
+
+    Those of label maps have `rows`, which returns the modulation of the samples at rows (n,).
+    """
 
     def modulate(self, spade, x):
         """Return x (N, channels, h, w), already normalised, times the layer's scale plus its shift."""
@@ -61,7 +61,6 @@ class LabelModulation(Modulation):
         return spade.scale_shift(self.resized[spade.stride])
 
     def rows(self, rows):
-        """Return the modulation of the samples at `rows` (n,)."""
         return LabelModulation(self.y[rows], self.resized)
 
 
@@ -85,7 +84,7 @@ class NullModulation(Modulation):
 def _spread(side, device):
     """Return where each of `side` rows is found among the at most five that were computed."""
     place = torch.arange(side, device=device)
-    return torch.where(place < side - 2, place.clamp(max=2), place - side + 5) if side > 5 else place
+    return torch.where(place < side - 2, place.clamp(max=2), place - side + min(side, 5))
 
 
 class CachedModulation(Modulation):
@@ -103,7 +102,6 @@ class CachedModulation(Modulation):
         return pair if self.chosen is None else tuple(values[self.chosen] for values in pair)
 
     def rows(self, rows):
-        """Return the modulation of the samples at `rows` (n,)."""
         return CachedModulation(self.pairs, rows)
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..console import InputError
 from .nn import AttentionBlock, Downsample, Upsample, normalization, timestep_embedding, zero_module
-from .spade import CachedModulation, GuidedModulation, LabelModulation, Modulation, NullModulation, SPADEGroupNorm
+from .spade import CachedModulation, GuidedModulation, LabelModulation, Modulation, SPADEGroupNorm
 
 DEFAULT_CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
 
@@ -138,16 +138,14 @@ class _Blocks:
 
     def encoder(self, spade, widths):
         """Return the stages after the first convolution, and the widths of all skip connections."""
-        stages, channels, stride = [], widths[0], 1
-        skips = [channels]
+        stages, skips, stride = [], [widths[0]], 1
         for level, width in enumerate(widths):
             for _ in range(self.num_res_blocks):
-                stages.append(self.layers(spade, channels, width, stride, self.num_heads))
+                stages.append(self.layers(spade, skips[-1], width, stride, self.num_heads))
                 skips.append(width)
-                channels = width
             if level != len(widths) - 1:
-                stages.append([self.resampling(spade, channels, stride, "down")])
-                skips.append(channels)
+                stages.append([self.resampling(spade, width, stride, "down")])
+                skips.append(width)
                 stride *= 2
         return stages, skips
 
@@ -183,7 +181,9 @@ class UNetModel(nn.Module):
         self.model_channels, self.label_channels, self.use_checkpoint = model_channels, label_channels, use_checkpoint
         self.downsampling = 2 ** (len(channel_mult) - 1)
         self.encoder_sees_labels, decoder_sees_labels = SPADE_PLACES[places]
-        widths = [_level_width(mult, model_channels) for mult in channel_mult]
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        if any(width < 32 or width % 32 for width in widths):
+            raise InputError(f"--num_channels {model_channels}: levels {widths} wide; each must be a multiple of 32")
         emb_channels, deepest = 4 * model_channels, widths[-1]
         blocks = _Blocks(emb_channels, label_channels, **options)
         linear = nn.Linear(model_channels, emb_channels)
@@ -207,21 +207,15 @@ class UNetModel(nn.Module):
 
     def label_modulation(self, y, x=None):
         """Return the `LabelModulation` of y (N, C, H, W), computed at every call; x: pictures that y must fit."""
-        if y is None or y.ndim != 4 or y.shape[1] != self.label_channels:
-            found = "None" if y is None else tuple(y.shape)
-            raise InputError(f"conditioning y: expected (N, {self.label_channels}, H, W), found {found}")
+        if y.ndim != 4 or y.shape[1] != self.label_channels:
+            raise InputError(f"conditioning y: expected (N, {self.label_channels}, H, W), found {tuple(y.shape)}")
         if x is not None and (y.shape[0], *y.shape[2:]) != (x.shape[0], *x.shape[2:]):
             raise InputError(f"conditioning y {tuple(y.shape)} and picture {tuple(x.shape)} differ in N, H or W")
         return LabelModulation(y, self.strides)
 
-    def cached_modulation(self, y):
-        """Return the `CachedModulation` of y (N, C, H, W) or of another modulation, for a whole reverse chain."""
-        modulation = y if isinstance(y, Modulation) else self.label_modulation(y)
+    def cached_modulation(self, modulation):
+        """Return the `CachedModulation` of a modulation, for a whole reverse chain."""
         return CachedModulation([modulation.scale_shift(spade) for spade in self.spades])
-
-    def null_modulation(self, y):
-        """Return the `NullModulation` for pictures of y's size."""
-        return NullModulation(y)
 
     def modulation_bytes(self, n, height, width, itemsize=4):
         """Return the memory of a `CachedModulation` for n pictures, in bytes, with `itemsize` bytes for a number."""
@@ -263,14 +257,5 @@ def _twice(x):
 def check_size(height, width, divisor):
     """Raise InputError unless `divisor`, the network's total downsampling, divides both sides of the picture."""
     if height % divisor or width % divisor:
-        nearest = [max(divisor, round(side / divisor) * divisor) for side in (height, width)]
-        needed = f"both sides must be multiples of {divisor}, for example {nearest[0]}x{nearest[1]}"
-        raise InputError(f"picture size {height}x{width}: {needed}; change --image_size or --channel_mult")
-
-
-def _level_width(mult, model_channels):
-    width = int(mult * model_channels)
-    if width < 32 or width % 32:
-        found = f"--num_channels {model_channels} with channel multiplier {mult:g} makes a level {width} wide"
-        raise InputError(f"{found}; every level must be a multiple of 32")
-    return width
+        needed = f"both sides must be multiples of {divisor}; change --image_size or --channel_mult"
+        raise InputError(f"picture size {height}x{width}: {needed}")

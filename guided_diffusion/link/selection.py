@@ -28,7 +28,7 @@ BLOCK = 32  # entries whose inner products are computed at once
 class Chain:
     """Everything of a reverse chain but its conditioning and where it starts: both ends hold the same.
 
-    :param model, diffusion, sampler, early_stop, cache_bytes: as `run_chain` takes them.
+    :param model, diffusion, sampler, early_stop: as `run_chain` takes them; cache_bytes: as `Conditioning` does.
     :param bank: the shared `NoiseBank`, or `FreshNoise`; chains run at any picture size, with the bank of that size.
     :param selected_steps: the last so many steps that take a noise are selected (`selected`, in the chain's order);
         that needs ancestral steps with the posterior's variance, or DDIM with eta = 1.
