@@ -130,10 +130,10 @@ def test_image_train_answers_bad_input_in_one_line(run, scenes, tmp_path, case):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (set_id(40), "has id 40, but --num_classes is 35"),
+        (set_id(40), "has id 40, --num_classes is 35"),
         (lambda path: Image.new("RGB", (64, 32)).save(path), "RGB"),
         (lambda path: path.write_bytes(path.read_bytes()[:60]), "_labelIds.png"),
-        (lambda path: Image.new("L", (32, 32)).save(path), "32x32"),
+        (lambda path: Image.new("L", (32, 32)).save(path), r"(32, 32)"),
     ],
     ids=["id", "RGB", "truncated", "size"],
 )
