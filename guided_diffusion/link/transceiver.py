@@ -75,8 +75,7 @@ class Transmitter:
         """Describe one scene, choose its noise, and write the message: `Sent`.
 
         :param scene: as for `describe`, with image (1, 3, H, W) where noise is to be chosen.
-        :param start: bank index of x_T, where none is chosen.
-        :param on_step: called at every step of every local chain, as by `sample`.
+        :param start, on_step: bank index of x_T where none is chosen; called at every step of every local chain.
         """
         if self.choose is not None and "image" not in scene:
             raise InputError("noise selection compares with the picture, and this split has labels alone")
