@@ -2,8 +2,8 @@
 
 This coder asks, pixel by pixel in raster order, if the symbol is that of the left, upper, upper right or upper left
 pixel, and spells it out where every answer is no. Each answer is one binary decision whose probability is counted per
-context; a new context starts from a coarser one's probability. JBIG2 and JPEG-LS work in this way; the arithmetic is
-that of carry-less range coders (as in lpaq): integers alone, so that both ends agree on any machine.
+context; a new context starts from a coarser one's probability (as in JBIG2 and JPEG-LS). The arithmetic is that of
+carry-less range coders (as in lpaq): integers alone, so that both ends agree on any machine.
 """
 
 import itertools
@@ -12,8 +12,7 @@ import numpy as np
 
 from ..console import InputError
 
-# Bounds of a decoder's work: well below a second
-MAX_PIXELS, MAX_SYMBOLS = 2**17, 64
+MAX_PIXELS, MAX_SYMBOLS = 2**17, 64  # bounds of a decoder's work: well below a second
 _TOP = 2**32 - 1
 _ONE = 2**16  # probabilities are in units of 1 / 65536
 _LEAST = 32
@@ -79,10 +78,10 @@ def _coder(data=None):
 
 
 def _walk(rows, count, code):
-    """Code the map, or fill it in with a decoder's `code`.
+    """Code the map, or fill it in with a decoder's `code`. `rows` have two rows of zeros above, two columns beside.
 
     Return False where new contexts and spelt-out symbols, which take the time, exceed one per eight pixels and 4,096
-    more, or no encoder would spell a symbol. `rows` are framed by zeros: two rows above, two columns at either side.
+    more, or no encoder would spell a symbol.
     """
     contexts, coarse, trees = {}, {}, {}
     bits = (count - 1).bit_length()

@@ -253,8 +253,7 @@ def _read_edges(header, data):
     boundary = edges = None
     if header.boundaries:
         first, data = _split_edges(data) if header.edge_levels else (data, b"")
-        size = header.height, header.width
-        boundary = decode_map(first, *size, 2).astype(bool) if first else np.zeros(size, bool)
+        boundary = decode_map(first, *header.shape(1), 2).astype(bool) if first else np.zeros(header.shape(1), bool)
     if header.edge_levels:
         edges = decode_map(data, *header.shape(header.edge_scale), header.edge_levels)
     return boundary, edges

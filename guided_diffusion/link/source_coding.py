@@ -66,8 +66,7 @@ def _coded(symbols, values, num_values):
     """Return the map in every container: a byte that names it, palette, body."""
     listed, palette = _palette(values, num_values)
     bodies = {CONTEXT: entropy_coding.encode(symbols, len(values))}
-    bodies |= {LZMA: _lzma(symbols, 8), PACKED: _lzma(symbols, _depth(len(values)))}
-    bodies |= _to_jxl(symbols)
+    bodies |= {LZMA: _lzma(symbols, 8), PACKED: _lzma(symbols, _depth(len(values)))} | _to_jxl(symbols)
     return [bytes([name | listed]) + palette + body for name, body in bodies.items() if body is not None]
 
 

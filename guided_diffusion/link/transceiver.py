@@ -29,9 +29,9 @@ def condition(header, label, boundary=None, edges=None):
     coding = SemanticCoding(header.label_scale, header.edge_levels, edge_scale=header.edge_scale)
     if header.boundaries and boundary is None:
         boundary = np.zeros(size, bool)  # boundaries between classes follow from the labels
-    planes = (None if plane is None else torch.from_numpy(plane)[None, None] for plane in (label, boundary, edges))
-    label, boundary, edges = planes  # (1, 1, h, w) each
-    return restore(label.long(), boundary, edges, coding, size, *form)
+    maps = label.astype(np.int64), boundary, edges
+    planes = (None if plane is None else torch.from_numpy(plane)[None, None] for plane in maps)  # (1, 1, h, w) each
+    return restore(*planes, coding, size, *form)
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ class Transmitter:
         """Describe one scene, choose its noise, and write the message: `Sent`.
 
         :param scene: as for `describe`, with image (1, 3, H, W) where noise is to be chosen.
-        :param start: bank index of x_T, where none is chosen.
-        :param on_step: called at every step of every local chain, as by `sample`.
+        :param start, on_step: bank index of x_T where none is chosen; called at every step of every local chain.
         """
         if self.choose is not None and "image" not in scene:
             raise InputError("noise selection compares with the picture, and this split has labels alone")
@@ -119,11 +118,10 @@ class Receiver:
         header = reception.header
         if header is None:
             return None
+        channels = conditioning_channels(header.num_classes, header.one_hot, not header.edge_plane)
+        y = torch.zeros(1, channels, header.height, header.width)
         if reception.label is not None:
             y = condition(header, reception.label, reception.boundary, reception.edges)
-        else:
-            channels = conditioning_channels(header.num_classes, header.one_hot, not header.edge_plane)
-            y = torch.zeros(1, channels, header.height, header.width)
         return Arrival(header, y, reception.start_index or 0, reception.codewords, reception.problems)
 
     def pictures(self, arrivals, on_step=None):
@@ -151,8 +149,8 @@ class AnalogChannel:
         message, header = sent.message, sent.message.header
         form = {"num_classes": header.num_classes, "one_hot": header.one_hot}
         received = transmit(sent.y, self.sigma, generators=[stream], pool=self.pool, **form)
-        arrival = Arrival(header, received, message.start_index or 0, message.codewords)
-        return arrival, analog_facts(sent.y, self.sigma, **form)
+        facts = analog_facts(sent.y, self.sigma, **form)
+        return Arrival(header, received, message.start_index or 0, message.codewords), facts
 
 
 class IdealChannel:
@@ -180,12 +178,10 @@ def analog_facts(y, sigma, num_classes, one_hot):
 
     `realised_snr_db` is the mean power of the sent planes over sigma^2, the true ratio beside the nominal one.
     """
-    height, width = y.shape[2:]
-    sent = sent_planes(y, num_classes, one_hot)[0]
-    uses = int(sent.sum()) * height * width / 2
-    power = float(y[0, sent].square().mean()) if sent.any() else 0.0
+    planes = y[0, sent_planes(y, num_classes, one_hot)[0]]  # (P, H, W)
+    uses, power = planes.numel() / 2, float(planes.square().mean())
     realised = 10 * torch.tensor(power / sigma**2).log10().item() if sigma and power else math.inf
-    return {"channel_uses": uses, "bandwidth_ratio": uses / (3 * height * width), "realised_snr_db": realised}
+    return {"channel_uses": uses, "bandwidth_ratio": uses / (3 * y[0, 0].numel()), "realised_snr_db": realised}
 
 
 def digital_facts(delivery, height, width):
