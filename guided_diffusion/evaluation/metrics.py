@@ -134,8 +134,7 @@ def accuracy_and_iou(confusion):
 class Metrics:
     """The measures that a run was asked for, with their networks; `notes` are for the run to print.
 
-    :param names: of `METRICS`.
-    :param num_classes: of the label maps, for miou.
+    :param names, num_classes: of `METRICS`; of the label maps, for miou.
     :param lpips_weights, fid_weights: files of the networks; "": from TORCH_HOME, or downloaded.
     :param features: function from pictures to (N, D) for fid and kid, in place of Inception; what it measures is called
         fid_features and kid_features.
@@ -190,8 +189,7 @@ class Metrics:
         return values
 
     def _set_distances(self, regenerated, original):
-        (n, dimension), values = original.shape, {}
-        fid, kid = f"fid{self._suffix}", f"kid{self._suffix}"
+        (n, dimension), fid, kid, values = original.shape, f"fid{self._suffix}", f"kid{self._suffix}", {}
         if "fid" in self.names:
             values[fid] = frechet_distance(regenerated, original)
             if n <= dimension:
@@ -228,7 +226,7 @@ def inception_features(path="", device="cpu"):
     """Return a function from pictures (N, 3, H, W) in [-1, 1] to the (N, 2048) features of FID's Inception.
 
     :param path: pt_inception-2015-12-05-6726825d.pth; "": from TORCH_HOME, or downloaded.
-    :raises InputError: torch-fidelity, which has the network, is missing; or the file is missing, damaged or another.
+    :raises InputError: torch-fidelity, which has the network, is missing, or the file is not right.
     """
     from torchmetrics.image.fid import NoTrainInceptionV3
 

@@ -61,14 +61,13 @@ class ResultsFolder:
 
     def pixels(self, kind, name):
         """Return a picture's file as uint8: (H, W, 3), or the ids (H, W) of a label map; None where there is none."""
-        if self.file(kind, name).exists():
-            with Image.open(self.file(kind, name)) as picture:
-                return np.array(picture)
+        path = self.file(kind, name)
+        return np.array(Image.open(path)) if path.exists() else None
 
     def finished_row(self, name, kind):
         """Return a picture's row (a dict); None where the row, or its picture of a kind, is not there."""
-        if self.file("rows", name, ".json").exists() and self.file(kind, name).exists():
-            return json.loads(self.file("rows", name, ".json").read_text())
+        row = self.file("rows", name, ".json")
+        return json.loads(row.read_text()) if row.exists() and self.file(kind, name).exists() else None
 
     def write_row(self, row):
         """Write the row of a picture whose files are all there: with it, the picture is done."""
