@@ -13,7 +13,6 @@ from tqdm import tqdm
 from ..console import InputError, bar_options
 from ..random_streams import integer, uniform
 from . import pictures
-from .cache import open_cache
 from .loading import collate, scene_batches
 from .pairing import DATASETS, find_pairs, find_pictures
 
@@ -72,7 +71,11 @@ class SceneDataset(Dataset):
         self.pairs = self._find_pairs()
         self.has_images = self.pairs[0].image is not None
         self.has_instances = self.pairs[0].instance is not None
-        self.cache = open_cache(self) if self.cache_dir and not self.crops else None
+        self.cache = None
+        if self.cache_dir and not self.crops:
+            from .cache import open_cache
+
+            self.cache = open_cache(self)
 
     def _find_pairs(self):
         return find_pairs(self.dataset_mode, self.data_dir, self.is_train, self.no_instance)
