@@ -269,10 +269,10 @@ def pass_size(config, device):
 def _loop_settings(config, precision, device):
     from .training.loop import LoopSettings
 
-    names = {f.name for f in dataclasses.fields(LoopSettings)} - {"ema_rates", "precision", "config", "microbatch"}
+    names = {f.name for f in dataclasses.fields(LoopSettings)} - {"ema_rates", "precision", "microbatch"}
     flags = {name: getattr(config, name) for name in names}
     own = {"ema_rates": ema_rates(config.ema_rate), "precision": precision, "microbatch": pass_size(config, device)}
-    return LoopSettings(config=dataclasses.asdict(config), **own, **flags)
+    return LoopSettings(**own, **flags)
 
 
 def _validation(config, pictures, inputs, diffusion, device, precision):

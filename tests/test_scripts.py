@@ -267,11 +267,7 @@ def test_image_train_killed_resumes_to_the_same_weights(run, scenes, tmp_path):
     command = [sys.executable, str(ROOT / "image_train.py"), *train_flags(scenes, tmp_path / "killed", **flags)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while (
-        not list((tmp_path / "killed").glob("manifest*2.json"))
-        and process.poll() is None
-        and time.monotonic() < deadline
-    ):
+    while not list((tmp_path / "killed").glob("model*2.pt")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,6 @@ class LoopSettings:
     log_interval: int
     save_interval: int
     keep_checkpoints: int
-    save_failures: int
     export_legacy: bool
     eval_interval: int
     eval_items: int
@@ -47,7 +46,6 @@ class LoopSettings:
     preview_items: int
     precision: str
     seed: int
-    config: dict  # all flags, to be noted beside each checkpoint
 
     @property
     def last_step(self):
@@ -84,9 +82,8 @@ class TrainLoop:
         self.skipped_now = torch.zeros_like(self.skipped)  # in a row, up to the last step
         self.max_skipped = MAX_SKIPPED_SCALED if self.scaler.is_enabled() else MAX_SKIPPED
         self.recent = deque(maxlen=self.max_skipped)  # paths of the last steps
-        self.bad_files = {}  # path -> why it was left out
         self.means = RunningMeans(self.group)
-        self.saved, self.failed_saves = 0, 0  # the last whole checkpoint; saves that failed since
+        self.saved = 0  # the step of the last whole checkpoint
         saved = {"model": own, **{f"ema_{rate}_": ema for rate, ema in self.emas.items()}}
         self.parts = {kind: _Weights(model, values, settings.export_legacy) for kind, values in saved.items()}
         self.parts |= {"opt": _Moments(self.optimizer), "state": self}
@@ -114,7 +111,6 @@ class TrainLoop:
         self.skipped_now = torch.where(finite, 0, self.skipped_now + 1)
         self.means.add(terms, finite)
         self.recent.append(batch["path"])
-        self.bad_files.update(batch.get("skipped", ()))
         self.step += 1
         self.position += self.batch_size
         self._update_emas()
@@ -178,7 +174,6 @@ class TrainLoop:
             elif self.early_stopping.exhausted:
                 best = f"{self.early_stopping.best:.6g} at step {self.early_stopping.best_step}"
                 logger.log(f"early stopping: best score {best}, none better for {s.patience} evaluations")
-            self._log_bad_files(logger)
         finally:
             logger.close()
         if number:
@@ -223,7 +218,7 @@ class TrainLoop:
     def _score(self):
         """Score the averaged weights when it is time; return the score's column. Early stopping notes it."""
         s = self.settings
-        if self.validation is None or not s.eval_interval or self.step % s.eval_interval:
+        if not s.eval_interval or self.step % s.eval_interval:
             return {}
         score = self.validation.score(self.model, self._averages(), s.eval_items, self.group)
         self.newest_score = self.group.gather(score)[0]  # on unlike GPUs the last bit might differ, and so the decision
@@ -231,22 +226,21 @@ class TrainLoop:
         return {"val_score": self.newest_score}
 
     def _preview(self, logger):
-        """Regenerate the preview pictures; return the column of their colour error."""
-        s = self.settings
-        if self.validation is None or not s.preview_items:
+        """Regenerate the preview pictures; return the column of their colour error, which rank 0 alone knows."""
+        if not self.settings.preview_items:
             return {}
-        found = self.group.run_on_main(lambda: self.validation.preview(self.model, self._averages(), s.preview_items))
-        if found is None:
-            return {"colour_error": None}  # a column all the same: writing a row takes all ranks
-        path = Path(s.checkpoint_dir) / "previews" / f"{self.step:06d}.png"
-        where = f"preview in {path}"
+        return {"colour_error": self.group.run_on_main(lambda: self._draw(logger))}
+
+    def _draw(self, logger):
+        picture, error = self.validation.preview(self.model, self._averages(), self.settings.preview_items)
+        path = Path(self.settings.checkpoint_dir) / "previews" / f"{self.step:06d}.png"
+        logger.log(f"step {self.step}: mean colour error {error:.3f}; preview in {path}")
+        logger.picture("preview", picture, self.step)
         try:
-            save_picture(found[0], path)
+            save_picture(picture, path)
         except OSError as disk:
-            where = f"its preview could not be written ({disk})"
-        logger.picture("preview", found[0], self.step)
-        logger.log(f"step {self.step}: mean colour error {found[1]:.3f}; {where}")
-        return {"colour_error": found[1]}
+            logger.log(f"warning: the preview could not be written ({disk})")
+        return error
 
     def _row(self, started):
         means, rate = self.means.close(self.batch_size)
@@ -265,46 +259,30 @@ class TrainLoop:
             f" {shown}; the weights are unharmed in the last checkpoint; lower --lr or check the pictures"
         )
 
-    def _log_bad_files(self, logger):
-        found = {path: why for files in self.group.gather(self.bad_files) for path, why in files.items()}
-        if found:
-            logger.log(
-                "\n  ".join([f"warning: unreadable files were skipped ({len(found)}):", *sorted(found.values())])
-            )
-
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
     def _save(self, logger, must):
-        """Write a checkpoint of the current step; where that fails, go on, unless it `must` or fails too often."""
-        s, failed = self.settings, False
-        try:
-            removed = self.group.run_on_main(self.save)
-            if self.group.main:
-                logger.log(f"saved step {self.step} in {s.checkpoint_dir}{removed}")
-        except OSError as error:  # in rank 0 alone
-            failed, self.failed_saves = True, self.failed_saves + 1
-            last = f"the last checkpoint is of step {self.saved}"
-            if must or self.failed_saves >= s.save_failures:
-                raise OSError(
-                    f"{error}; saves that failed in a row: {self.failed_saves}; {last}, go on from it with"
-                    " --resume_checkpoint auto"
-                ) from None
-            count = f"{self.failed_saves} of {s.save_failures} failures in a row"
-            logger.log(f"warning: step {self.step} could not be saved ({error}); {last}; going on ({count})")
-        if not self.group.largest(failed):
-            self.saved, self.failed_saves = self.step, 0
+        """Write a checkpoint of the current step; where that fails, warn and go on, unless it `must` be."""
+        problem = self.group.gather(self.group.run_on_main(self.save))[0]
+        last = f"the last whole checkpoint is of step {self.saved}"
+        if problem and must:
+            raise OSError(f"{problem}; {last}, go on from it with --resume_checkpoint auto")
+        if problem:
+            logger.log(f"warning: step {self.step} could not be saved ({problem}); {last}; going on")
+        else:
+            self.saved = self.step
+            logger.log(f"saved step {self.step} in {self.settings.checkpoint_dir}")
 
     def save(self):
-        """Save the current step, and remove older ones beyond --keep_checkpoints; return words on what was removed."""
+        """Save the current step, and remove older ones beyond --keep_checkpoints; return why that failed, or ""."""
         s = self.settings
-        checkpoint.save_checkpoint(
-            s.checkpoint_dir, self.step, self.parts, {"config": s.config, "val_score": self.newest_score}
-        )
         try:
-            removed = checkpoint.prune_checkpoints(s.checkpoint_dir, s.keep_checkpoints)
-        except OSError as error:  # the new one is safe all the same
-            return f"; older ones could not be removed ({error})"
-        return f", removed {', '.join(map(str, removed))}" if removed else ""
+            checkpoint.save_checkpoint(s.checkpoint_dir, self.step, self.parts, self.newest_score)
+        except OSError as error:
+            return str(error)
+        with suppress(OSError):  # the new one is safe, and the next save tries again
+            checkpoint.prune_checkpoints(s.checkpoint_dir, s.keep_checkpoints)
+        return ""
 
     def resume(self, directory, step, partial=False):
         """Take over checkpoint `step` of a folder. Returns the names of missing parts (`partial` only)."""
