@@ -134,7 +134,7 @@ class RunningMeans:
     def close(self, batch_size):
         """Return the means as floats (none where no step was finite) and the images per second, and start anew.
 
-        All ranks must call it, with the batch size of all of them.
+        :param batch_size: of all ranks, all of which must call this.
         """
         sums = torch.stack([*self.sums.values()])
         means = (self.group.joined((sums / self.finite)[None]).sum(0) / self.group.world_size).tolist()  # waits

@@ -94,12 +94,12 @@ class TrainLoop:
         """One optimizer step on a prepared batch; returns means of the losses and the gradient norm, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        # Dropout alone draws from it.
-        torch.manual_seed(stream_seed(self.settings.seed, "dropout", self.step, self.group.rank))
+        torch.manual_seed(stream_seed(self.settings.seed, "dropout", self.step, self.group.rank))  # for nothing else
         terms = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        terms["grad_norm"] = torch.nn.utils.get_total_norm(gradients)
+        terms["grad_norm"] = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.model.parameters() if p.grad is not None]
+        )
         finite = torch.isfinite(terms["grad_norm"])  # the same on all ranks, as the gradients are
         if not self.scaler.is_enabled():  # a scaler sees to it itself
             # The fused optimizer leaves the weights alone where this is not 0, without asking the host.
@@ -125,8 +125,8 @@ class TrainLoop:
             part, last = slice(i, i + size), i + size >= len(x_start)
             with nullcontext() if last or self.network is self.model else self.network.no_sync():
                 with autocast(self.device, self.settings.precision):
-                    arguments = x_start[part], t[part]
-                    losses = self.diffusion.training_losses(self.network, *arguments, y=y[part], noise=noise[part])
+                    rest = {"y": y[part], "noise": noise[part]}
+                    losses = self.diffusion.training_losses(self.network, x_start[part], t[part], **rest)
                 self.scaler.scale((losses["loss"] * weights[part]).sum() / len(x_start)).backward()
             seen.append(losses["loss"].detach())
             for name, value in losses.items():
@@ -162,15 +162,14 @@ class TrainLoop:
             interrupts.at_once = False  # from now on there may be something to save
         if self.group.main:
             checkpoint.remove_temporary_files(s.checkpoint_dir)
-        logger = RunLogger(s.checkpoint_dir if self.group.main else None, self.step, s.last_step)
+        logger = RunLogger(self.group.main and s.checkpoint_dir, self.step, s.last_step)
         try:
             with nullcontext(interrupts) if interrupts else Interrupts() as interrupts:
                 if self._done:
                     logger.log(f"nothing to do: step {self.step} already met --patience or the last step {s.last_step}")
                 number = self._train(logger, interrupts)
             if number:
-                what = f"stopped: step {self.saved} is saved" if self.saved else "stopped before the first step"
-                logger.log(f"{what} in {s.checkpoint_dir}; go on with --resume_checkpoint auto")
+                logger.log(f"stopped at step {self.step}; go on with --resume_checkpoint auto")
             elif self.early_stopping.exhausted:
                 best = f"{self.early_stopping.best:.6g} at step {self.early_stopping.best_step}"
                 logger.log(f"early stopping: best score {best}, none better for {s.patience} evaluations")
@@ -244,20 +243,23 @@ class TrainLoop:
 
     def _row(self, started):
         means, rate = self.means.close(self.batch_size)
-        row = {"step": self.step, "images": self.step * self.batch_size, **means}
-        row |= {"lr": self.optimizer.param_groups[0]["lr"], "images_per_second": rate}
-        return row | {"seconds": time.monotonic() - started, "skipped_steps": int(self.skipped)}
+        return means | {
+            "step": self.step,
+            "images": self.step * self.batch_size,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": rate,
+            "seconds": time.monotonic() - started,
+            "skipped_steps": int(self.skipped),
+        }
 
     def _check_finite(self):
         """Stop where the last steps had no finite gradient; those steps have left the weights as they were."""
         if int(self.skipped_now) < self.max_skipped:
             return
-        names = sorted({path for paths in self.group.gather(list(self.recent)) for step in paths for path in step})
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        raise InputError(
-            f"the last {int(self.skipped_now)} steps before step {self.step} had no finite loss or gradient; pictures:"
-            f" {shown}; the weights are unharmed in the last checkpoint; lower --lr or check the pictures"
-        )
+        names = sorted({path for steps in self.group.gather(list(self.recent)) for paths in steps for path in paths})
+        found = f"the last {int(self.skipped_now)} steps before step {self.step} had no finite loss or gradient"
+        hint = "lower --lr or check the pictures; the last checkpoint is unharmed"
+        raise InputError(f"{found}; {hint}: {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}")
 
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
@@ -288,8 +290,9 @@ class TrainLoop:
         """Take over checkpoint `step` of a folder. Returns the names of missing parts (`partial` only)."""
         self.step, self.position = step, step * self.batch_size
         missing = checkpoint.load_checkpoint(directory, step, self.parts, partial)
-        for kind in {*missing} & {f"ema_{rate}_" for rate in self.emas}:
-            self.parts[kind].load_state_dict(self.model.state_dict())
+        for kind in missing:
+            if kind.startswith("ema_"):
+                self.parts[kind].load_state_dict(self.model.state_dict())
         self.saved = step if Path(directory).resolve() == Path(self.settings.checkpoint_dir).resolve() else 0
         return missing
 
