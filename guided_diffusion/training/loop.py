@@ -97,9 +97,8 @@ class TrainLoop:
         torch.manual_seed(stream_seed(self.settings.seed, "dropout", self.step, self.group.rank))  # for nothing else
         terms = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
-        terms["grad_norm"] = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.model.parameters() if p.grad is not None]
-        )
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        terms["grad_norm"] = torch.nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(terms["grad_norm"])  # the same on all ranks, as the gradients are
         if not self.scaler.is_enabled():  # a scaler sees to it itself
             # The fused optimizer leaves the weights alone where this is not 0, without asking the host.
@@ -169,7 +168,7 @@ class TrainLoop:
                     logger.log(f"nothing to do: step {self.step} already met --patience or the last step {s.last_step}")
                 number = self._train(logger, interrupts)
             if number:
-                logger.log(f"stopped at step {self.step}; go on with --resume_checkpoint auto")
+                logger.log(f"stopped: step {self.step} is the last one taken; go on with --resume_checkpoint auto")
             elif self.early_stopping.exhausted:
                 best = f"{self.early_stopping.best:.6g} at step {self.early_stopping.best_step}"
                 logger.log(f"early stopping: best score {best}, none better for {s.patience} evaluations")
@@ -206,7 +205,8 @@ class TrainLoop:
                 extra = self._score()
                 if self._done or self.step % s.save_interval == 0:
                     self._save(logger, must=self._done)
-                    extra |= self._preview(logger)
+                    if s.preview_items:  # the other ranks get None, but a column: writing a row takes all
+                        extra["colour_error"] = self.group.run_on_main(lambda: self._preview(logger))
             if extra or self._done or self.step % s.log_interval == 0:
                 logger.row(self._row(started) | extra)
         return 0
@@ -225,12 +225,7 @@ class TrainLoop:
         return {"val_score": self.newest_score}
 
     def _preview(self, logger):
-        """Regenerate the preview pictures; return the column of their colour error, which rank 0 alone knows."""
-        if not self.settings.preview_items:
-            return {}
-        return {"colour_error": self.group.run_on_main(lambda: self._draw(logger))}
-
-    def _draw(self, logger):
+        """Regenerate the preview pictures, in rank 0; return their mean colour error."""
         picture, error = self.validation.preview(self.model, self._averages(), self.settings.preview_items)
         path = Path(self.settings.checkpoint_dir) / "previews" / f"{self.step:06d}.png"
         logger.log(f"step {self.step}: mean colour error {error:.3f}; preview in {path}")
@@ -243,14 +238,9 @@ class TrainLoop:
 
     def _row(self, started):
         means, rate = self.means.close(self.batch_size)
-        return means | {
-            "step": self.step,
-            "images": self.step * self.batch_size,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": rate,
-            "seconds": time.monotonic() - started,
-            "skipped_steps": int(self.skipped),
-        }
+        row = {"step": self.step, "images": self.step * self.batch_size, "lr": self.optimizer.param_groups[0]["lr"]}
+        row |= {"images_per_second": rate, "seconds": time.monotonic() - started, "skipped_steps": int(self.skipped)}
+        return row | means
 
     def _check_finite(self):
         """Stop where the last steps had no finite gradient; those steps have left the weights as they were."""
@@ -315,9 +305,7 @@ class TrainLoop:
         """Take over a state. Raises InputError where --seed or --batch_size would change the data order."""
         for name, own in (("seed", self.settings.seed), ("batch_size", self.batch_size)):
             if state[name] != own:
-                raise InputError(
-                    f"--{name} {own} (of all processes) contradicts the checkpoint, made with {state[name]}"
-                )
+                raise InputError(f"--{name} {own} (all processes) contradicts the checkpoint, made with {state[name]}")
         self.position = state["position"]
         self.sampler.load_state_dict(state["sampler"])
         if self.scaler.is_enabled() and state["scaler"]:
