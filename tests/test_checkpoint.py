@@ -143,22 +143,13 @@ def test_save_reports_a_real_limit_on_file_sizes(tmp_path):
 
 
 def test_remove_temporary_files_leaves_all_others(tmp_path):
-    save(tmp_path, 5)
-    kinds = (
-        "model000006.pt",
-        "opt000006.pt",
-        "ema_0.9999_000006.pt",
-        "manifest000006.json",
-        "config.json",
-        "progress.csv",
-    )
-    for name in kinds:
+    for name in ("model000006.pt", "manifest000006.json", "progress.csv"):
         (tmp_path / f"{name}.0123abcd.tmp").write_bytes(b"half")
-    others = ["notes.pt.tmp", "model000006.pt.mine.tmp", "progress.csv"]
+    others = ["model000006.pt.mine.tmp", "notes.pt.tmp", "progress.csv"]
     for name in others:
         (tmp_path / name).write_bytes(b"kept")
     remove_temporary_files(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names(5) + others)
+    assert sorted(os.listdir(tmp_path)) == others
 
 
 # -- a disk that is full for a while ----------------------------------------------------------------------------------
@@ -213,8 +204,6 @@ def test_full_disk_is_survived_until_there_is_room_again(make_loop, small_disk, 
         lambda raw: raw.replace(b'"step": 4', b'"step": 5'),
         lambda raw: raw[:-1],
         lambda raw: b"",
-        lambda raw: b"\xff" * 50,
-        lambda raw: b"[1]",
         lambda raw: b"{}",
     ],
 )
@@ -361,12 +350,11 @@ def test_find_weights_passes_over_damaged_averages(tmp_path):
         found()
 
 
-@pytest.mark.parametrize(("path", "words"), [("none.pt", "no such file"), ("", "the folder has no ema_")])
-def test_find_weights_names_what_is_lacking(tmp_path, path, words):
-    with pytest.raises(InputError, match=f"--model_path .*{words}"):
-        find_weights(str(tmp_path / path))
-    with pytest.raises(InputError, match="--model_path : it is empty"):
-        find_weights("")
+def test_find_weights_names_what_is_lacking(tmp_path):
+    cases = (str(tmp_path / "none.pt"), "no such file"), (str(tmp_path), "the folder has no ema_"), ("", "it is empty")
+    for path, words in cases:
+        with pytest.raises(InputError, match=f"--model_path .*: {words}"):
+            find_weights(path)
     assert find_weights("none.pt", may_lack=True) == "none.pt"
 
 
@@ -398,18 +386,14 @@ def test_load_file_refuses_code_and_does_not_run_it(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
-def test_load_file_refuses_garbage(tmp_path, content):
+def test_load_weights_refuses_garbage_and_other_contents(tmp_path, content):
     path = tmp_path / "model000001.pt"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"model000001\.pt: it cannot be read"):
         load_weights(tiny_model(), path)
-
-
-@pytest.mark.parametrize("contents", [[1, 2], torch.zeros(3)])
-def test_load_weights_needs_a_state_dict(tmp_path, contents):
-    torch.save(contents, tmp_path / "odd.pt")
-    with pytest.raises(InputError, match=r"odd\.pt: expected a state dict, found "):
-        load_weights(tiny_model(), tmp_path / "odd.pt")
+    torch.save([1, 2], path)
+    with pytest.raises(InputError, match=r"model000001\.pt: expected a state dict, found list"):
+        load_weights(tiny_model(), path)
 
 
 # -- load_weights -----------------------------------------------------------------------------------------------------
@@ -425,11 +409,8 @@ def test_load_weights_from_a_dict_and_from_paths(tmp_path, weights):
 
 
 def test_load_weights_ignores_spade_norm_extras(weights):
-    extras = {
-        f"input_blocks.{k}.0.spade_norm.mlp_{m}.weight": torch.zeros(3) for k in (1, 12) for m in ("gamma", "shared.0")
-    }
     model = tiny_model(2)
-    load_weights(model, {**weights, **extras})
+    load_weights(model, {**weights, "input_blocks.12.0.spade_norm.mlp_shared.0.weight": torch.zeros(3)})
     assert same(model.state_dict(), weights)
 
 
@@ -447,24 +428,7 @@ def test_load_weights_names_a_wrong_shape(weights, value, found):
         load_weights(tiny_model(), {**weights, "out.2.weight": value})
 
 
-def test_load_weights_leaves_the_model_alone_when_it_refuses(weights):
-    model = tiny_model(2)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(InputError):
-        load_weights(model, {**weights, "out.2.weight": torch.zeros(1)})
-    assert same(model.state_dict(), before)
-
-
 # -- legacy keys ------------------------------------------------------------------------------------------------------
-
-LEGACY_SHAPES = {
-    "mlp_shared.0.weight": (128, 3, 3, 3),
-    "mlp_shared.0.bias": (128,),
-    "mlp_gamma.weight": (None, 128, 3, 3),
-    "mlp_gamma.bias": (None,),
-    "mlp_beta.weight": (None, 128, 3, 3),
-    "mlp_beta.bias": (None,),
-}
 
 
 @pytest.mark.parametrize("flags", [{}, {"resblock_updown": True, "channel_mult": "1,2", "num_res_blocks": 2}])
@@ -472,19 +436,14 @@ def test_with_legacy_keys_adds_them_to_every_plain_block_of_the_encoder(flags):
     model = tiny_model(1, **flags)
     extended = with_legacy_keys(model.state_dict(), model)
     added = {k: v for k, v in extended.items() if k not in model.state_dict()}
-    blocks = {
-        f"input_blocks.{i}.{j}": block
-        for i, stage in enumerate(model.input_blocks)
-        for j, block in enumerate(stage)
-        if isinstance(block, ResBlock)
-    }
-    assert len(blocks) == (5 if flags else 2)
-    assert added.keys() == {f"{name}.spade_norm.{key}" for name in blocks for key in LEGACY_SHAPES}
+    blocks = {f"input_blocks.{k}": m for k, m in model.input_blocks.named_modules() if isinstance(m, ResBlock)}
+    assert len(blocks) == (5 if flags else 2) and len(added) == 6 * len(blocks)
     for name, block in blocks.items():
-        channels = block.in_layers[0].num_channels
-        for key, shape in LEGACY_SHAPES.items():
-            value = added[f"{name}.spade_norm.{key}"]
-            assert tuple(value.shape) == tuple(channels if n is None else n for n in shape) and not value.any()
+        n = block.in_layers[0].num_channels
+        for part, shape in (("shared.0", (128, 3, 3, 3)), ("gamma", (n, 128, 3, 3)), ("beta", (n, 128, 3, 3))):
+            for key, size in (("weight", shape), ("bias", shape[:1])):
+                value = added[f"{name}.spade_norm.mlp_{part}.{key}"]
+                assert tuple(value.shape) == size and not value.any()
 
 
 def test_load_weights_verifies_by_the_manifest_beside(tmp_path, weights):
