@@ -105,9 +105,8 @@ def test_save_that_is_cut_short_first_is_no_checkpoint_yet(tmp_path, monkeypatch
     assert resume_point(tmp_path, "auto") == (str(tmp_path), 7)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
 @pytest.mark.parametrize("fails_at", [0, 4])
-def test_save_that_fails_leaves_the_earlier_files_and_nothing_else(tmp_path, monkeypatch, error, fails_at):
+def test_save_that_fails_leaves_the_earlier_files_and_nothing_else(tmp_path, monkeypatch, fails_at):
     save(tmp_path, 7)
     write, calls = torch.save, []
 
@@ -116,7 +115,7 @@ def test_save_that_fails_leaves_the_earlier_files_and_nothing_else(tmp_path, mon
         if len(calls) <= fails_at:
             return write(contents, f)
         f.write(b"half a check")
-        raise error
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
     for step in (7, 8):  # over a whole checkpoint, and a new one
