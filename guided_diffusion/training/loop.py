@@ -168,7 +168,8 @@ class TrainLoop:
                     logger.log(f"nothing to do: step {self.step} already met --patience or the last step {s.last_step}")
                 number = self._train(logger, interrupts)
             if number:
-                logger.log(f"stopped: step {self.step} is the last one taken; go on with --resume_checkpoint auto")
+                what = f"stopped: step {self.saved} is saved" if self.saved else "stopped before the first step"
+                logger.log(f"{what}; go on with --resume_checkpoint auto")
             elif self.early_stopping.exhausted:
                 best = f"{self.early_stopping.best:.6g} at step {self.early_stopping.best_step}"
                 logger.log(f"early stopping: best score {best}, none better for {s.patience} evaluations")
