@@ -248,10 +248,10 @@ def pass_size(config, device):
 def _loop_settings(config, precision, device):
     from .training.loop import LoopSettings
 
-    names = {f.name for f in dataclasses.fields(LoopSettings)} - {"ema_rates", "precision", "config", "microbatch"}
+    names = {f.name for f in dataclasses.fields(LoopSettings)} - {"ema_rates", "precision", "microbatch"}
     flags = {name: getattr(config, name) for name in names}
-    own = {"ema_rates": tuple(parts_of(config.ema_rate)), "precision": precision}
-    own |= {"microbatch": pass_size(config, device), "config": dataclasses.asdict(config)}
+    own = {"precision": precision, "microbatch": pass_size(config, device)}
+    own["ema_rates"] = tuple(parts_of(config.ema_rate))
     return LoopSettings(**own, **flags)
 
 

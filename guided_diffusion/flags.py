@@ -180,7 +180,6 @@ class TrainFlags:
     log_interval: int = flag(10, "steps between rows of progress.csv", low=1)
     save_interval: int = flag(5000, "steps between checkpoints and previews", low=1)
     keep_checkpoints: int = flag(0, "keep so many of the newest, and the one with the best score; 0: all", low=0)
-    save_failures: int = flag(3, "end the run when so many saves in a row fail (a full disk)", low=1)
     dist_timeout: float = anyhow(600.0, "seconds to wait for a process that is lost or hangs, until all end", low=1)
     export_legacy: bool = flag(False, "add spade_norm tensors, which GESCO and Diff-GO-n want", needs="unet_model=unet")
     fp16_scale_growth: float = flag(1e-3, "accepted, without effect: GradScaler has its own rule", needs="loss_scaling")

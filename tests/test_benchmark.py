@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, as_arguments
 
 from guided_diffusion import benchmark
-from guided_diffusion.config import TrainConfig
+from guided_diffusion.config import TrainConfig, parse_config
 from guided_diffusion.console import InputError
 
 
@@ -63,7 +63,7 @@ def test_host_waits_are_counted():
 
 def test_plain_training_takes_the_products_steps(make_loop):
     loop = make_loop(batch_size=2, lr=1e-3, weight_decay=10.0, ema_rate="0.99,0.2")
-    plain = benchmark.PlainTraining(loop, TrainConfig(**loop.settings.config))
+    plain = benchmark.PlainTraining(loop, parse_config(TrainConfig, "", as_arguments(TINY))[0])
     first, batches = flat(loop.model.state_dict()), iter(loop.loader(0))
     for _ in range(3):
         batch = next(batches)

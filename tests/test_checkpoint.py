@@ -31,7 +31,6 @@ from guided_diffusion.training.checkpoint import (
 )
 
 KINDS = ("model", "opt", "state", "ema_0.9999_", "ema_0.99_")
-FACTS = {"config": {"lr": 1e-4, "preset": ""}, "val_score": 0.25}
 
 
 def tiny_model(seed=0, **flags):
@@ -41,9 +40,9 @@ def tiny_model(seed=0, **flags):
     return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **small, **flags})[0]
 
 
-def save(directory, step, value=1.0, kinds=KINDS, facts=FACTS):
+def save(directory, step, value=1.0, kinds=KINDS, val_score=0.25):
     """Save a checkpoint whose parts are a tensor each."""
-    save_checkpoint(directory, step, {kind: Part({"w": torch.full((50,), value)}) for kind in kinds}, facts)
+    save_checkpoint(directory, step, {kind: Part({"w": torch.full((50,), value)}) for kind in kinds}, val_score)
 
 
 def load(directory, step, partial=False):
@@ -76,20 +75,20 @@ def weights():
 # -- saving -----------------------------------------------------------------------------------------------------------
 
 
-def test_save_writes_files_and_a_manifest_with_sizes_digests_and_facts(tmp_path):
+def test_save_writes_files_and_a_manifest_with_sizes_and_digests(tmp_path):
     save(tmp_path, 4)
     assert sorted(os.listdir(tmp_path)) == names(4)
     manifest = json.loads((tmp_path / "manifest000004.json").read_text())
-    assert {key: manifest[key] for key in ("step", "config", "val_score")} == {"step": 4, **FACTS}
+    assert (manifest["step"], manifest["val_score"]) == (4, 0.25)
     assert manifest["files"].keys() == {file_name(kind, 4) for kind in KINDS}
     for name, entry in manifest["files"].items():
         raw = (tmp_path / name).read_bytes()
         assert entry == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     del manifest["sha256"]
-    assert read_manifest(tmp_path, 4) == manifest and read_manifest(tmp_path, 5) is None
+    assert read_manifest(tmp_path / "manifest000004.json") == manifest
 
 
-@pytest.mark.parametrize("renames", range(1, 7))
+@pytest.mark.parametrize("renames", range(6))
 def test_save_that_is_cut_short_first_is_no_checkpoint_yet(tmp_path, monkeypatch, renames):
     def killed(source, target, count=[0], replace=os.replace):  # noqa: B006 - counts
         count[0] += 1
@@ -101,15 +100,13 @@ def test_save_that_is_cut_short_first_is_no_checkpoint_yet(tmp_path, monkeypatch
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 7)
-    logged = []
-    assert resume_point(tmp_path, "auto", log=logged.append) is None and "starting afresh" in logged[0]
+    assert resume_point(tmp_path, "auto") is None and resume_point(tmp_path, "") is None
     save(tmp_path, 7)
     assert resume_point(tmp_path, "auto") == (str(tmp_path), 7)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
 @pytest.mark.parametrize("fails_at", [0, 4])
-def test_save_that_fails_leaves_the_earlier_files_and_nothing_else(tmp_path, monkeypatch, error, fails_at):
+def test_save_that_fails_leaves_the_earlier_files_and_nothing_else(tmp_path, monkeypatch, fails_at):
     save(tmp_path, 7)
     write, calls = torch.save, []
 
@@ -118,7 +115,7 @@ def test_save_that_fails_leaves_the_earlier_files_and_nothing_else(tmp_path, mon
         if len(calls) <= fails_at:
             return write(contents, f)
         f.write(b"half a check")
-        raise error
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
     for step in (7, 8):  # over a whole checkpoint, and a new one
@@ -137,7 +134,7 @@ def test_save_reports_a_real_limit_on_file_sizes(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
         with pytest.raises(OSError, match=r"opt000007\.pt: cannot be written \(.*File too large"):
-            save_checkpoint(tmp_path, 7, {"model": Part({}), "opt": Part({"w": torch.zeros(100_000)})}, FACTS)
+            save_checkpoint(tmp_path, 7, {"model": Part({}), "opt": Part({"w": torch.zeros(100_000)})})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
@@ -145,22 +142,13 @@ def test_save_reports_a_real_limit_on_file_sizes(tmp_path):
 
 
 def test_remove_temporary_files_leaves_all_others(tmp_path):
-    save(tmp_path, 5)
-    kinds = (
-        "model000006.pt",
-        "opt000006.pt",
-        "ema_0.9999_000006.pt",
-        "manifest000006.json",
-        "config.json",
-        "progress.csv",
-    )
-    for name in kinds:
+    for name in ("model000006.pt", "manifest000006.json", "progress.csv"):
         (tmp_path / f"{name}.0123abcd.tmp").write_bytes(b"half")
-    others = ["notes.pt.tmp", "model000006.pt.mine.tmp", "progress.csv"]
+    others = ["model000006.pt.mine.tmp", "notes.pt.tmp", "progress.csv"]
     for name in others:
         (tmp_path / name).write_bytes(b"kept")
     remove_temporary_files(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names(5) + others)
+    assert sorted(os.listdir(tmp_path)) == others
 
 
 # -- a disk that is full for a while ----------------------------------------------------------------------------------
@@ -186,7 +174,7 @@ def small_disk(tmp_path):
 def test_full_disk_is_survived_until_there_is_room_again(make_loop, small_disk, capsys):
     straight = make_loop("straight", total_steps=7)
     straight.run()
-    loop = make_loop("run", total_steps=7, save_interval=1, save_failures=10, keep_checkpoints=1)
+    loop = make_loop("run", total_steps=7, save_interval=1, keep_checkpoints=1)
     train_step, whole = loop.train_step, []
 
     def step(batch):
@@ -199,7 +187,7 @@ def test_full_disk_is_survived_until_there_is_room_again(make_loop, small_disk, 
     assert loop.run() == 7
     logged = capsys.readouterr().err
     assert all(f"step {k} could not be saved" in logged for k in (2, 3, 4)) and "No space left" in logged
-    assert "(3 of 10 failures in a row)" in logged and "saved step 5" in logged
+    assert "saved step 5" in logged
     assert whole[:5] == [""] * 5  # the checkpoint of step 1, all the while
     assert problem_of(small_disk, 7) == "" and [path.name for path in small_disk.glob("model*")] == ["model000007.pt"]
     assert same(torch.load(small_disk / "model000007.pt", weights_only=True), straight.model.state_dict())
@@ -215,8 +203,6 @@ def test_full_disk_is_survived_until_there_is_room_again(make_loop, small_disk, 
         lambda raw: raw.replace(b'"step": 4', b'"step": 5'),
         lambda raw: raw[:-1],
         lambda raw: b"",
-        lambda raw: b"\xff" * 50,
-        lambda raw: b"[1]",
         lambda raw: b"{}",
     ],
 )
@@ -225,9 +211,6 @@ def test_read_manifest_refuses_any_other_text(tmp_path, change):
     path = tmp_path / file_name("manifest", 4)
     path.write_bytes(change(path.read_bytes()))
     assert "the manifest cannot be read (" in problem_of(tmp_path, 4)
-    with pytest.raises(InputError, match=r"manifest000004\.json: the manifest cannot be read \(") as caught:
-        read_manifest(tmp_path, 4)
-    assert "\n" not in str(caught.value)
 
 
 def test_problem_of_names_the_file(tmp_path):
@@ -242,8 +225,7 @@ def test_problem_of_names_the_file(tmp_path):
     assert problem_of(tmp_path, 4, digests=False) == problem_of(tmp_path, 4, partial=True) == ""
     path.unlink()
     assert "opt000004.pt is missing" in problem_of(tmp_path, 4)
-    save(tmp_path, 5, kinds=("model", "opt"))
-    assert problem_of(tmp_path, 5) == "the manifest lists no state000005.pt"
+    save(tmp_path, 5)
     (tmp_path / "manifest000005.json").unlink()
     assert problem_of(tmp_path, 5) == "it has no manifest" and problem_of(tmp_path, 5, partial=True) == ""
 
@@ -260,14 +242,14 @@ def test_load_verifies_every_part(tmp_path):
     for kind in KINDS:
         save(tmp_path, 4)
         flip(tmp_path / file_name(kind, 4))
-        with pytest.raises(InputError, match=rf"{kind}000004\.pt: it is damaged \(.*differs from its SHA-256\)"):
+        with pytest.raises(InputError, match=rf"{kind}000004\.pt: it is damaged: .*differs from its SHA-256;"):
             load(tmp_path, 4)
         if kind != "model":
             parts, missing = load(tmp_path, 4, partial=True)
             assert missing == [kind] and kind not in parts
     save(tmp_path, 4, kinds=KINDS[:4])
     assert (tmp_path / "ema_0.99_000004.pt").exists()  # left over from the save before
-    with pytest.raises(InputError, match=r"ema_0\.99_000004\.pt: the manifest does not list it"):
+    with pytest.raises(InputError, match=r"no readable manifest lists ema_0\.99_000004\.pt"):
         load(tmp_path, 4)
     (tmp_path / file_name("manifest", 4)).write_bytes(b"{}")
     with pytest.raises(InputError, match="the manifest cannot be read"):
@@ -287,16 +269,12 @@ def test_resume_point_of_auto_is_the_newest_whole_step(tmp_path):
     flip(tmp_path / "state1000000.pt")
     (tmp_path / "manifest999999.json").unlink()
     assert resume_point(tmp_path, "auto", log=logged.append) == (str(tmp_path), 2)
-    assert (
-        "checkpoint 1000000 in" in logged[0]
-        and "state1000000.pt differs" in logged[0]
-        and "going back to 2" in logged[0]
-    )
+    assert len(logged) == 2 and "state1000000.pt differs" in logged[0] and "going back" in logged[0]
     assert resume_point(tmp_path, "auto", partial=True) == (str(tmp_path), 1_000_000)
     flip(tmp_path / "model1000000.pt")
     assert resume_point(tmp_path, "auto", partial=True) == (str(tmp_path), 999_999)
     flip(tmp_path / "opt000002.pt")
-    with pytest.raises(InputError, match=r"no older one is whole.*--resume_partial True"):
+    with pytest.raises(InputError, match=r"no checkpoint is whole.*--resume_partial True"):
         resume_point(tmp_path, "auto")
 
 
@@ -360,35 +338,28 @@ def test_find_weights_passes_over_damaged_averages(tmp_path):
     assert found(logged.append) == "ema_0.9999_000008.pt" and not logged
     flip(tmp_path / "ema_0.9999_000008.pt")
     assert found(logged.append) == "ema_0.99_000008.pt"
-    assert "ema_0.9999_000008.pt differs from its SHA-256); going back to ema_0.99_000008.pt" in logged[0]
+    assert "ema_0.9999_000008.pt differs from its SHA-256; going back" in logged[0]
     (tmp_path / "manifest000008.json").unlink()  # a save cut short
     (tmp_path / "ema_0.9999_000006.pt").unlink()
     (tmp_path / "ema_0.99_000006.pt").write_bytes(b"short")
     (tmp_path / "ema_0.999_000006.pt").write_bytes(b"left over, and in no manifest")
     assert found() == "ema_0.9999_000004.pt"
     (tmp_path / "manifest000004.json").write_bytes(b"{}")
-    with pytest.raises(InputError, match=r"no ema_\*\.pt file is whole \(newest: no readable manifest lists ema_"):
+    with pytest.raises(InputError, match=r"no ema_\*\.pt file that is whole"):
         found()
 
 
-@pytest.mark.parametrize(("path", "words"), [("none.pt", "no such file"), ("", "the folder has no ema_")])
-def test_find_weights_names_what_is_lacking(tmp_path, path, words):
-    with pytest.raises(InputError, match=f"--model_path .*{words}"):
-        find_weights(str(tmp_path / path))
-    with pytest.raises(InputError, match="--model_path : it is empty"):
-        find_weights("")
+def test_find_weights_names_what_is_lacking(tmp_path):
+    cases = (str(tmp_path / "none.pt"), "no such file"), (str(tmp_path), "the folder has no ema_"), ("", "it is empty")
+    for path, words in cases:
+        with pytest.raises(InputError, match=f"--model_path .*: {words}"):
+            find_weights(path)
     assert find_weights("none.pt", may_lack=True) == "none.pt"
 
 
-def test_trained_config_is_in_config_json_or_else_in_the_manifest(trained, tmp_path):
-    weights = str(trained / "ema_0.9_000004.pt")
-    beside, where = trained_config(weights)
-    assert beside["num_channels"] == 32 and where == str(trained / "config.json")
-    for name in ("ema_0.9_000004.pt", "manifest000004.json"):
-        shutil.copy(trained / name, tmp_path)
-    noted, where = trained_config(str(tmp_path / "ema_0.9_000004.pt"))
-    assert noted == beside and "manifest" in where
-    (tmp_path / "manifest000004.json").unlink()
+def test_trained_config_is_in_config_json_or_unknown(trained, tmp_path):
+    flags, where = trained_config(str(trained / "ema_0.9_000004.pt"))
+    assert flags["num_channels"] == 32 and where == str(trained / "config.json")
     assert trained_config(str(tmp_path / "ema_0.9_000004.pt"))[0] == {}
 
 
@@ -414,18 +385,14 @@ def test_load_file_refuses_code_and_does_not_run_it(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
-def test_load_file_refuses_garbage(tmp_path, content):
+def test_load_weights_refuses_garbage_and_other_contents(tmp_path, content):
     path = tmp_path / "model000001.pt"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"model000001\.pt: it cannot be read"):
         load_weights(tiny_model(), path)
-
-
-@pytest.mark.parametrize("contents", [[1, 2], torch.zeros(3), {0: torch.zeros(1)}])
-def test_load_weights_needs_a_state_dict(tmp_path, contents):
-    torch.save(contents, tmp_path / "odd.pt")
-    with pytest.raises(InputError, match=r"odd\.pt: expected a state dict, found "):
-        load_weights(tiny_model(), tmp_path / "odd.pt")
+    torch.save([1, 2], path)
+    with pytest.raises(InputError, match=r"model000001\.pt: expected a state dict, found list"):
+        load_weights(tiny_model(), path)
 
 
 # -- load_weights -----------------------------------------------------------------------------------------------------
@@ -441,11 +408,8 @@ def test_load_weights_from_a_dict_and_from_paths(tmp_path, weights):
 
 
 def test_load_weights_ignores_spade_norm_extras(weights):
-    extras = {
-        f"input_blocks.{k}.0.spade_norm.mlp_{m}.weight": torch.zeros(3) for k in (1, 12) for m in ("gamma", "shared.0")
-    }
     model = tiny_model(2)
-    load_weights(model, {**weights, **extras})
+    load_weights(model, {**weights, "input_blocks.12.0.spade_norm.mlp_shared.0.weight": torch.zeros(3)})
     assert same(model.state_dict(), weights)
 
 
@@ -463,24 +427,7 @@ def test_load_weights_names_a_wrong_shape(weights, value, found):
         load_weights(tiny_model(), {**weights, "out.2.weight": value})
 
 
-def test_load_weights_leaves_the_model_alone_when_it_refuses(weights):
-    model = tiny_model(2)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(InputError):
-        load_weights(model, {**weights, "out.2.weight": torch.zeros(1)})
-    assert same(model.state_dict(), before)
-
-
 # -- legacy keys ------------------------------------------------------------------------------------------------------
-
-LEGACY_SHAPES = {
-    "mlp_shared.0.weight": (128, 3, 3, 3),
-    "mlp_shared.0.bias": (128,),
-    "mlp_gamma.weight": (None, 128, 3, 3),
-    "mlp_gamma.bias": (None,),
-    "mlp_beta.weight": (None, 128, 3, 3),
-    "mlp_beta.bias": (None,),
-}
 
 
 @pytest.mark.parametrize("flags", [{}, {"resblock_updown": True, "channel_mult": "1,2", "num_res_blocks": 2}])
@@ -488,28 +435,23 @@ def test_with_legacy_keys_adds_them_to_every_plain_block_of_the_encoder(flags):
     model = tiny_model(1, **flags)
     extended = with_legacy_keys(model.state_dict(), model)
     added = {k: v for k, v in extended.items() if k not in model.state_dict()}
-    blocks = {
-        f"input_blocks.{i}.{j}": block
-        for i, stage in enumerate(model.input_blocks)
-        for j, block in enumerate(stage)
-        if isinstance(block, ResBlock)
-    }
-    assert len(blocks) == (5 if flags else 2)
-    assert added.keys() == {f"{name}.spade_norm.{key}" for name in blocks for key in LEGACY_SHAPES}
+    blocks = {f"input_blocks.{k}": m for k, m in model.input_blocks.named_modules() if isinstance(m, ResBlock)}
+    assert len(blocks) == (5 if flags else 2) and len(added) == 6 * len(blocks)
     for name, block in blocks.items():
-        channels = block.in_layers[0].num_channels
-        for key, shape in LEGACY_SHAPES.items():
-            value = added[f"{name}.spade_norm.{key}"]
-            assert tuple(value.shape) == tuple(channels if n is None else n for n in shape) and not value.any()
+        n = block.in_layers[0].num_channels
+        for part, shape in (("shared.0", (128, 3, 3, 3)), ("gamma", (n, 128, 3, 3)), ("beta", (n, 128, 3, 3))):
+            for key, size in (("weight", shape), ("bias", shape[:1])):
+                value = added[f"{name}.spade_norm.mlp_{part}.{key}"]
+                assert tuple(value.shape) == size and not value.any()
 
 
 def test_load_weights_verifies_by_the_manifest_beside(tmp_path, weights):
-    save_checkpoint(tmp_path, 4, {"ema_0.99_": Part(weights)}, FACTS)
+    save_checkpoint(tmp_path, 4, {"ema_0.99_": Part(weights)})
     path, model = tmp_path / "ema_0.99_000004.pt", tiny_model(2)
     load_weights(model, path)
     assert same(model.state_dict(), weights)
     flip(path)
-    with pytest.raises(InputError, match=r"ema_0\.99_000004\.pt: it is damaged \(.*differs from its SHA-256\)"):
+    with pytest.raises(InputError, match=r"ema_0\.99_000004\.pt: it is damaged: .*differs from its SHA-256"):
         load_weights(model, path)
 
 
@@ -544,10 +486,9 @@ def test_load_weights_assigns_to_a_model_without_values(tmp_path, dtype):
 )
 def test_prune_keeps_the_newest_and_the_best(tmp_path, keep, scores, kept):
     for step, score in enumerate(scores, 1):
-        save(tmp_path, step, facts={"val_score": score})
-    assert prune_checkpoints(tmp_path, keep) == [step for step in range(1, 6) if step not in kept]
+        save(tmp_path, step, val_score=score)
+    prune_checkpoints(tmp_path, keep)
     assert sorted(os.listdir(tmp_path)) == sorted(name for step in kept for name in names(step))
-    assert prune_checkpoints(tmp_path, keep) == []
 
 
 def test_prune_leaves_other_files(tmp_path):
@@ -558,8 +499,11 @@ def test_prune_leaves_other_files(tmp_path):
     others = {"ema_mine_000003.pt", "config.json", "model000003.pt.bak"}
     for name in others:
         (tmp_path / name).touch()
-    assert prune_checkpoints(tmp_path, 1) == [3]
-    assert {file_name(kind, step) for kind in KINDS for step in (1, 2, 4)} | others <= set(os.listdir(tmp_path))
+    prune_checkpoints(tmp_path, 1)
+    left = set(os.listdir(tmp_path))
+    assert {
+        file_name(kind, step) for kind in KINDS for step in (1, 2, 4)
+    } | others <= left and "opt000003.pt" not in left
 
 
 def test_prune_finishes_an_interrupted_deletion(tmp_path, monkeypatch):
@@ -577,5 +521,5 @@ def test_prune_finishes_an_interrupted_deletion(tmp_path, monkeypatch):
         patch.setattr(Path, "unlink", stop_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoints(tmp_path, 1)
-    assert prune_checkpoints(tmp_path, 1) == [1]
+    prune_checkpoints(tmp_path, 1)
     assert sorted(os.listdir(tmp_path)) == names(2)

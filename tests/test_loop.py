@@ -38,7 +38,7 @@ def replace_part(folder, step, kind, contents):
     """Write one part of a checkpoint anew, and its entry in the manifest."""
     path = folder / file_name(kind, step)
     torch.save(contents, path)
-    manifest = read_manifest(folder, step)
+    manifest = read_manifest(folder / file_name("manifest", step))
     raw = path.read_bytes()
     manifest["files"][path.name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     (folder / file_name("manifest", step)).write_text(manifest_text(manifest))
@@ -326,39 +326,18 @@ def test_run_goes_on_when_a_save_fails(make_loop, tmp_path, monkeypatch, capsys)
     straight = make_loop("straight", total_steps=6)
     straight.run()
     failing_saves(monkeypatch, {2, 3, 5})
-    loop = make_loop(total_steps=6, save_interval=1, save_failures=3)
+    loop = make_loop(total_steps=6, save_interval=1)
     assert loop.run() == 6
     assert_same(weights_of(loop), weights_of(straight))
     said = capsys.readouterr().err
-    assert "step 2 could not be saved" in said and "the last checkpoint is of step 1; going on (1 of 3" in said
-    assert "(2 of 3" in said and "(3 of 3" not in said
+    assert said.count("could not be saved") == 3 and "the last whole checkpoint is of step 1; going on" in said
     assert sorted(path.name for path in (tmp_path / "run").glob("model*")) == [f"model00000{k}.pt" for k in (1, 4, 6)]
-
-
-def test_run_ends_after_too_many_failed_saves(make_loop, monkeypatch):
-    failing_saves(monkeypatch, {2, 3, 4})
-    loop = make_loop(total_steps=6, save_interval=1, save_failures=2)
-    with pytest.raises(OSError, match="No space left"):
-        loop.run()
-    assert loop.step == 3
 
 
 def test_run_needs_its_last_save(make_loop, monkeypatch):
     failing_saves(monkeypatch, {2})
-    with pytest.raises(OSError, match="No space left"):
-        make_loop(total_steps=2).run()
-
-
-def test_run_skips_and_lists_unreadable_pictures(make_loop, scenes, tmp_path, capsys):
-    shutil.copytree(scenes, tmp_path / "scenes")
-    bad = sorted((tmp_path / "scenes").glob("leftImg8bit/train/*/*.png"))[2]
-    bad.write_bytes(bad.read_bytes()[:100])
-    flags = {"data_dir": tmp_path / "scenes", "total_steps": 4}
-    with pytest.raises(InputError, match=bad.name):
-        make_loop("stops", **flags).run()
-    assert make_loop("goes_on", on_bad_image="skip", **flags).run() == 4
-    said = capsys.readouterr().err
-    assert "unreadable files were skipped (1):" in said and said.count(bad.name) == 1
+    with pytest.raises(OSError, match=r"No space left.*the last whole checkpoint is of step 1, go on from it"):
+        make_loop(total_steps=2, save_interval=1).run()
 
 
 # -- stopping and resuming --------------------------------------------------------------------------------------------
@@ -419,7 +398,7 @@ def test_resume_refuses_foreign_parts_unless_partial(make_loop, tmp_path, kind, 
 
 def test_resume_with_a_new_ema_rate_needs_partial(make_loop):
     make_loop(total_steps=1).run()
-    with pytest.raises(InputError, match=r"ema_0\.5_000001\.pt: the manifest does not list it"):
+    with pytest.raises(InputError, match=r"ema_0\.5_000001\.pt: .*no readable manifest lists"):
         make_loop(resume_checkpoint="auto", ema_rate="0.9,0.5")
     loop = make_loop(resume_checkpoint="auto", ema_rate="0.9,0.5", resume_partial=True)
     assert_same(loop.emas["0.5"], weights_of(loop))

@@ -164,7 +164,7 @@ def is_rank(pid):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_killed_rank_ends_the_job(scenes, tmp_path, launcher, killed):
     with Run(scenes, tmp_path / "run", LAUNCHERS[launcher], save_interval=2) as run:
-        run.wait_for(tmp_path / "run" / "manifest000002.json")
+        run.wait_for(tmp_path / "run" / "model000002.pt")
         os.kill(run.ranks()[killed], signal.SIGKILL)
         assert run.codes()[0] != 0
     assert re.search(r"error: rank \d ends because it lost another one|signal 9", run.said())  # mpiexec may be first
@@ -185,7 +185,7 @@ def test_rank_without_data_ends_both_with_the_reason(scenes, tmp_path, bad):
 def test_rank_that_loses_its_data_ends_the_job_with_the_reason(scenes, tmp_path, launcher):
     shutil.copytree(scenes, tmp_path / "scenes")
     with Run(tmp_path / "scenes", tmp_path / "run", LAUNCHERS[launcher], save_interval=2) as run:
-        run.wait_for(tmp_path / "run" / "manifest000002.json")
+        run.wait_for(tmp_path / "run" / "model000002.pt")
         shutil.rmtree(tmp_path / "scenes")
         assert run.codes()[0] != 0
     assert re.search(r"error: rank \d: .*toytown_\S+.*", run.said())
@@ -193,7 +193,7 @@ def test_rank_that_loses_its_data_ends_the_job_with_the_reason(scenes, tmp_path,
 
 def test_stopped_rank_ends_the_job_after_dist_timeout(scenes, tmp_path):
     with Run(scenes, tmp_path / "run", TORCHRUN, save_interval=2, dist_timeout=20) as run:
-        run.wait_for(tmp_path / "run" / "manifest000002.json")
+        run.wait_for(tmp_path / "run" / "model000002.pt")
         started = time.monotonic()
         os.kill(run.ranks()[1], signal.SIGSTOP)
         assert run.codes(90)[0] != 0

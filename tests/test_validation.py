@@ -76,9 +76,6 @@ def random_weights(model, seed=1):
     return {k: 0.1 * torch.randn(v.shape, generator=stream) for k, v in model.state_dict().items()}
 
 
-# -- score ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("value", [0.0, 0.5])
 @pytest.mark.parametrize("count", [1, 4])
 def test_score_of_a_constant_prediction(model, value, count):
@@ -130,9 +127,6 @@ def test_score_is_shared_by_ranks(model):
     assert found[2] == alone and all(score != score for score in found[:2])  # the last has met everybody's losses
 
 
-# -- lending weights --------------------------------------------------------------------------------------------------
-
-
 def look_at(what, model, weights):
     if what == "score":
         return validation().score(model, weights, 2)
@@ -155,18 +149,14 @@ def test_validation_leaves_own_weights_gradients_and_mode_alone(model, what, tra
     assert all(m.training == training for m in model.modules())
 
 
-# -- preview ----------------------------------------------------------------------------------------------------------
-
-
 def test_preview_shows_originals_and_their_error(model):
     panel, error = validation().preview(model, constant_weights(model, 0.1), 2)
     assert panel.dtype == np.uint8
     zoom, gap, head = 192 // W, 4, 18
     assert panel.shape == (head + 2 * (H * zoom + gap) + gap, 3 * (W * zoom + gap) + gap, 3)
     assert 0 < error < 1
-    second = panel[head + gap // 2 + H * zoom + gap :, gap:][
-        : H * zoom : zoom, : W * zoom : zoom
-    ]  # its top left corner
+    corner = panel[head + gap // 2 + H * zoom + gap :, gap:]
+    second = corner[: H * zoom : zoom, : W * zoom : zoom]
     shown = ((ITEMS[1]["image"][0].permute(1, 2, 0) + 1) * 127.5).round().numpy()
     np.testing.assert_array_equal(second, shown)
 

@@ -21,8 +21,7 @@ COLUMNS += ["val_score", "colour_error"]
 class RunLogger:
     """Appends rows to directory/progress.csv and TensorBoard, and drives a tqdm bar; does nothing without a directory.
 
-    A full disk does not end a run: rows wait in memory until progress.csv can be written again, and TensorBoard is left
-    out from its first failure on.
+    A full disk does not end a run: rows wait in memory for the next one, and TensorBoard is left out once it failed.
 
     :param start_step: the step the run starts from; later rows of an earlier, interrupted run are removed.
     :param total_steps: where the run will end, or None.
@@ -30,7 +29,7 @@ class RunLogger:
 
     def __init__(self, directory, start_step=0, total_steps=None):
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=not directory, **bar_options())
-        self._path, self._waiting, self._failing, self._board = None, b"", False, None
+        self._path, self._waiting, self._board = None, b"", None
         if directory:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -46,9 +45,7 @@ class RunLogger:
         rows = [row for row in csv.DictReader(io.StringIO(text, newline="")) if None not in row.values()]
         rows = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= start_step]
         kept = _lines([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])
-        if content.startswith(kept):
-            os.truncate(self._path, len(kept))  # needs no room on the disk
-        else:
+        if content != kept:
             with atomic_write(self._path, "wb") as f:
                 f.write(kept)
         return len(kept)
@@ -57,32 +54,26 @@ class RunLogger:
         """Write one row (a dict of columns; those left out stay empty)."""
         if not self._path:
             return
-        self._waiting += _lines([{key: f"{v:.6g}" if isinstance(v, float) else v for key, v in values.items()}])
-        self._append()
+        self._append(_lines([{key: f"{v:.6g}" if isinstance(v, float) else v for key, v in values.items()}]))
         for name in values.keys() - {"step"}:
             self._show("add_scalar", name, values[name], values["step"])
         shown = {name: f"{values[name]:.4g}" for name in ("loss", "images_per_second") if name in values}
         self.bar.set_postfix(shown, refresh=False)
 
-    def _append(self):
-        """Add the waiting rows to the end of the file; where that fails they go on waiting."""
+    def _append(self, line):
+        """Add what waits and a line to the end of the file; where that fails they wait."""
+        failed, self._waiting = bool(self._waiting), self._waiting + line
         try:
             with open(self._path, "ab", buffering=0) as f:  # a buffer would write again what failed
+                f.truncate(self._length)  # what an earlier, failed write left
                 if f.write(self._waiting) < len(self._waiting):
                     raise OSError(errno.ENOSPC, "no space for a whole row")
                 os.fsync(f.fileno())  # network file systems find out only now that there is no room
         except OSError as error:
-            with suppress(OSError):
-                os.truncate(self._path, self._length)
-            if not self._failing:
-                self.log(
-                    f"{self._path} cannot be written ({error.strerror}): its rows wait in memory; training goes on"
-                )
-            self._failing = True
-            return
-        if self._failing:
-            self.log(f"{self._path} can be written again: the rows that waited are in it")
-        self._length, self._waiting, self._failing = self._length + len(self._waiting), b"", False
+            if not failed:
+                self.log(f"warning: {self._path} cannot be written ({error.strerror}): its rows wait in memory")
+        else:
+            self._length, self._waiting = self._length + len(self._waiting), b""
 
     def picture(self, name, image, step):
         """Show a uint8 array (H, W, 3) in TensorBoard."""
@@ -94,7 +85,7 @@ class RunLogger:
                 getattr(self._board, method)(*arguments, **options)
         except Exception as error:  # where tensorflow is installed, a full disk is not an OSError
             self._board = None
-            self.log(f"TensorBoard cannot be written ({error}): left out from here on; progress.csv has the figures")
+            self.log(f"warning: TensorBoard cannot be written ({error}) and is left out from here on")
 
     def log(self, text):
         """Print a line without breaking the progress bar."""
@@ -104,7 +95,7 @@ class RunLogger:
     def close(self):
         """Write what still waits, and close the files; the bar stays as it stands."""
         if self._waiting:
-            self._append()
+            self._append(b"")
         self._show("close")
         self.bar.close()
 
@@ -143,7 +134,7 @@ class RunningMeans:
     def close(self, batch_size):
         """Return the means as floats (none where no step was finite) and the images per second, and start anew.
 
-        All ranks must call it, with the batch size of all of them.
+        :param batch_size: of all ranks, all of which must call this.
         """
         sums = torch.stack([*self.sums.values()])
         means = (self.group.joined((sums / self.finite)[None]).sum(0) / self.group.world_size).tolist()  # waits

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,6 @@ class LoopSettings:
     log_interval: int
     save_interval: int
     keep_checkpoints: int
-    save_failures: int
     export_legacy: bool
     eval_interval: int
     eval_items: int
@@ -47,7 +46,6 @@ class LoopSettings:
     preview_items: int
     precision: str
     seed: int
-    config: dict  # all flags, to be noted beside each checkpoint
 
     @property
     def last_step(self):
@@ -84,9 +82,8 @@ class TrainLoop:
         self.skipped_now = torch.zeros_like(self.skipped)  # in a row, up to the last step
         self.max_skipped = MAX_SKIPPED_SCALED if self.scaler.is_enabled() else MAX_SKIPPED
         self.recent = deque(maxlen=self.max_skipped)  # paths of the last steps
-        self.bad_files = {}  # path -> why it was left out
         self.means = RunningMeans(self.group)
-        self.saved, self.failed_saves = 0, 0  # the last whole checkpoint; saves that failed since
+        self.saved = 0  # the step of the last whole checkpoint
         saved = {"model": own, **{f"ema_{rate}_": ema for rate, ema in self.emas.items()}}
         self.parts = {kind: _Weights(model, values, settings.export_legacy) for kind, values in saved.items()}
         self.parts |= {"opt": _Moments(self.optimizer), "state": self}
@@ -97,8 +94,7 @@ class TrainLoop:
         """One optimizer step on a prepared batch; returns means of the losses and the gradient norm, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        # Dropout alone draws from it.
-        torch.manual_seed(stream_seed(self.settings.seed, "dropout", self.step, self.group.rank))
+        torch.manual_seed(stream_seed(self.settings.seed, "dropout", self.step, self.group.rank))  # for nothing else
         terms = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -114,7 +110,6 @@ class TrainLoop:
         self.skipped_now = torch.where(finite, 0, self.skipped_now + 1)
         self.means.add(terms, finite)
         self.recent.append(batch["path"])
-        self.bad_files.update(batch.get("skipped", ()))
         self.step += 1
         self.position += self.batch_size
         self._update_emas()
@@ -129,8 +124,8 @@ class TrainLoop:
             part, last = slice(i, i + size), i + size >= len(x_start)
             with nullcontext() if last or self.network is self.model else self.network.no_sync():
                 with autocast(self.device, self.settings.precision):
-                    arguments = x_start[part], t[part]
-                    losses = self.diffusion.training_losses(self.network, *arguments, y=y[part], noise=noise[part])
+                    rest = {"y": y[part], "noise": noise[part]}
+                    losses = self.diffusion.training_losses(self.network, x_start[part], t[part], **rest)
                 self.scaler.scale((losses["loss"] * weights[part]).sum() / len(x_start)).backward()
             seen.append(losses["loss"].detach())
             for name, value in losses.items():
@@ -166,7 +161,7 @@ class TrainLoop:
             interrupts.at_once = False  # from now on there may be something to save
         if self.group.main:
             checkpoint.remove_temporary_files(s.checkpoint_dir)
-        logger = RunLogger(s.checkpoint_dir if self.group.main else None, self.step, s.last_step)
+        logger = RunLogger(self.group.main and s.checkpoint_dir, self.step, s.last_step)
         try:
             with nullcontext(interrupts) if interrupts else Interrupts() as interrupts:
                 if self._done:
@@ -174,11 +169,10 @@ class TrainLoop:
                 number = self._train(logger, interrupts)
             if number:
                 what = f"stopped: step {self.saved} is saved" if self.saved else "stopped before the first step"
-                logger.log(f"{what} in {s.checkpoint_dir}; go on with --resume_checkpoint auto")
+                logger.log(f"{what}; go on with --resume_checkpoint auto")
             elif self.early_stopping.exhausted:
                 best = f"{self.early_stopping.best:.6g} at step {self.early_stopping.best_step}"
                 logger.log(f"early stopping: best score {best}, none better for {s.patience} evaluations")
-            self._log_bad_files(logger)
         finally:
             logger.close()
         if number:
@@ -212,7 +206,8 @@ class TrainLoop:
                 extra = self._score()
                 if self._done or self.step % s.save_interval == 0:
                     self._save(logger, must=self._done)
-                    extra |= self._preview(logger)
+                    if s.preview_items:  # the other ranks get None, but a column: writing a row takes all
+                        extra["colour_error"] = self.group.run_on_main(lambda: self._preview(logger))
             if extra or self._done or self.step % s.log_interval == 0:
                 logger.row(self._row(started) | extra)
         return 0
@@ -223,7 +218,7 @@ class TrainLoop:
     def _score(self):
         """Score the averaged weights when it is time; return the score's column. Early stopping notes it."""
         s = self.settings
-        if self.validation is None or not s.eval_interval or self.step % s.eval_interval:
+        if not s.eval_interval or self.step % s.eval_interval:
             return {}
         score = self.validation.score(self.model, self._averages(), s.eval_items, self.group)
         self.newest_score = self.group.gather(score)[0]  # on unlike GPUs the last bit might differ, and so the decision
@@ -231,87 +226,64 @@ class TrainLoop:
         return {"val_score": self.newest_score}
 
     def _preview(self, logger):
-        """Regenerate the preview pictures; return the column of their colour error."""
-        s = self.settings
-        if self.validation is None or not s.preview_items:
-            return {}
-        found = self.group.run_on_main(lambda: self.validation.preview(self.model, self._averages(), s.preview_items))
-        if found is None:
-            return {"colour_error": None}  # a column all the same: writing a row takes all ranks
-        path = Path(s.checkpoint_dir) / "previews" / f"{self.step:06d}.png"
-        where = f"preview in {path}"
+        """Regenerate the preview pictures, in rank 0; return their mean colour error."""
+        picture, error = self.validation.preview(self.model, self._averages(), self.settings.preview_items)
+        path = Path(self.settings.checkpoint_dir) / "previews" / f"{self.step:06d}.png"
+        logger.log(f"step {self.step}: mean colour error {error:.3f}; preview in {path}")
+        logger.picture("preview", picture, self.step)
         try:
-            save_picture(found[0], path)
+            save_picture(picture, path)
         except OSError as disk:
-            where = f"its preview could not be written ({disk})"
-        logger.picture("preview", found[0], self.step)
-        logger.log(f"step {self.step}: mean colour error {found[1]:.3f}; {where}")
-        return {"colour_error": found[1]}
+            logger.log(f"warning: the preview could not be written ({disk})")
+        return error
 
     def _row(self, started):
         means, rate = self.means.close(self.batch_size)
-        row = {"step": self.step, "images": self.step * self.batch_size, **means}
-        row |= {"lr": self.optimizer.param_groups[0]["lr"], "images_per_second": rate}
-        return row | {"seconds": time.monotonic() - started, "skipped_steps": int(self.skipped)}
+        row = {"step": self.step, "images": self.step * self.batch_size, "lr": self.optimizer.param_groups[0]["lr"]}
+        row |= {"images_per_second": rate, "seconds": time.monotonic() - started, "skipped_steps": int(self.skipped)}
+        return row | means
 
     def _check_finite(self):
         """Stop where the last steps had no finite gradient; those steps have left the weights as they were."""
         if int(self.skipped_now) < self.max_skipped:
             return
-        names = sorted({path for paths in self.group.gather(list(self.recent)) for step in paths for path in step})
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        raise InputError(
-            f"the last {int(self.skipped_now)} steps before step {self.step} had no finite loss or gradient; pictures:"
-            f" {shown}; the weights are unharmed in the last checkpoint; lower --lr or check the pictures"
-        )
-
-    def _log_bad_files(self, logger):
-        found = {path: why for files in self.group.gather(self.bad_files) for path, why in files.items()}
-        if found:
-            logger.log(
-                "\n  ".join([f"warning: unreadable files were skipped ({len(found)}):", *sorted(found.values())])
-            )
+        names = sorted({path for steps in self.group.gather(list(self.recent)) for paths in steps for path in paths})
+        found = f"the last {int(self.skipped_now)} steps before step {self.step} had no finite loss or gradient"
+        hint = "lower --lr or check the pictures; the last checkpoint is unharmed"
+        raise InputError(f"{found}; {hint}: {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}")
 
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
     def _save(self, logger, must):
-        """Write a checkpoint of the current step; where that fails, go on, unless it `must` or fails too often."""
-        s, failed = self.settings, False
-        try:
-            removed = self.group.run_on_main(self.save)
-            if self.group.main:
-                logger.log(f"saved step {self.step} in {s.checkpoint_dir}{removed}")
-        except OSError as error:  # in rank 0 alone
-            failed, self.failed_saves = True, self.failed_saves + 1
-            last = f"the last checkpoint is of step {self.saved}"
-            if must or self.failed_saves >= s.save_failures:
-                raise OSError(
-                    f"{error}; saves that failed in a row: {self.failed_saves}; {last}, go on from it with"
-                    " --resume_checkpoint auto"
-                ) from None
-            count = f"{self.failed_saves} of {s.save_failures} failures in a row"
-            logger.log(f"warning: step {self.step} could not be saved ({error}); {last}; going on ({count})")
-        if not self.group.largest(failed):
-            self.saved, self.failed_saves = self.step, 0
+        """Write a checkpoint of the current step; where that fails, warn and go on, unless it `must` be."""
+        problem = self.group.gather(self.group.run_on_main(self.save))[0]
+        last = f"the last whole checkpoint is of step {self.saved}"
+        if problem and must:
+            raise OSError(f"{problem}; {last}, go on from it with --resume_checkpoint auto")
+        if problem:
+            logger.log(f"warning: step {self.step} could not be saved ({problem}); {last}; going on")
+        else:
+            self.saved = self.step
+            logger.log(f"saved step {self.step} in {self.settings.checkpoint_dir}")
 
     def save(self):
-        """Save the current step, and remove older ones beyond --keep_checkpoints; return words on what was removed."""
+        """Save the current step, and remove older ones beyond --keep_checkpoints; return why that failed, or ""."""
         s = self.settings
-        checkpoint.save_checkpoint(
-            s.checkpoint_dir, self.step, self.parts, {"config": s.config, "val_score": self.newest_score}
-        )
         try:
-            removed = checkpoint.prune_checkpoints(s.checkpoint_dir, s.keep_checkpoints)
-        except OSError as error:  # the new one is safe all the same
-            return f"; older ones could not be removed ({error})"
-        return f", removed {', '.join(map(str, removed))}" if removed else ""
+            checkpoint.save_checkpoint(s.checkpoint_dir, self.step, self.parts, self.newest_score)
+        except OSError as error:
+            return str(error)
+        with suppress(OSError):  # the new one is safe, and the next save tries again
+            checkpoint.prune_checkpoints(s.checkpoint_dir, s.keep_checkpoints)
+        return ""
 
     def resume(self, directory, step, partial=False):
         """Take over checkpoint `step` of a folder. Returns the names of missing parts (`partial` only)."""
         self.step, self.position = step, step * self.batch_size
         missing = checkpoint.load_checkpoint(directory, step, self.parts, partial)
-        for kind in {*missing} & {f"ema_{rate}_" for rate in self.emas}:
-            self.parts[kind].load_state_dict(self.model.state_dict())
+        for kind in missing:
+            if kind.startswith("ema_"):
+                self.parts[kind].load_state_dict(self.model.state_dict())
         self.saved = step if Path(directory).resolve() == Path(self.settings.checkpoint_dir).resolve() else 0
         return missing
 
@@ -334,9 +306,7 @@ class TrainLoop:
         """Take over a state. Raises InputError where --seed or --batch_size would change the data order."""
         for name, own in (("seed", self.settings.seed), ("batch_size", self.batch_size)):
             if state[name] != own:
-                raise InputError(
-                    f"--{name} {own} (of all processes) contradicts the checkpoint, made with {state[name]}"
-                )
+                raise InputError(f"--{name} {own} (all processes) contradicts the checkpoint, made with {state[name]}")
         self.position = state["position"]
         self.sampler.load_state_dict(state["sampler"])
         if self.scaler.is_enabled() and state["scaler"]:
