@@ -64,16 +64,12 @@ def host_waits(run):
 
 def step_rows(bench, cases, batch):
     """Time cases, a dict from (path, precision) to functions, in turn: a slow moment slows all. Yield rows of STEP."""
-    turns = {case: [] for case in cases}
-    for _ in range(ROUNDS):
-        for case, run in cases.items():
-            turns[case].append(timer(run).blocked_autorange())  # warms up first
-    times = {case: Measurement.merge(own)[0].median for case, own in turns.items()}
-    for (path, precision), run in cases.items():
+    turns = [[timer(run).blocked_autorange() for run in cases.values()] for _ in range(ROUNDS)]  # each warms up first
+    medians = [Measurement.merge(own)[0].median for own in zip(*turns, strict=True)]  # the plain one comes first
+    for ((path, precision), run), seconds in zip(cases.items(), medians, strict=True):
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             run()
-        seconds = times[path, precision]
-        rate, factor = counter.get_total_flops() / seconds, times["plain", "fp32"] / seconds
+        rate, factor = counter.get_total_flops() / seconds, medians[0] / seconds
         waits = "" if bench.device.type == "cpu" else host_waits(run)
         yield path, precision, batch, 1e3 * seconds, factor, rate / 1e9, 100 * rate / bench.rates[precision], waits
 
@@ -208,15 +204,13 @@ def peaks(bench):
 
 def peak_of(bench, what, path, precision):
     """Return the peak memory in bytes of two steps of one picture, and on a CPU of all that this process did before."""
-    if what == "reverse step":
-        run = reverse_step(bench, path, precision)
-    else:
-        run = training_cases(bench, 1)[path, precision]
+    reverse = what == "reverse step"
+    run = reverse_step(bench, path, precision) if reverse else training_cases(bench, 1)[path, precision]
     devices.release_memory(bench.device)
     run()
     run()
     status = Path("/proc/self/status").read_text()  # getrusage would tell the parent's peak
-    return devices.peak_memory(bench.device) or 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    return devices.peak_memory(bench.device) or 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
 
 
 def startup(bench):
@@ -240,10 +234,9 @@ def loader(bench):
     """Pictures of 2048x1024 read by one process, from files and from --cache_dir"""
     count, rates = 2 if bench.quick else 8, []
     with tempfile.TemporaryDirectory() as folder:
-        scenes = f"{folder}/scenes"
-        write_toy_scenes(scenes, count, 0, 1024, 2048, progress=False)
+        write_toy_scenes(folder, count, 0, 1024, 2048, progress=False)
         for name, cache_dir in (("files", ""), ("--cache_dir", f"{folder}/cache")):
-            dataset = SceneDataset("cityscapes", scenes, bench.config.image_size, True, cache_dir=cache_dir)
+            dataset = SceneDataset("cityscapes", folder, bench.config.image_size, True, cache_dir=cache_dir)
             read = timer(partial(dataset.batch, range(count)))
             rates.append(count / read.blocked_autorange(min_run_time=1).median)
             yield name, rates[-1], rates[-1] / rates[0]
@@ -272,8 +265,8 @@ def prepare(arguments, folder):
     parser.add_argument("--compile", action="store_true", help="torch.compile the fast path's network")
     bench = parser.parse_args(arguments)
     bench.flags = dict(vars(bench))
-    if unknown := [name for name in parts_of(bench.only) if name not in PARTS]:
-        raise InputError(f"--only {unknown[0]}: unknown; choose from {', '.join(PARTS)}")
+    if not {*parts_of(bench.only)} <= {*PARTS}:
+        raise InputError(f"--only {bench.only}: choose from {', '.join(PARTS)}")
     check_folder(str(Path(bench.output).parent), "output")
     bench.device, bench.rates = devices.select_device(bench.device), {}
     usable = (devices.usable_precision(bench.device, name)[0] for name in ("fp32", "bf16", "fp16"))

@@ -11,10 +11,10 @@ def grid(count):
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 
-def warm(losses, history=3):
-    """A sampler whose every step has been seen `history` times with its loss."""
-    sampler = LossSecondMomentSampler(len(losses), history=history)
-    for _ in range(history):
+def warm(losses):
+    """A sampler whose every step has been seen often enough, with its loss."""
+    sampler = LossSecondMomentSampler(len(losses), history=3)
+    for _ in range(3):
         sampler.update(torch.arange(len(losses)), torch.tensor(losses))
     return sampler
 
@@ -63,9 +63,8 @@ def test_second_moment_state_is_restored():
     assert sampler.losses[1].tolist() == [6, 5, 4]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_second_moment_survives_a_loss_that_is_not_finite(bad):
+def test_second_moment_survives_losses_that_are_not_finite():
     sampler = warm([1.0, 2.0, 3.0])
-    sampler.update(torch.tensor([1]), torch.tensor([bad]))
+    sampler.update(torch.arange(3), torch.tensor([float("nan"), float("inf"), float("-inf")]))
     p = sampler.probabilities()
     assert p.isfinite().all() and (p > 0).all() and p.sum().item() == pytest.approx(1)

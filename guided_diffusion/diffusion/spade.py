@@ -11,8 +11,7 @@ from torch import nn
 class SPADEGroupNorm(nn.Module):
     """GroupNorm whose scale and shift are maps computed from the label map (SPADE, eq. 1).
 
-    :param channels: width of the normalised tensor, a multiple of 32.
-    :param label_channels: planes of the conditioning y.
+    :param channels, label_channels: width of the normalised tensor, a multiple of 32; planes of the conditioning y.
     :param stride: by how much this layer's tensor is smaller than the picture.
     """
 
@@ -53,8 +52,7 @@ class LabelModulation(Modulation):
     """
 
     def __init__(self, y, strides):
-        self.y = y
-        # Nearest resizing by a whole factor takes the first pixel of each block.
+        self.y = y  # nearest resizing by a whole factor takes the first pixel of each block
         self.resized = {stride: y[..., ::stride, ::stride].contiguous() for stride in strides}
 
     def scale_shift(self, spade):

@@ -14,9 +14,7 @@ from .nn import AttentionBlock, Downsample, Upsample, normalization, timestep_em
 from .spade import CachedModulation, GuidedModulation, LabelModulation, Modulation, SPADEGroupNorm
 
 DEFAULT_CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
-
-# Which parts carry SPADE blocks: (encoder, decoder). The middle always does.
-SPADE_PLACES = {"unet": (False, True), "spadeboth": (True, True), "enconly": (True, False)}
+SPADE_PLACES = {"unet": (False, True), "spadeboth": (True, True), "enconly": (True, False)}  # in (encoder, decoder)
 
 
 class ResBlock(nn.Module):
@@ -170,7 +168,7 @@ class UNetModel(nn.Module):
     :param out_channels: 3, or 6 with a learned variance.
     :param label_channels: planes of the conditioning y.
     :param channel_mult: width multiplier of each level; each level but the last halves the size.
-    :param places: "unet", "spadeboth" or "enconly".
+    :param places: where SPADE blocks are, beside the middle: "unet" (decoder), "spadeboth" or "enconly" (encoder).
     :param options: the other fields of `_Blocks`.
     """
 
@@ -230,11 +228,10 @@ class UNetModel(nn.Module):
         :param y: (N, C, H, W) conditioning, or a `Modulation` in its place.
         :return: (N, 3 or 6, H, W) float32; with `GuidedModulation` (2N, ...), the conditional predictions first.
         """
-        check_size(x.shape[2], x.shape[3], self.downsampling)
+        check_size(*x.shape[2:], self.downsampling)
         modulation = y if isinstance(y, Modulation) else self.label_modulation(y, x)
         embedded = timestep_embedding(t, self.model_channels).to(self.time_embed[0].weight.dtype)
-        emb = self.time_embed(embedded)  # (N, emb_channels)
-        h, skips = x, []
+        h, emb, skips = x, self.time_embed(embedded), []  # emb: (N, emb_channels)
         twice = isinstance(modulation, GuidedModulation)
         if twice and self.encoder_sees_labels:
             h, emb, twice = _twice(h), _twice(emb), False
