@@ -53,7 +53,6 @@ def regenerate(config, given, ranks):
         from guided_diffusion.dry_run import dry_run
 
         if not quiet:
-            flags.print_config(config)
             dry_run(config, log=print, weights=weights)
         return
     from guided_diffusion import build_link

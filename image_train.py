@@ -6,7 +6,7 @@ Start small: python image_train.py --preset toy
 import os
 from pathlib import Path
 
-from guided_diffusion.config import TrainConfig, adopt_resumed, parse_config, print_config, save_config, unused_flags
+from guided_diffusion.config import TrainConfig, adopt_resumed, parse_config, save_config, unused_flags
 from guided_diffusion.console import Interrupts, log, run_script
 from guided_diffusion.files import check_folder
 
@@ -15,11 +15,13 @@ def main():
     """Parse flags, meet the other processes, train."""
     config, given = parse_config(TrainConfig, __doc__)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost connection is a page of C++ frames
-    from guided_diffusion import build  # with torch
-    from guided_diffusion.training.distributed import find_ranks
+    from guided_diffusion.training.devices import select_device  # with torch
+    from guided_diffusion.training.distributed import Group, find_ranks
 
     with Interrupts(at_once=True) as interrupts:
-        group, device = build.join_group(config, find_ranks())
+        ranks = find_ranks()
+        device = select_device(config.device, ranks)
+        group = Group(ranks, device, config.dist_timeout)
         with group.guarded():
             train(config, given, group, device, interrupts)
 
@@ -37,7 +39,6 @@ def train(config, given, group, device, interrupts):
         if group.main:
             from guided_diffusion.dry_run import dry_run
 
-            print_config(config)
             dry_run(config, log=print)
         return
     loop = build.training_loop(config, given, log_main, group, device)

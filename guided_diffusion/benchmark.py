@@ -126,12 +126,6 @@ def reverse_steps(bench):
     return step_rows(bench, {case: reverse_step(bench, *case) for case in bench.cases}, 1)
 
 
-def picture(model, diffusion, y, noise, settings):
-    """Make one picture by a whole reverse chain."""
-    condition = Conditioning(model, y, settings.s, CACHE_BYTES)
-    return run_chain(model, diffusion, condition, noise, settings, seeds=[0])
-
-
 def pictures(bench):
     """One picture, the cached modulation included, against 1000 plain ancestral steps"""
     plain, (x, y) = 1000 * timer(reverse_step(bench, "plain", "fp32")).timeit(2).median, noise_and_labels(bench)
@@ -139,7 +133,12 @@ def pictures(bench):
         model = network(bench, "fast", precision)
         for method, steps in SAMPLERS[:1] if bench.quick else SAMPLERS:
             diffusion = build.diffusion_from(bench.config, timestep_respacing=steps).to(bench.device)
-            run = partial(picture, model, diffusion, y, x, SamplerSettings(method, steps, GUIDANCE))
+            settings = SamplerSettings(method, steps, GUIDANCE)
+
+            def run(model=model, diffusion=diffusion, settings=settings):
+                condition = Conditioning(model, y, GUIDANCE, CACHE_BYTES)
+                run_chain(model, diffusion, condition, x, settings, seeds=[0])
+
             with devices.autocast(bench.device, precision):
                 seconds = timer(run).blocked_autorange().median
             yield precision, method, steps, seconds, plain / seconds

@@ -110,10 +110,7 @@ def draw_toy_scenes(config, given, log):
 
 
 def data_set(config, is_train, log=None, augment=False, cached=True):
-    """Open one split of the configuration's data set, and log what it lacks.
-
-    :param cached: from the --cache_dir of the configuration, if it names one and this is not a dry run.
-    """
+    """Open one split of the configuration's data set, if `cached` from its --cache_dir, and log what it lacks."""
     options = {name: getattr(config, name) for name in ("num_classes", "no_instance", "seed")}
     options["cache_dir"] = config.cache_dir if cached and not config.dry_run else ""
     place = config.dataset_mode, config.data_dir, config.image_size
@@ -160,18 +157,11 @@ def precision_of(config, device, log):
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def join_group(config, ranks):
-    """Meet the other processes of this job, if it has any. Returns this process's `Group` and its torch device."""
-    device = select_device(config.device, ranks)
-    return Group(ranks, device, config.dist_timeout), device
-
-
 def training_loop(config, given, log, group=None, device=None):
     """Build a training run, resumed where asked for.
 
-    :param given: the flags given explicitly.
-    :param log: function that prints one line.
-    :param group, device: what `join_group` returned; None: this process alone, on --device.
+    :param given, log: the flags given explicitly; function of a line.
+    :param group, device: the `Group` of processes and this one's device; None: this process alone, on --device.
     :return: `TrainLoop`.
     """
     # Here and below: what training alone needs is imported by training alone.
@@ -186,9 +176,8 @@ def training_loop(config, given, log, group=None, device=None):
     torch.manual_seed(stream_seed(config.seed, "initial weights"))
     model = model_from(config)
     log_unused_attention(config, model, log)
-    pictures, validation_pictures = group.main_first(
-        lambda: training_data(config, log)
-    )  # builds what --cache_dir lacks
+    # Rank 0 alone builds what --cache_dir lacks.
+    pictures, validation_pictures = group.main_first(lambda: training_data(config, log))
     height, width = picture_size(pictures, model)
     asked = config.checkpoint_dir, config.resume_checkpoint, config.resume_partial
     start = group.gather(group.run_on_main(lambda: resume_point(*asked, log)))[0]
@@ -227,15 +216,10 @@ def _training_inputs(config, given, height, width):
     shape, bank = (3, height, width), FreshNoise((3, height, width), config.seed, "noise")
     if config.noise_bank_size:
         bank = NoiseBank(shape, config.noise_bank_size, config.noise_bank_seed, config.noise_bank_cache)
-    same = {name: getattr(config, name) for name in ("num_classes", "drop_rate", "add_noise", "noise_to", "seed")}
-    return TrainingInputs(
-        one_hot=config.one_hot_label,
-        edge_plane=not config.no_instance,
-        bank=bank,
-        coding=semantic_coding(config),
-        sigma=snr_to_sigma(config.snr) if "snr" in given else None,
-        **same,
-    )
+    sigma = snr_to_sigma(config.snr) if "snr" in given else None
+    form = config.num_classes, config.one_hot_label, not config.no_instance
+    channel = config.add_noise, sigma, config.noise_to, config.seed
+    return TrainingInputs(*form, bank, semantic_coding(config), config.drop_rate, *channel)
 
 
 def pass_size(config, device):
@@ -248,10 +232,8 @@ def pass_size(config, device):
 def _loop_settings(config, precision, device):
     from .training.loop import LoopSettings
 
-    names = {f.name for f in dataclasses.fields(LoopSettings)} - {"ema_rates", "precision", "microbatch"}
-    flags = {name: getattr(config, name) for name in names}
-    own = {"precision": precision, "microbatch": pass_size(config, device)}
-    own["ema_rates"] = tuple(parts_of(config.ema_rate))
+    own = {"ema_rates": parts_of(config.ema_rate), "precision": precision, "microbatch": pass_size(config, device)}
+    flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(LoopSettings) if f.name not in own}
     return LoopSettings(**own, **flags)
 
 

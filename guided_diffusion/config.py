@@ -302,11 +302,6 @@ def adopt_resumed(config, given):
     return lines
 
 
-def print_config(config):
-    """Print the configuration as JSON to standard output."""
-    print(json.dumps(dataclasses.asdict(config), indent=1))
-
-
 def _sha256(values):
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

@@ -1,5 +1,7 @@
 """--dry_run: look at data, flags and weights, and report what a run would take, without doing it."""
 
+import dataclasses
+import json
 import os
 
 import torch
@@ -17,18 +19,23 @@ GIB = 2**30
 
 
 def dry_run(config, log, weights=None):
-    """Check data, labels, sizes and (given a path) weights; log what was found, and what the run would take.
+    """Log the configuration; check data, labels, sizes and weights; log what was found, and what the run would take.
 
     :param weights: path of the weights in sampling; None in training.
     """
+    log(json.dumps(dataclasses.asdict(config), indent=1))
     precision = build.precision_of(config, select_device(config.device), log)
     model = build.untrained_model(config)
     build.log_unused_attention(config, model, log)
     build.diffusion_from(config)
     build.semantic_coding(config)
     training = weights is None
+    if weights and os.path.exists(weights):
+        load_weights(model, weights)
+        log(f"--model_path {weights}: fits the network")
+    elif not training:
+        log(f"--model_path {weights or '(empty)'}: does not exist yet, so the weights were not checked")
     if not training and (config.role == "receive" or config.extractor != "gt"):
-        _check_weights(model, weights, log)
         log("dry run: flags and weights were accepted; messages and extracted label maps are not looked at")
         return
     dataset = build.training_data(config, log)[0] if training else build.data_set(config, config.is_train, log)
@@ -42,17 +49,7 @@ def dry_run(config, log, weights=None):
     labels = describe_labels(label_histogram(dataset))
     for line in labels + describe_network(model, config, height, width, precision):
         log(line)
-    if not training:
-        _check_weights(model, weights, log)
     log("dry run: everything was accepted; nothing was trained, sampled or saved")
-
-
-def _check_weights(model, weights, log):
-    if not os.path.exists(weights):
-        log(f"--model_path {weights or '(empty)'}: does not exist yet, so the weights were not checked")
-        return
-    load_weights(model, weights)
-    log(f"--model_path {weights}: fits the network")
 
 
 def describe_labels(counts, width=24):

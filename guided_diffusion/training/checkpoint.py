@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -40,8 +40,8 @@ def manifest_text(contents):
     return json.dumps({**contents, "sha256": hashlib.sha256(plain.encode()).hexdigest()}, indent=1) + "\n"
 
 
-def read_manifest(path):
-    """Return a manifest's contents, {} where there is none. Raises InputError if it is not as it was written."""
+def read_manifest(path, lenient=False):
+    """Return a manifest's contents, {} where there is none; if it is not as written InputError, or {} if `lenient`."""
     try:
         text = path.read_text()
         contents = json.loads(text)
@@ -52,27 +52,20 @@ def read_manifest(path):
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if lenient:
+            return {}
         raise InputError(f"{path}: the manifest cannot be read ({str(error)[:100]}); use another checkpoint") from None
 
 
-def listed_files(directory, step, partial=False):
-    """Return the "files" of a step's manifest, {} where it has none, or if `partial` no readable one."""
-    try:
-        return read_manifest(Path(directory) / file_name("manifest", step)).get("files", {})
-    except InputError:
-        if not partial:
-            raise
-        return {}
+def listed_files(directory, step, lenient=False):
+    """Return the "files" of a step's manifest; see `read_manifest`."""
+    return read_manifest(Path(directory) / file_name("manifest", step), lenient).get("files", {})
 
 
 def _manifests(directory):
     """Return the readable manifests of a folder: dict from step to contents, oldest first."""
-    found = {}
-    for path in Path(directory).glob("manifest*.json"):
-        with suppress(InputError):
-            manifest = read_manifest(path)
-            found[manifest["step"]] = manifest
-    return dict(sorted(found.items()))
+    found = (read_manifest(path, lenient=True) for path in Path(directory).glob("manifest*.json"))
+    return dict(sorted((manifest["step"], manifest) for manifest in found if manifest))
 
 
 def file_problem(path, listed, digests=True):
@@ -216,7 +209,7 @@ def saved_steps(directory):
     return {int(match[1]) for match in found if match}
 
 
-def resume_point(directory, asked, partial=False, log=None):
+def resume_point(directory, asked, partial=False, log=lambda line: None):
     """Return (folder, step) to resume from, or None to start afresh; never a start that would overwrite another run.
 
     :param directory: the run's --checkpoint_dir.
@@ -225,21 +218,28 @@ def resume_point(directory, asked, partial=False, log=None):
     :param log: function of a line, for newer steps that are damaged.
     :raises InputError: the folder holds a run and nothing was asked for, nothing is whole, or there are later steps.
     """
-    if asked == "auto":
-        return _newest_checkpoint(directory, partial, log or (lambda line: None))
-    latest = max(saved_steps(directory), default=None)
+    steps = sorted(saved_steps(directory), reverse=True)
+    if not steps and asked in ("", "auto"):
+        return None
+    latest = steps[0] if steps else -1
     if not asked:
-        if latest is None:
-            return None
         hint = "go on with --resume_checkpoint auto, or choose another folder"
         raise InputError(f"--checkpoint_dir {directory} holds a run that reached step {latest}: {hint}")
+    for step in steps if asked == "auto" else ():
+        problem = problem_of(directory, step, partial)
+        if not problem:
+            return str(directory), step
+        log(f"checkpoint {step} in {directory} is damaged or incomplete ({problem}); going back to an older one")
+    if asked == "auto":
+        hint = "restore one, or use --resume_partial True"
+        raise InputError(f"--checkpoint_dir {directory}: no checkpoint is whole; {hint}")
     match = MODEL_FILE.fullmatch(Path(asked).name)
     if not match or not Path(asked).exists():
         found = "no such file" if match else "expected a file called model<step>.pt, or auto"
         raise InputError(f"--resume_checkpoint {asked}: {found}")
     folder, step = Path(asked).parent, int(match[1])
     same = folder.resolve() == Path(directory).resolve()
-    if latest is not None and (not same or latest > step):
+    if steps and (not same or latest > step):
         found = f"steps up to {latest}" if same else f"another run (step {latest})"
         hint = "choose an empty folder to branch off into"
         raise InputError(f"--checkpoint_dir {directory} already holds {found}: {hint}")
@@ -248,20 +248,6 @@ def resume_point(directory, asked, partial=False, log=None):
         hint = "use an older one (auto finds the newest whole one), or go on from its model with --resume_partial True"
         raise InputError(f"--resume_checkpoint {asked}: it is damaged or incomplete ({problem}); {hint}")
     return str(folder), step
-
-
-def _newest_checkpoint(directory, partial, log):
-    steps = sorted(saved_steps(directory), reverse=True)
-    for step in steps:
-        problem = problem_of(directory, step, partial)
-        if not problem:
-            return str(directory), step
-        log(f"checkpoint {step} in {directory} is damaged or incomplete ({problem}); going back to an older one")
-    if steps:
-        raise InputError(
-            f"--checkpoint_dir {directory}: no checkpoint is whole; restore one, or use --resume_partial True"
-        )
-    return None
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -275,8 +261,7 @@ def check_weights(model, weights):
     own = model.state_dict()
     for problem, keys in (("missing", own.keys() - weights.keys()), ("unexpected", weights.keys() - own.keys())):
         if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise InputError(f"{problem} key {min(keys)}{more}; do the network's flags match the file?")
+            raise InputError(f"{problem} key {min(keys)} ({len(keys)} in all); do the network's flags match the file?")
     for key, value in weights.items():
         found = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
         if found != tuple(own[key].shape):
@@ -319,14 +304,14 @@ def with_legacy_keys(weights, model):
     return weights
 
 
-def find_weights(model_path, may_lack=False, log=None):
+def find_weights(model_path, may_lack=False, log=lambda line: None):
     """Return the weights file that --model_path means: the file itself, or the newest whole EMA file of a folder.
 
     :param may_lack: do not insist that it exists (dry runs).
     :param log: function of a line, for newer averages that are damaged.
     """
     if os.path.isdir(model_path):
-        return _newest_average(Path(model_path), log or (lambda line: None))
+        return _newest_average(Path(model_path), log)
     if may_lack or os.path.exists(model_path):
         return model_path
     found = "no such file" if model_path else "it is empty"
@@ -344,10 +329,8 @@ def _newest_average(directory, log):
         if not problem:
             return str(directory / name)
         log(f"--model_path {directory}: {problem}; going back to an older average")
-    hint = "train first, or name a file"
-    raise InputError(
-        f"--model_path {directory}: the folder has no ema_*.pt file{' that is whole' * bool(found)}; {hint}"
-    )
+    problem = "no ema_*.pt file is whole" if found else "the folder has no ema_*.pt file"
+    raise InputError(f"--model_path {directory}: {problem}; train first, or name a file")
 
 
 def trained_config(weights):

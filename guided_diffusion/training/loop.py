@@ -71,12 +71,13 @@ class TrainLoop:
         self.device = next(model.parameters()).device
         self.network = self.group.wrap(model)
         self.batch_size = settings.batch_size * self.group.world_size  # of all ranks
-        self.step, self.position = 0, 0  # steps taken, and samples seen by all ranks: the place in the data order
+        self.step = 0  # steps taken; times batch_size: the place in the data order
         options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(model.parameters(), **options)
         self.scaler = grad_scaler(self.device, settings.precision)
         own = model.state_dict()
         self.emas = {rate: {k: v.detach().clone() for k, v in own.items()} for rate in settings.ema_rates}
+        self.slowest = self.emas[max(settings.ema_rates, key=float)]  # the average that is looked at
         self.early_stopping, self.newest_score = EarlyStopping(settings.patience, settings.min_delta), None
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.skipped_now = torch.zeros_like(self.skipped)  # in a row, up to the last step
@@ -111,7 +112,6 @@ class TrainLoop:
         self.means.add(terms, finite)
         self.recent.append(batch["path"])
         self.step += 1
-        self.position += self.batch_size
         self._update_emas()
         return terms
 
@@ -197,7 +197,7 @@ class TrainLoop:
                     if self.means.steps:
                         logger.row(self._row(started))
                 return number
-            batches = batches or iter(self.loader(self.position))
+            batches = batches or iter(self.loader(self.step * self.batch_size))
             self.train_step(next(batches))
             logger.bar.update()
             if self.step == s.last_step or self.step % min(s.log_interval, CHECK_EVERY) == 0:
@@ -212,22 +212,19 @@ class TrainLoop:
                 logger.row(self._row(started) | extra)
         return 0
 
-    def _averages(self):
-        return self.emas[max(self.settings.ema_rates, key=float)]
-
     def _score(self):
         """Score the averaged weights when it is time; return the score's column. Early stopping notes it."""
         s = self.settings
         if not s.eval_interval or self.step % s.eval_interval:
             return {}
-        score = self.validation.score(self.model, self._averages(), s.eval_items, self.group)
+        score = self.validation.score(self.model, self.slowest, s.eval_items, self.group)
         self.newest_score = self.group.gather(score)[0]  # on unlike GPUs the last bit might differ, and so the decision
         self.early_stopping.update(self.newest_score, self.step)
         return {"val_score": self.newest_score}
 
     def _preview(self, logger):
         """Regenerate the preview pictures, in rank 0; return their mean colour error."""
-        picture, error = self.validation.preview(self.model, self._averages(), self.settings.preview_items)
+        picture, error = self.validation.preview(self.model, self.slowest, self.settings.preview_items)
         path = Path(self.settings.checkpoint_dir) / "previews" / f"{self.step:06d}.png"
         logger.log(f"step {self.step}: mean colour error {error:.3f}; preview in {path}")
         logger.picture("preview", picture, self.step)
@@ -279,7 +276,7 @@ class TrainLoop:
 
     def resume(self, directory, step, partial=False):
         """Take over checkpoint `step` of a folder. Returns the names of missing parts (`partial` only)."""
-        self.step, self.position = step, step * self.batch_size
+        self.step = step
         missing = checkpoint.load_checkpoint(directory, step, self.parts, partial)
         for kind in missing:
             if kind.startswith("ema_"):
@@ -288,10 +285,8 @@ class TrainLoop:
         return missing
 
     def state_dict(self):
-        """Return all that the next step depends on, besides weights and moments."""
+        """Return all that the next step depends on, besides its number, weights and moments."""
         return {
-            "step": self.step,
-            "position": self.position,
             "batch_size": self.batch_size,  # of all ranks
             "seed": self.settings.seed,
             "sampler": self.sampler.state_dict(),
@@ -307,7 +302,6 @@ class TrainLoop:
         for name, own in (("seed", self.settings.seed), ("batch_size", self.batch_size)):
             if state[name] != own:
                 raise InputError(f"--{name} {own} (all processes) contradicts the checkpoint, made with {state[name]}")
-        self.position = state["position"]
         self.sampler.load_state_dict(state["sampler"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
