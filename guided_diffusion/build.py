@@ -19,8 +19,6 @@ from .training.checkpoint import resume_point
 from .training.devices import check_compiler, compiled, pins_memory, placed, select_device, usable_precision
 from .training.distributed import Group
 
-# -- model and diffusion ----------------------------------------------------------------------------------------------
-
 
 def create_model_and_diffusion(**flags):
     """Build the network and the diffusion process from flags.
@@ -97,9 +95,6 @@ def log_unused_attention(config, model, log):
             log(f"warning: --attention_resolutions {size} has no effect: no level is {stride} times smaller")
 
 
-# -- data and bank ----------------------------------------------------------------------------------------------------
-
-
 def draw_toy_scenes(config, given, log):
     """Draw the scenes of the toy preset into its own folder, unless they are there or another folder was named."""
     if config.preset == "toy" and "data_dir" not in given and not os.path.exists(config.data_dir):
@@ -152,9 +147,6 @@ def precision_of(config, device, log):
     if why:
         log(why)
     return precision
-
-
-# -- training ---------------------------------------------------------------------------------------------------------
 
 
 def training_loop(config, given, log, group=None, device=None):

@@ -27,9 +27,8 @@ SEARCH_BATCH = 8  # candidates that run together; not --batch_size, which must n
 
 
 def sampling_parts(config, weights, log, ranks=None):
-    """Build what a sampling run needs, for all its points. What can be refused is, before the long work.
+    """Build what a sampling run needs, for all its points, with the file `weights`; refuse what can be refused.
 
-    :param weights: path of the weights.
     :return: dict of bank, dataset, measures, and the functions transmitter(point), receiver(point) and channel(point).
     """
     device = _device(config, ranks)

@@ -31,7 +31,7 @@ def dry_run(config, log, weights=None):
     build.semantic_coding(config)
     training = weights is None
     if weights and os.path.exists(weights):
-        load_weights(model, weights)
+        load_weights(build.untrained_model(config), weights)
         log(f"--model_path {weights}: fits the network")
     elif not training:
         log(f"--model_path {weights or '(empty)'}: does not exist yet, so the weights were not checked")

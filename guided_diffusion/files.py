@@ -1,13 +1,12 @@
 """Atomic writes, output folders, and the SHA-256 of files."""
 
+import functools
 import hashlib
 import os
 import secrets
 from contextlib import contextmanager, suppress
 
 from .console import InputError
-
-_known = {}  # a file's state -> its SHA-256
 
 
 @contextmanager
@@ -50,13 +49,15 @@ def check_folder(path, flag):
 
 
 def file_digest(path):
-    """SHA-256 of a file, as bytes; a large one is read once in this process, unless it changes."""
+    """SHA-256 of a file, as bytes; it is read once in this process, unless it changes."""
+    s = os.stat(path)
+    return _digest(os.fspath(path), s.st_ino, s.st_size, s.st_ctime_ns)  # nobody can set the change time
+
+
+@functools.cache
+def _digest(path, *state):
+    found = hashlib.sha256()
     with open(path, "rb") as f:
-        s = os.fstat(f.fileno())
-        state = s.st_dev, s.st_ino, s.st_size, s.st_ctime_ns  # nobody can set the change time
-        if state not in _known:
-            found = hashlib.sha256()
-            while chunk := f.read(2**20):
-                found.update(chunk)
-            _known[state] = found.digest()
-    return _known[state]
+        while chunk := f.read(2**20):
+            found.update(chunk)
+    return found.digest()

@@ -186,9 +186,6 @@ def summary_lines(summary):
     return lines
 
 
-# -- curves of a sweep ------------------------------------------------------------------------------------------------
-
-
 def write_curves(folder, summaries):
     """Write curves.csv and curves.png: each measure against the SNR, one line per link and pool.
 

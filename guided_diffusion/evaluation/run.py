@@ -34,8 +34,7 @@ ALONE = Share()
 class Run:
     """The run loop over the pictures of one point, or of a folder of messages.
 
-    :param config: a `SampleConfig` of one point (see `config.sweep`).
-    :param weights: path of the weights file.
+    :param config, weights: a `SampleConfig` of one point (see `config.sweep`), and the path of the weights file.
     :param paths: of the pictures or messages, in their order.
     """
 
@@ -310,10 +309,7 @@ def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
 
     Of several shares, one that finds all pictures of all points there sums up; the others end before.
 
-    :param parts: what `build_link.sampling_parts` or `receiving_parts` returns.
-    :param log: function of a line.
-    :param share: the `Share` of each point's pictures that this process makes.
-    :param quiet: show no progress bar.
+    :param parts, share: of `build_link`; the `Share` of each point's pictures that this process makes.
     """
     kind, points = (MessageRun, [config]) if config.role == "receive" else (SceneRun, sweep(config))
     runs, made = [], 0
@@ -329,9 +325,7 @@ def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
     if share.count > 1:
         done = f"share {share.index + 1} of {share.count} is done ({made} pictures made)"
         if not all(run.find_done() for run in runs):
-            log(
-                f"{done}; the last share to end sums up. Should one fail, give the same command again: it does the rest"
-            )
+            log(f"{done}; the last to end sums up. Should one fail, give the same command again: it does the rest")
             return
         log(f"{done}, and so are the others: joining their rows")
         for run in runs:

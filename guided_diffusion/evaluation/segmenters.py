@@ -59,9 +59,6 @@ def _program(path, device):
     return program.module(), batch if isinstance(batch, int) else None
 
 
-# -- uses -------------------------------------------------------------------------------------------------------------
-
-
 def segment(network, images, num_classes, flag="segmenter"):
     """Return the class of every pixel, (N, 1, H, W) int64.
 

@@ -118,7 +118,6 @@ def _from_lzma(data, height, width, depth):
     raise InputError(f"coded map: LZMA data that is no map of {width}x{height} pixels; send it again")
 
 
-# -- JPEG XL: 3 to 36 % below the others on image edges of 16 and more levels ----------------------------------------
 #
 # The head of a codestream (ISO/IEC 18181-1: picture size, 8-bit grey, one modular frame over the whole picture) follows
 # from the map's size and is not sent. Its fields are texts of bits here, the lowest bit first.
@@ -170,9 +169,6 @@ def _from_jxl(data, height, width, shift):
         raise
     except BaseException:  # the plugin's panics are not even Exceptions
         raise InputError("coded map: damaged JPEG XL data; send it again") from None
-
-
-# -- noise choices -----------------------------------------------------------------------------------------------------
 
 
 def choice_bits(bank_size, steps, candidates, atoms):

@@ -214,8 +214,7 @@ def resume_point(directory, asked, partial=False, log=lambda line: None):
 
     :param directory: the run's --checkpoint_dir.
     :param asked: --resume_checkpoint: "", "auto" (the newest whole checkpoint), or the path of a model file.
-    :param partial: be content with a readable model file, but not with one that differs from its manifest.
-    :param log: function of a line, for newer steps that are damaged.
+    :param partial, log: see `problem_of`; function of a line, for newer steps that are damaged.
     :raises InputError: the folder holds a run and nothing was asked for, nothing is whole, or there are later steps.
     """
     steps = sorted(saved_steps(directory), reverse=True)
@@ -307,8 +306,7 @@ def with_legacy_keys(weights, model):
 def find_weights(model_path, may_lack=False, log=lambda line: None):
     """Return the weights file that --model_path means: the file itself, or the newest whole EMA file of a folder.
 
-    :param may_lack: do not insist that it exists (dry runs).
-    :param log: function of a line, for newer averages that are damaged.
+    :param may_lack, log: do not insist that it exists (dry runs); function of a line, for newer, damaged averages.
     """
     if os.path.isdir(model_path):
         return _newest_average(Path(model_path), log)

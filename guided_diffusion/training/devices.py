@@ -75,9 +75,6 @@ def to_device(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if pins_memory(device) else tensor.to(device)
 
 
-# -- networks ---------------------------------------------------------------------------------------------------------
-
-
 def placed(model, device):
     """Put a network on its device, in the memory layout in which convolutions are fastest."""
     if device.type == "cpu":
@@ -120,9 +117,6 @@ def compiled(model, log):
     log("compiling the network: the first step takes a minute or more")
     model.compile()
     return model
-
-
-# -- measuring --------------------------------------------------------------------------------------------------------
 
 
 def device_name(device):

@@ -40,9 +40,6 @@ class Share(NamedTuple):
     count: int = 1
 
 
-# -- places -----------------------------------------------------------------------------------------------------------
-
-
 def find_ranks(environment=os.environ):
     """Return this process's `Ranks`: by torchrun, by an srun step (the batch shell is none), by MPI; else it is alone.
 
@@ -109,9 +106,6 @@ def find_share(ranks, arrays=True, environment=os.environ):
     if most - least != step * (count - 1):
         raise InputError(f"--array: {count} tasks from {least} to {most} have gaps; use --array=0-{count - 1}")
     return Share((task - least) // step * ranks.world_size + ranks.rank, count * ranks.world_size)
-
-
-# -- the group --------------------------------------------------------------------------------------------------------
 
 
 class LostPeer(OSError):

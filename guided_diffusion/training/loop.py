@@ -56,12 +56,10 @@ class LoopSettings:
 class TrainLoop:
     """Trains a model. What it saves is registered by name in `parts`.
 
-    :param model: the network, on its device.
-    :param diffusion, sampler: the training process, and its timestep sampler (`diffusion.resample`), on that device.
+    :param model, diffusion, sampler: the network, the training process and its timestep sampler, on their device.
     :param inputs: the `TrainingInputs` that prepare the loader's batches.
     :param loader: function (start position) -> endless iterator of this rank's prepared batches.
-    :param validation: a `Validation`, or None.
-    :param settings: `LoopSettings`.
+    :param validation, settings: a `Validation`, or None; the `LoopSettings`.
     :param group: the `Group` of processes that train together; None: this one alone.
     """
 

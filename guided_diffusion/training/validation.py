@@ -14,8 +14,7 @@ class Validation:
 
     :param items: loaded batches of one picture each (host memory); the same ones at every call.
     :param inputs: the run's `TrainingInputs`, without channel noise and dropped conditioning.
-    :param diffusion: the training process, for the score.
-    :param preview_diffusion: its respaced form, for the pictures.
+    :param diffusion, preview_diffusion: the training process, for the score; its respaced form, for the pictures.
     :param panel: function (images, y, regenerated) -> panel (H, W, 3) uint8, mean colour error; see `preview_panel`.
     :param device, precision: where and how the network runs.
     """
