@@ -14,20 +14,8 @@ from tqdm import tqdm
 from ..console import StandardError, bar_options
 from ..files import atomic_write
 
-COLUMNS = [
-    "step",
-    "images",
-    "loss",
-    "mse",
-    "vb",
-    "grad_norm",
-    "lr",
-    "images_per_second",
-    "seconds",
-    "skipped_steps",
-    "val_score",
-    "colour_error",
-]
+COLUMNS = ["step", "images", "loss", "mse", "vb", "grad_norm", "lr", "images_per_second", "seconds", "skipped_steps"]
+COLUMNS += ["val_score", "colour_error"]
 
 
 class RunLogger:
