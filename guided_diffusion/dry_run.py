@@ -19,10 +19,7 @@ GIB = 2**30
 
 
 def dry_run(config, log, weights=None):
-    """Log the configuration; check data, labels, sizes and weights; log what was found, and what the run would take.
-
-    :param weights: path of the weights in sampling; None in training.
-    """
+    """Log a configuration; check data, labels and (of sampling, a path) weights; log what the run would take."""
     log(json.dumps(dataclasses.asdict(config), indent=1))
     precision = build.precision_of(config, select_device(config.device), log)
     model = build.untrained_model(config)
