@@ -25,9 +25,6 @@ def model_and_diffusion_defaults():
     return {f.name: f.default for f in NETWORK_FLAGS}
 
 
-# -- parsing ----------------------------------------------------------------------------------------------------------
-
-
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
@@ -246,9 +243,6 @@ def unused_flags(config, given):
         if reasons:
             lines.append(f"--{f.name} {getattr(config, f.name)} has no effect: {reasons[0]}")
     return lines
-
-
-# -- earlier runs -----------------------------------------------------------------------------------------------------
 
 
 def results_settings(config):

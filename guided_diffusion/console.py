@@ -1,6 +1,8 @@
 """Messages, bad input, progress bars and signals of the programs. Standard library only."""
 
+import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -46,6 +48,8 @@ def bar_options():
 
 def run_script(main):
     """Run a script's main function; print bad input as one line and exit with code 2, and system errors with code 1."""
+    gc.set_threshold(100_000)  # torch's modules are a million objects that stay: looking them over takes a second
+    atexit.register(gc.freeze)
     warnings.simplefilter("once")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     try:

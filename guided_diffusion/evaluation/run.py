@@ -248,6 +248,7 @@ class SceneRun(Run):
             columns["local picture"] = "local"
         else:
             channel = "ideal" if config.link == "ideal" else f"{config.link} {config.snr:g} dB"
+            channel += "" if config.pool == "None" else f", {config.pool}"
             columns |= {f"received, {channel}": "received", "regenerated": "samples"}
         columns |= {f"{codec}, same bits": f"baseline_{codec}" for codec in codecs}
         write_panel(self.results, rows, columns)

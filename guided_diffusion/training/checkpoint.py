@@ -31,9 +31,6 @@ def file_name(kind, step):
     return f"manifest{step:06d}.json" if kind == "manifest" else f"{kind}{step:06d}.pt"
 
 
-# -- manifests --------------------------------------------------------------------------------------------------------
-
-
 def manifest_text(contents):
     """Return the text of a manifest: JSON, with its own SHA-256 as the last entry."""
     plain = json.dumps(contents, indent=1)
@@ -247,9 +244,6 @@ def resume_point(directory, asked, partial=False, log=lambda line: None):
         hint = "use an older one (auto finds the newest whole one), or go on from its model with --resume_partial True"
         raise InputError(f"--resume_checkpoint {asked}: it is damaged or incomplete ({problem}); {hint}")
     return str(folder), step
-
-
-# -- weights ----------------------------------------------------------------------------------------------------------
 
 
 def check_weights(model, weights):
