@@ -93,9 +93,6 @@ def check_flag(f, value):
             raise InputError(f"--{f.name} {value}: must be {allowed}")
 
 
-# -- resolving and validating -----------------------------------------------------------------------------------------
-
-
 def resolve(config, given):
     """Give flags that name the same thing one value. Changes `config` in place."""
     pairs = [("predict_xstart", "prediction", "x0", ""), ("use_fp16", "precision", "fp16", "fp32")]
@@ -185,8 +182,6 @@ def sweep(config):
         copy.results_path = os.path.join(config.results_path, f"{copy.link}{pool}{snr}")
     return copies
 
-
-# -- unused flags ------------------------------------------------------------------------------------------------------
 
 CONDITIONS = {  # name: what holds where it does not, and the condition on a config
     "training": ("sampling has no loss and no backward pass", lambda c: isinstance(c, TrainConfig)),

@@ -86,9 +86,8 @@ class Interrupts:
         self.seen, self.at_once, self._before = 0, at_once, {}  # seen: the signal's number
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._note)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_):

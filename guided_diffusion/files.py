@@ -13,8 +13,8 @@ from .console import InputError
 def atomic_write(path, mode="w"):
     """Open a file for writing under a temporary name; rename it to `path` at the end, or remove it if anything fails.
 
-    After the block the file and its name have reached the disk. Several processes may write the same path: each has a
-    temporary name of its own, {path}.{8 hexadecimal digits}.tmp, and the last one to finish wins.
+    After the block the file and its name have reached the disk. Temporary names, {path}.{8 hexadecimal digits}.tmp, are
+    each writer's own: of several processes the last to finish wins.
 
     :param mode: "w" (text, newlines as written) or "wb".
     """

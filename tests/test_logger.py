@@ -53,7 +53,7 @@ def test_progress_loses_rows_after_the_resumed_step(tmp_path, start, kept):
 def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     logger = RunLogger(tmp_path)
     logger.row(values(10))
-    logger.picture("preview", np.zeros((4, 6, 3), np.uint8), 10)
+    logger.show("add_image", "preview", np.zeros((4, 6, 3), np.uint8), 10, dataformats="HWC")
     logger.close()
     (events,) = (tmp_path / "tensorboard").glob("events.*")
     content = events.read_bytes()
@@ -115,7 +115,7 @@ def test_tensorboard_is_left_out_after_its_first_failure(tmp_path, capsys, monke
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
     for step in (10, 20, 30):
         logger.row(values(step))
-        logger.picture("preview", np.zeros((4, 6, 3), np.uint8), step)
+        logger.show("add_image", "preview", np.zeros((4, 6, 3), np.uint8), step, dataformats="HWC")
     logger.close()
     assert logged_steps(tmp_path) == [10, 20, 30]
     assert capsys.readouterr().err.count("TensorBoard cannot be written ([Errno 28] No space left on device)") == 1
@@ -125,7 +125,7 @@ def test_logger_without_a_directory_does_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     logger = RunLogger(None, 3, 10)
     logger.row(values(10))
-    logger.picture("preview", np.zeros((4, 6, 3), np.uint8), 10)
+    logger.show("add_image", "preview", np.zeros((4, 6, 3), np.uint8), 10, dataformats="HWC")
     logger.log("a line")
     logger.bar.update()
     logger.close()

@@ -205,8 +205,9 @@ class UNetModel(nn.Module):
 
     def label_modulation(self, y, x=None):
         """Return the `LabelModulation` of y (N, C, H, W), computed at every call; x: pictures that y must fit."""
-        if y.ndim != 4 or y.shape[1] != self.label_channels:
-            raise InputError(f"conditioning y: expected (N, {self.label_channels}, H, W), found {tuple(y.shape)}")
+        shape = tuple(getattr(y, "shape", ()))
+        if len(shape) != 4 or shape[1] != self.label_channels:
+            raise InputError(f"conditioning y: expected (N, {self.label_channels}, H, W), found {shape}")
         if x is not None and (y.shape[0], *y.shape[2:]) != (x.shape[0], *x.shape[2:]):
             raise InputError(f"conditioning y {tuple(y.shape)} and picture {tuple(x.shape)} differ in N, H or W")
         return LabelModulation(y, self.strides)

@@ -153,14 +153,13 @@ class Metrics:
             self._features = inception_features(fid_weights, device)
 
     def per_picture(self, regenerated, original):
-        """Measure pictures (N, 3, H, W) in [-1, 1]: dict from name to (N,), for psnr, ssim, ms_ssim and lpips.
-
-        Pictures below the 11 pixels of their window have no ssim and ms_ssim.
-        """
+        """Measure pictures (N, 3, H, W) in [-1, 1]: dict from name to (N,), for psnr, ssim, ms_ssim and lpips."""
         functions = {"psnr": psnr, "lpips": functools.partial(lpips, self._lpips)}
         scales = ms_ssim_scales(*original.shape[2:])
         if scales:
             functions |= {"ssim": ssim, "ms_ssim": ms_ssim}
+        elif {"ssim", "ms_ssim"} & {*self.names}:
+            self.notes.add("pictures are smaller than the 11-pixel window of ssim and ms_ssim: left out")
         if 0 < scales < 5 and "ms_ssim" in self.names:
             self.notes.add(f"ms_ssim has room for {scales} of 5 scales; compare with pictures of equal size only")
         return {name: functions[name](regenerated, original).cpu() for name in self.names if name in functions}
@@ -182,7 +181,11 @@ class Metrics:
                     kept.append(self._features(images).float().cpu())
                 if classes:
                     confusion += confusion_matrix(self.segmenter(images).cpu(), label.cpu(), self.num_classes)
-        values = self._set_distances(*map(torch.cat, features)) if sum(map(len, features[0])) > 1 else {}
+        n, values = sum(map(len, features[0])), {}
+        if n > 1:
+            values = self._set_distances(*map(torch.cat, features))
+        elif distances:
+            self.notes.add(f"fid and kid are left out: they need 2 pictures, and there is {n}")
         if confusions[0].any():
             for suffix, confusion in zip(("", "_real"), confusions, strict=True):
                 values[f"pixel_accuracy{suffix}"], values[f"miou{suffix}"] = accuracy_and_iou(confusion)

@@ -261,10 +261,13 @@ class MessageRun(Run):
     verb = "receiving"
 
     def __init__(self, config, weights, parts):
-        self.files = sorted(Path(config.messages).rglob(f"*{MESSAGE}"))
+        folder = Path(config.messages)
+        self.files = sorted(path for path in folder.rglob(f"*{MESSAGE}") if path.is_file())
         if not self.files:
             raise InputError(f"--messages {config.messages}: no {MESSAGE} files there; write them with --role transmit")
         super().__init__(config, weights, self.files)
+        # By their place in the folder, whatever else comes into it.
+        self.names = [str(path.relative_to(folder).with_suffix("")).replace("/", "__") for path in self.files]
         self.receiver = parts["receiver"]()
         for k in range(self.count):  # what cannot be received is refused before the long work
             self._read(k)
@@ -327,6 +330,9 @@ def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
         done = f"share {share.index + 1} of {share.count} is done ({made} pictures made)"
         if not all(run.find_done() for run in runs):
             log(f"{done}; the last to end sums up. Should one fail, give the same command again: it does the rest")
+            return
+        if not made and share.index and all(run.results.file("", "results", ".csv").exists() for run in runs):
+            log(f"{done}; the results of all shares are there, and another one sums them up again")
             return
         log(f"{done}, and so are the others: joining their rows")
         for run in runs:

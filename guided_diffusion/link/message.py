@@ -46,6 +46,8 @@ _LIMITS = {
     "width": (1, source_coding.MAX_SIDE),
     "num_classes": (1, 256),
     "bank_size": (1, 2**32 - 1),
+    "s": (1, 1e6),
+    **dict.fromkeys(("step_count", "stop_step", "selected_steps", "tail_steps"), (0, 2**16 - 1)),
     "step_candidates": (0, source_coding.MAX_CANDIDATES),
     "step_atoms": (0, source_coding.MAX_ATOMS),
 }

@@ -50,7 +50,8 @@ class Chain:
         rule = StepRule(self.diffusion, self.sampler)  # which refuses a wrong tail
         noisy = [t for t in reversed(range(self.diffusion.num_timesteps)) if rule.is_noisy(t)]
         if self.selected_steps > len(noisy):
-            raise InputError(f"--selected_steps {self.selected_steps}: {len(noisy)} take a noise; see --tail_steps")
+            found = f"{len(noisy)} steps take a noise with --tail_steps {self.sampler.tail_steps}"
+            raise InputError(f"--selected_steps {self.selected_steps}: {found}")
         object.__setattr__(self, "selected", noisy[len(noisy) - self.selected_steps :])
 
     def evaluations(self, result, network_steps=None):

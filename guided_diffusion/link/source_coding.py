@@ -7,7 +7,6 @@ claim before it takes memory.
 
 import io
 import lzma
-from bisect import bisect_right
 from contextlib import suppress
 from math import comb
 
@@ -229,8 +228,12 @@ def unpack_choices(data, bank_size, steps, candidates, atoms, prefix=False):
 
 def _unrank(rank, candidates, atoms):
     """Return the ascending index set of a rank: sum of C(index_k, k), k = 1...atoms (combinatorial number system)."""
-    indices = [candidates]
+    indices, index, below = [], candidates - 1, comb(candidates - 1, atoms)  # below: C(index, k)
     for k in range(atoms, 0, -1):
-        indices.append(bisect_right(range(indices[-1]), rank, key=lambda index, k=k: comb(index, k)) - 1)
-        rank -= comb(indices[-1], k)
-    return tuple(reversed(indices[1:]))
+        while rank < below:
+            below = below * (index - k) // index
+            index -= 1
+        indices.append(index)
+        rank, below = rank - below, below * k // max(index, 1)
+        index -= 1
+    return tuple(reversed(indices))

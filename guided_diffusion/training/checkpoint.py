@@ -97,9 +97,6 @@ def problem_of(directory, step, partial=False, digests=True):
     return next(filter(None, problems), "")
 
 
-# -- saving and removing ----------------------------------------------------------------------------------------------
-
-
 def save_checkpoint(directory, step, parts, val_score=None):
     """Write the parts of a checkpoint and its manifest, whole or not at all.
 
@@ -158,9 +155,6 @@ def remove_temporary_files(directory):
     """Remove what a killed run left half-written (by `atomic_write`)."""
     for path in Path(directory).glob(f"*.{8 * '[0-9a-f]'}.tmp"):
         path.unlink(missing_ok=True)
-
-
-# -- loading and resuming ---------------------------------------------------------------------------------------------
 
 
 def load_file(path, listed=None):

@@ -56,7 +56,7 @@ class RunLogger:
             return
         self._append(_lines([{key: f"{v:.6g}" if isinstance(v, float) else v for key, v in values.items()}]))
         for name in values.keys() - {"step"}:
-            self._show("add_scalar", name, values[name], values["step"])
+            self.show("add_scalar", name, values[name], values["step"])
         shown = {name: f"{values[name]:.4g}" for name in ("loss", "images_per_second") if name in values}
         self.bar.set_postfix(shown, refresh=False)
 
@@ -75,11 +75,8 @@ class RunLogger:
         else:
             self._length, self._waiting = self._length + len(self._waiting), b""
 
-    def picture(self, name, image, step):
-        """Show a uint8 array (H, W, 3) in TensorBoard."""
-        self._show("add_image", name, image, step, dataformats="HWC")
-
-    def _show(self, method, *arguments, **options):
+    def show(self, method, *arguments, **options):
+        """Call a method of TensorBoard's SummaryWriter."""
         try:
             if self._board:
                 getattr(self._board, method)(*arguments, **options)
@@ -96,7 +93,7 @@ class RunLogger:
         """Write what still waits, and close the files; the bar stays as it stands."""
         if self._waiting:
             self._append(b"")
-        self._show("close")
+        self.show("close")
         self.bar.close()
 
 

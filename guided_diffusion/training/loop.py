@@ -225,7 +225,7 @@ class TrainLoop:
         picture, error = self.validation.preview(self.model, self.slowest, self.settings.preview_items)
         path = Path(self.settings.checkpoint_dir) / "previews" / f"{self.step:06d}.png"
         logger.log(f"step {self.step}: mean colour error {error:.3f}; preview in {path}")
-        logger.picture("preview", picture, self.step)
+        logger.show("add_image", "preview", picture, self.step, dataformats="HWC")
         try:
             save_picture(picture, path)
         except OSError as disk:
