@@ -405,7 +405,8 @@ def test_shares_of_an_array_run_at_once_and_survive_kills(sample, street, traine
     sample("alone", **flags)
     command = script(**flags, model_path=trained, results_path=tmp_path / "shared", num_workers=0)
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PMI", "OMPI", "RANK"))}
-    plain |= {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "5", "SLURM_ARRAY_TASK_COUNT": "2"}
+    array = {"MIN": 3, "MAX": 5, "COUNT": 2, "STEP": 2}
+    plain |= {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()}
 
     def start():
         options = {"stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
