@@ -21,7 +21,9 @@ def main():
     with Interrupts(at_once=True) as interrupts:
         ranks = find_ranks()
         device = select_device(config.device, ranks)
-        group = Group(ranks, device, config.dist_timeout)
+        own = {"data_dir", "cache_dir", "num_workers"}  # may differ between processes
+        flags = {name: value for name, value in vars(config).items() if name not in own}
+        group = Group(ranks, device, config.dist_timeout, flags)
         with group.guarded():
             train(config, given, group, device, interrupts)
 

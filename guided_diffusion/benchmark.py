@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from . import build
-from .config import TrainConfig, parse_config, parts_of, save_config
+from .config import TrainConfig, parse_config, parts_of
 from .console import InputError, bar_options, log, run_script
 from .data.datasets import SceneDataset
 from .data.toy_scenes import write_toy_scenes
@@ -212,23 +212,6 @@ def peak_of(bench, what, path, precision):
     return devices.peak_memory(bench.device) or 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
 
 
-def startup(bench):
-    """Start-up on the CPU: importing torch, and image_sample.py to its first reverse step with a small network"""
-    yield "import torch", timer(partial(subprocess.run, [sys.executable, "-c", "import torch"])).timeit(3).median
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--preset", "toy", "--data_dir", bench.config.data_dir]
-        config, _ = parse_config(TrainConfig, "", [*flags, "--checkpoint_dir", folder])
-        torch.save(build.model_from(config).state_dict(), f"{folder}/ema_0.98_000001.pt")
-        save_config(config, f"{folder}/config.json")
-        more = f"--model_path {folder} --results_path {folder}/results --device cpu --num_samples 1".split()
-        words = [sys.executable, "image_sample.py", *flags, *more]
-        run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    logged = re.search(r"first reverse step after (\S+) s", run.stderr)
-    if logged is None:
-        raise RuntimeError(f"image_sample.py: {run.stderr[-200:]}")
-    yield "image_sample.py to its first reverse step", float(logged[1])
-
-
 def loader(bench):
     """Pictures of 2048x1024 read by one process, from files and from --cache_dir"""
     count, rates = 2 if bench.quick else 8, []
@@ -248,7 +231,6 @@ PARTS = {  # name: (function, columns of its table)
     "picture": (pictures, ("precision", "sampler", "steps", "seconds", "times faster")),
     "training": (training_steps, STEP),
     "memory": (peaks, ("what", "path", "precision", "peak MiB")),
-    "startup": (startup, ("what", "seconds")),
     "loader": (loader, ("from", "images/s", "times faster")),
 }
 

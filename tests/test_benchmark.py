@@ -99,7 +99,7 @@ def test_main_writes_what_it_prints(bench, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, count", [("picture", 1), ("training", 2), ("memory", 2), ("startup", 2), ("loader", 2)])
+@pytest.mark.parametrize("name, count", [("picture", 1), ("training", 2), ("memory", 2), ("loader", 2)])
 def test_part_has_a_row_for_each_case(bench, name, count):
     bench.rates["fp32"] = 1e9
     found = benchmark.measure(bench, *benchmark.PARTS[name])

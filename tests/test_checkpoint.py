@@ -98,11 +98,19 @@ def test_save_that_is_cut_short_first_is_no_checkpoint_yet(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
+        patch.setattr(os, "remove", lambda path: None)  # a killed process removes nothing
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 7)
     assert resume_point(tmp_path, "auto") is None and resume_point(tmp_path, "") is None
     save(tmp_path, 7)
     assert resume_point(tmp_path, "auto") == (str(tmp_path), 7)
+
+
+def test_resume_point_does_not_start_over_a_run_whose_model_file_was_lost(tmp_path):
+    save(tmp_path, 7)
+    (tmp_path / "model000007.pt").unlink()
+    with pytest.raises(InputError, match="no checkpoint is whole"):
+        resume_point(tmp_path, "auto")
 
 
 @pytest.mark.parametrize("fails_at", [0, 4])

@@ -181,6 +181,12 @@ def test_rank_without_data_ends_both_with_the_reason(scenes, tmp_path, bad):
     assert f"error: rank {1 - bad} ends because it lost another one" in run.said() and "Traceback" not in run.said()
 
 
+def test_ranks_with_other_flags_end_with_the_reason(scenes, tmp_path):
+    with Run(scenes, tmp_path / "run", per_rank=({}, {"seed": 7})) as run:
+        assert 2 in run.codes() and 0 not in run.codes()
+    assert "rank 1 and rank 0 have other values of --seed" in run.said() and "Traceback" not in run.said()
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_rank_that_loses_its_data_ends_the_job_with_the_reason(scenes, tmp_path, launcher):
     shutil.copytree(scenes, tmp_path / "scenes")

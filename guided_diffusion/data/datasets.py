@@ -66,6 +66,9 @@ class SceneDataset(Dataset):
     cache_dir: str = ""
 
     def __post_init__(self):
+        if self.dataset_mode not in DATASETS or self.image_size < 1:
+            found = f"dataset_mode {self.dataset_mode!r}, image_size {self.image_size}"
+            raise InputError(f"{found}: choose one of {', '.join(DATASETS)}, and at least 1 pixel")
         self.facts = DATASETS[self.dataset_mode]
         self.crops = self.augment and self.facts.square  # samples are random parts of their scenes
         self.pairs = self._find_pairs()

@@ -33,6 +33,8 @@ def order(seed, position, n):
 
 def scene_batches(dataset, *, batch_size, deterministic=False, start=0, rank=0, world_size=1, prepare=None, **reading):
     """Return a generator of the batches of a `SceneDataset`; parameters and errors as in `load_data`."""
+    if batch_size < 1 or start < 0:
+        raise InputError(f"batch_size {batch_size}, start {start}: they must be at least 1 and 0")
     end = len(dataset) if deterministic else sys.maxsize
     firsts = range(start + rank * batch_size, end, batch_size * world_size)
     loader = DataLoader(

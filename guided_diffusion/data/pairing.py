@@ -131,7 +131,7 @@ def _listed(data_dir, files, split):
         return {}
     paths, top = {}, None
     # os.walk follows linked folders, which blobfile's does not
-    for here, _, names in bf.walk(folder) if is_remote(folder) else os.walk(folder, followlinks=True):
+    for here, _, names in bf.walk(folder) if is_remote(folder) else os.walk(folder, followlinks=True, onerror=_raise):
         top = top or here  # blobfile may spell it differently from us
         for name in names:
             ending = next((end for end in files.endings if name.lower().endswith(end.lower())), None)
@@ -142,6 +142,10 @@ def _listed(data_dir, files, split):
                     raise InputError(f"{path} and {paths[stem]} have the same stem; keep one of them")
                 paths[stem] = path
     return paths
+
+
+def _raise(error):
+    raise error
 
 
 def _pair(data_dir, tables):

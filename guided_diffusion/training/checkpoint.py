@@ -23,6 +23,7 @@ from ..files import atomic_write, file_digest
 # GESCO and Diff-GO-n files carry an unused SPADE over 3 label channels in every encoder block.
 LEGACY_KEY = re.compile(r"input_blocks\.\d+\.\d+\.spade_norm\.")
 MODEL_FILE = re.compile(r"model(\d{6,})\.pt")
+STEP_FILE = re.compile(r"(?:model|manifest)(\d{6,})\.(?:pt|json)")
 EMA_FILE = re.compile(r"ema_((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)_(\d{6,})\.pt")  # rate, step
 
 
@@ -182,22 +183,26 @@ def load_checkpoint(directory, step, parts, partial=False):
     """
     listed, missing = listed_files(directory, step, partial), []
     for kind, part in parts.items():
-        path = Path(directory) / file_name(kind, step)
+        path, contents = Path(directory) / file_name(kind, step), None
         try:
-            part.load_state_dict(load_file(path, listed))
+            contents = load_file(path, listed)
+            part.load_state_dict(contents)
         except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
-            if kind == "model" or not partial:
+            contradicted = isinstance(error, InputError) and contents is not None  # by a flag
+            if kind == "model" or not partial or contradicted:
                 problem = error if isinstance(error, InputError) else f"it does not fit this run ({error})"
-                hint = "use another checkpoint, or go on from the model alone by --resume_partial True"
-                raise InputError(f"{path}: {problem}; {hint}") from None
+                hint = "" if contradicted else "; use another, or go on from the model alone by --resume_partial True"
+                raise InputError(f"{path}: {problem}{hint}") from None
             missing.append(kind)
     return missing
 
 
 def saved_steps(directory):
-    """Return the set of steps of which a folder holds a model."""
-    found = (MODEL_FILE.fullmatch(path.name) for path in Path(directory).glob("model*"))
-    return {int(match[1]) for match in found if match}
+    """Return the set of steps of which a folder holds a model, or a manifest whose model was lost after its save."""
+    names = {path.name for path in Path(directory).glob("m*")}
+    steps = {int(match[1]) for match in map(STEP_FILE.fullmatch, names) if match}
+    cut_short = {step for step in steps if any(name.startswith(f"{file_name('model', step)}.") for name in names)}
+    return {step for step in steps if file_name("model", step) in names or step not in cut_short}
 
 
 def resume_point(directory, asked, partial=False, log=lambda line: None):
@@ -242,7 +247,7 @@ def resume_point(directory, asked, partial=False, log=lambda line: None):
 
 def check_weights(model, weights):
     """Return a state dict without GESCO's unused keys. Raises InputError naming the first key that differs."""
-    if not isinstance(weights, dict):
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise InputError(f"expected a state dict, found {type(weights).__name__}")
     weights = {key: value for key, value in weights.items() if not LEGACY_KEY.match(key)}
     own = model.state_dict()

@@ -1,5 +1,6 @@
 """The processes of a job: their places (torchrun, srun, mpiexec), what they agree on, and how they end together."""
 
+import json
 import os
 import re
 import socket
@@ -117,10 +118,11 @@ class Group:
 
     :param ranks, device: this process's `Ranks` and torch device.
     :param timeout: seconds after which a process that waits for another one gives up.
-    :raises LostPeer: the processes did not meet.
+    :param flags: dict of what must be the same in all processes.
+    :raises LostPeer: the processes did not meet. InputError: their flags differ.
     """
 
-    def __init__(self, ranks=None, device=None, timeout=600.0):
+    def __init__(self, ranks=None, device=None, timeout=600.0, flags=None):
         ranks = ranks or Ranks()
         self.rank, self.world_size, self.main = ranks.rank, ranks.world_size, ranks.rank == 0
         self.beat = min(5.0, timeout / 4)  # seconds between the collectives that wait for rank 0's work
@@ -130,8 +132,12 @@ class Group:
         place = {"rank": self.rank, "world_size": self.world_size}
         try:
             store, _, _ = next(dist.rendezvous("env://", **place, timeout=MEETING_TIME))
-            store.set(f"started {self.rank}", "")
-            store.wait([f"started {rank}" for rank in range(self.world_size)])
+            store.set(f"flags {self.rank}", json.dumps(flags))
+            everyone = [json.loads(store.get(f"flags {rank}")) for rank in range(self.world_size)]
+            for rank, other in enumerate(everyone):
+                if other != everyone[0]:
+                    names = ", ".join(f"--{name}" for name in other if other[name] != everyone[0].get(name))
+                    raise InputError(f"rank {rank} and rank 0 have other values of {names}: give all the same")
             timeout = timedelta(seconds=timeout)
             dist.init_process_group(backend_for(device), store=store, timeout=timeout, **place)
         except (RuntimeError, OSError) as error:

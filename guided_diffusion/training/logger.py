@@ -45,7 +45,9 @@ class RunLogger:
         rows = [row for row in csv.DictReader(io.StringIO(text, newline="")) if None not in row.values()]
         rows = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= start_step]
         kept = _lines([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])
-        if content != kept:
+        if content.startswith(kept):
+            os.truncate(self._path, len(kept))  # needs no room on the disk
+        else:
             with atomic_write(self._path, "wb") as f:
                 f.write(kept)
         return len(kept)
