@@ -169,7 +169,7 @@ def test_select_both_joins_the_two(make_chain):
 REFUSED = {
     "--selected_steps 2: 0 steps take a noise": ({"method": "ddim"}, 2),
     "--selected_steps 10: 9 steps take a noise": (POSTERIOR, T),
-    "--selected_steps 1: 0 take a noise": ({**POSTERIOR, "tail_steps": T}, 1),
+    "--selected_steps 1: 0 steps take a noise": ({**POSTERIOR, "tail_steps": T}, 1),
     "--tail_steps 11: expected 0 to 10": ({"tail_steps": T + 1}, 0),
 }
 
