@@ -6,6 +6,7 @@ change nothing, and resuming is starting at a position.
 """
 
 import atexit
+import multiprocessing
 import signal
 import sys
 import weakref
@@ -62,6 +63,8 @@ def _end_workers():
     # Here, because they ignore the SIGTERM with which multiprocessing would end them later in the exit
     for batches in list(_unfinished):
         batches.close()
+    for worker in multiprocessing.active_children():  # one that missed torch's goodbye
+        worker.kill()
 
 
 class _Batches(Dataset):
