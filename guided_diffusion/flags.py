@@ -5,14 +5,13 @@ import functools
 import math
 from dataclasses import dataclass
 
-LINKS = ("analog", "digital", "ideal")
-POOLS = ("None", "med", "mean", "max")
+LINKS, POOLS = ("analog", "digital", "ideal"), ("None", "med", "mean", "max")
 METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "fid", "kid", "miou")
 CODECS = ("jpeg", "webp", "avif", "jxl")
 PRECISIONS = ("", "fp32", "bf16", "fp16")
 SAMPLERS = ("", "ddpm", "ddim", "dpm++")
 PLACES = ("unet", "spadeboth", "enconly")
-SELECTIONS = ("initial", "per_step", "both")
+NOISY, SELECTIONS = ("semantics", "label"), ("initial", "per_step", "both")
 DISTANCES = ("mse", "ssim", "lpips", "segmenter")
 SCALES = (1, 2, 4, 8)
 INT64 = {"low": -(2**63), "high": 2**63 - 1}
@@ -156,9 +155,7 @@ class ChannelFlags:
     edge_scale: int = by_source(1, "send one edge pixel for so many", choices=SCALES, needs=f"{EDGES} edge_levels")
     snr: float = flag(100.0, SNR_HELP, low=1, needs="add_noise")
     add_noise: bool = flag(False, "noise by a row of the table, or by --snr", free="sampling", needs="no_snr")
-    noise_to: str = flag(
-        "semantics", "noise on these planes", choices=("semantics", "label"), free="sampling", needs=NOISE_TO
-    )
+    noise_to: str = flag("semantics", "noise on these planes", choices=NOISY, free="sampling", needs=NOISE_TO)
 
 
 @dataclass(kw_only=True)
