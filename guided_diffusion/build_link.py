@@ -146,10 +146,11 @@ class ChainMaker:
         config = self.config
         names = ("fingerprint", "num_classes", "one_hot", "edge_plane", "bank_seed", "bank_size")
         maps = config.num_classes, config.one_hot_label, not config.no_instance
-        ours = self.fingerprint, *maps, config.noise_bank_seed, config.noise_bank_size
+        ours = self.fingerprint.hex(), *maps, config.noise_bank_seed, config.noise_bank_size
+        theirs = vars(header) | {"fingerprint": header.fingerprint.hex()}
         for name, own in zip(names, ours, strict=True):
-            if getattr(header, name) != own:
-                found = f"the message was made with {name} {getattr(header, name)!r}, these weights have {own!r}"
+            if theirs[name] != own:
+                found = f"the message was made with {name} {theirs[name]!r}, these weights have {own!r}"
                 raise InputError(f"{found}; give --model_path the transmitter's file")
         if header.height * header.width > MAX_AREA * config.image_size**2:
             found = f"the message is of a {header.height}x{header.width} picture"

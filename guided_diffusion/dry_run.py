@@ -37,15 +37,15 @@ def dry_run(config, log, weights=None):
         return
     dataset = build.training_data(config, log)[0] if training else build.data_set(config, config.is_train, log)
     height, width = build.picture_size(dataset, model)
-    if training:
-        start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial, log)
-        found = "starting afresh" if start is None else f"resuming from step {start[1]}"
-        log(f"checkpoints: {config.checkpoint_dir}, {found}")
     log(f"pictures: {len(dataset)} of {height}x{width}" + ("" if dataset.has_images else ", labels alone"))
     log("label histogram:")
     labels = describe_labels(label_histogram(dataset))
     for line in labels + describe_network(model, config, height, width, precision):
         log(line)
+    if training:  # last: a folder that holds a run is an error
+        start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial, log)
+        found = "starting afresh" if start is None else f"resuming from step {start[1]}"
+        log(f"checkpoints: {config.checkpoint_dir}, {found}")
     log("dry run: everything was accepted; nothing was trained, sampled or saved")
 
 

@@ -82,7 +82,7 @@ def test_chain_maker_keeps_one_chain_for_a_kind_of_header(configure):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"fingerprint": b"12345678"}, "made with fingerprint b'12345678'"),
+        ({"fingerprint": b"12345678"}, "made with fingerprint '3132333435363738'"),
         ({"edge_plane": False}, "edge_plane False, these weights have True"),
         ({"height": 15}, "15"),
         ({"height": 4096, "width": 4096}, "4096x4096 picture, more than 16 times --image_size 16"),

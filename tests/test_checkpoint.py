@@ -277,7 +277,7 @@ def test_resume_point_of_auto_is_the_newest_whole_step(tmp_path):
     flip(tmp_path / "state1000000.pt")
     (tmp_path / "manifest999999.json").unlink()
     assert resume_point(tmp_path, "auto", log=logged.append) == (str(tmp_path), 2)
-    assert len(logged) == 2 and "state1000000.pt differs" in logged[0] and "going back" in logged[0]
+    assert len(logged) == 2 and "state1000000.pt differs" in logged[0] and "looking for an older one" in logged[0]
     assert resume_point(tmp_path, "auto", partial=True) == (str(tmp_path), 1_000_000)
     flip(tmp_path / "model1000000.pt")
     assert resume_point(tmp_path, "auto", partial=True) == (str(tmp_path), 999_999)
@@ -358,7 +358,11 @@ def test_find_weights_passes_over_damaged_averages(tmp_path):
 
 
 def test_find_weights_names_what_is_lacking(tmp_path):
-    cases = (str(tmp_path / "none.pt"), "no such file"), (str(tmp_path), "the folder has no ema_"), ("", "it is empty")
+    cases = (
+        (str(tmp_path / "none.pt"), "no such file"),
+        (str(tmp_path), "the folder has no ema_"),
+        ("", "none is given"),
+    )
     for path, words in cases:
         with pytest.raises(InputError, match=f"--model_path .*: {words}"):
             find_weights(path)

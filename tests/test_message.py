@@ -118,7 +118,7 @@ def test_message_with_any_flipped_bit_is_refused(fields):
 def test_message_of_parts_of_two_is_refused():
     mine, other = (make(**PER_STEP | {"boundaries": True, "stop_step": stop}).parts for stop in (1, 2))
     for name in PARTS:
-        with pytest.raises(InputError, match="are damaged"):
+        with pytest.raises(InputError, match="is damaged"):
             Message.from_bytes(b"".join((mine | {name: other[name]}).values()))
 
 

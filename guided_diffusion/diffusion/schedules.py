@@ -54,7 +54,7 @@ def space_timesteps(betas, respacing):
         return list(range(0, steps, strides[0]))
     sizes = [steps // len(counts) + (i < steps % len(counts)) for i in range(len(counts))]
     if any(size < count for size, count in zip(sizes, counts, strict=True)):
-        raise InputError(f"--timestep_respacing {text}: {counts} of sections of {sizes} steps; ask for fewer")
+        raise InputError(f"--timestep_respacing {text}: sections of {sizes} steps cannot give {counts}")
     if kind == "logsnr":
         return _even_in_logsnr(betas, counts[0])
     chosen, start = [], 0

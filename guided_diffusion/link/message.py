@@ -222,7 +222,7 @@ def _with_crc(body, head=b""):
 def _without_crc(name, part, head=b""):
     body = part[:-CRC_BYTES]
     if _with_crc(body, head) != part:
-        raise InputError(f"the message's {name} are damaged (CRC is wrong); send it again")
+        raise InputError(f"the message's {name} part is damaged (CRC is wrong); send it again")
     return body
 
 

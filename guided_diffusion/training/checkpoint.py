@@ -224,9 +224,9 @@ def resume_point(directory, asked, partial=False, log=lambda line: None):
         problem = problem_of(directory, step, partial)
         if not problem:
             return str(directory), step
-        log(f"checkpoint {step} in {directory} is damaged or incomplete ({problem}); going back to an older one")
+        log(f"checkpoint {step} in {directory} is damaged or incomplete ({problem}); looking for an older one")
     if asked == "auto":
-        hint = "restore one, or use --resume_partial True"
+        hint = "restore one" if partial else "restore one, or use --resume_partial True"
         raise InputError(f"--checkpoint_dir {directory}: no checkpoint is whole; {hint}")
     match = MODEL_FILE.fullmatch(Path(asked).name)
     if not match or not Path(asked).exists():
@@ -305,7 +305,7 @@ def find_weights(model_path, may_lack=False, log=lambda line: None):
         return _newest_average(Path(model_path), log)
     if may_lack or os.path.exists(model_path):
         return model_path
-    found = "no such file" if model_path else "it is empty"
+    found = "no such file" if model_path else "none is given"
     raise InputError(f"--model_path {model_path}: {found}; name a .pt file, or a folder with checkpoints")
 
 
