@@ -129,6 +129,13 @@ def training_data(config, log):
     return pictures, validation
 
 
+def noise_bank(config, height, width, purpose="picture noise"):
+    """Return the noise bank of a configuration; with --noise_bank_size 0 the fresh noise of a purpose."""
+    if config.noise_bank_size == 0:
+        return FreshNoise((3, height, width), config.seed, purpose)
+    return NoiseBank((3, height, width), config.noise_bank_size, config.noise_bank_seed, config.noise_bank_cache)
+
+
 def semantic_coding(config):
     """Return the `SemanticCoding` of a configuration."""
     return SemanticCoding(config.label_scale, config.edge_levels, config.edge_threshold, config.edge_scale)
@@ -176,9 +183,8 @@ def training_loop(config, given, log, group=None, device=None):
     model = placed(model, device)
     diffusion = diffusion_from(config).to(device)
     inputs = _training_inputs(config, given, height, width)
-    loading = {"batch_size": config.batch_size, "num_workers": config.num_workers}
-    loading |= {"rank": group.rank, "world_size": group.world_size}
-    loading |= {"pin_memory": pins_memory(device), "prepare": inputs}
+    loading = {"batch_size": config.batch_size, "num_workers": config.num_workers, "pin_memory": pins_memory(device)}
+    loading |= {"rank": group.rank, "world_size": group.world_size, "prepare": inputs}
     loop = TrainLoop(
         compiled(model, log) if config.compile else model,
         diffusion,
@@ -205,9 +211,7 @@ def training_loop(config, given, log, group=None, device=None):
 def _training_inputs(config, given, height, width):
     from .training.inputs import TrainingInputs
 
-    shape, bank = (3, height, width), FreshNoise((3, height, width), config.seed, "noise")
-    if config.noise_bank_size:
-        bank = NoiseBank(shape, config.noise_bank_size, config.noise_bank_seed, config.noise_bank_cache)
+    bank = noise_bank(config, height, width, "noise")
     sigma = snr_to_sigma(config.snr) if "snr" in given else None
     form = config.num_classes, config.one_hot_label, not config.no_instance
     channel = config.add_noise, sigma, config.noise_to, config.seed
@@ -236,8 +240,7 @@ def _validation(config, pictures, inputs, diffusion, device, precision):
 
     if pictures is None:
         return None
-    wanted = max(config.preview_items, config.eval_items if config.eval_interval else 0)
-    count = min(wanted, len(pictures))
+    count = min(max(config.preview_items, config.eval_items if config.eval_interval else 0), len(pictures))
     # Spread over the split, because neighbours in a drive look alike; every other one first, for the preview's share.
     spread = [k * len(pictures) // count for k in range(count)]
     items = [pictures.batch([k]) for k in spread[::2] + spread[1::2]]

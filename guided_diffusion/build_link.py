@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 
-from .build import data_set, diffusion_from, picture_size, precision_of, semantic_coding, untrained_model
+from .build import data_set, diffusion_from, noise_bank, picture_size, precision_of, semantic_coding, untrained_model
 from .config import parts_of, sweep
 from .console import InputError
 from .data.datasets import PictureFolder
@@ -16,7 +16,6 @@ from .evaluation.report import Measures
 from .files import file_digest
 from .link.channel import snr_to_sigma
 from .link.message import Header
-from .link.noise_bank import FreshNoise, NoiseBank
 from .link.selection import Chain, StepCodebook, select_both, select_initial, select_per_step
 from .link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
 from .training import devices
@@ -128,9 +127,7 @@ class ChainMaker:
 
     def __init__(self, config, height, width, device, weights, model_of):
         self.config, self.device, self.model_of, self._chains = config, device, model_of, {}
-        self.fingerprint, bank = file_digest(weights)[:8], (config.noise_bank_size, config.noise_bank_seed)
-        shape, fresh = (3, height, width), config.noise_bank_size == 0
-        self.bank = FreshNoise(shape, config.seed) if fresh else NoiseBank(shape, *bank, config.noise_bank_cache)
+        self.fingerprint, self.bank = file_digest(weights)[:8], noise_bank(config, height, width)
 
     def __call__(self, header, rule=None):
         """Return the chain. A header without a stop step leaves stopping to `rule`, an `EarlyStop` or None."""
@@ -185,8 +182,8 @@ def _header(config, precision, height, width, fingerprint):
         every = max(1, diffusion_from(config).num_timesteps - max(1, config.tail_steps))
         noise |= {"selected_steps": config.selected_steps or every, "step_candidates": config.step_candidates}
         noise["step_atoms"] = config.step_atoms
-    size = {"height": height, "width": width}
-    return Header(**size, **form, **coding, **noise, precision=precision, fingerprint=fingerprint)
+    form |= {"height": height, "width": width, "precision": precision, "fingerprint": fingerprint}
+    return Header(**form, **coding, **noise)
 
 
 def _distances(config, device):

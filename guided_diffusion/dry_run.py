@@ -38,9 +38,8 @@ def dry_run(config, log, weights=None):
     dataset = build.training_data(config, log)[0] if training else build.data_set(config, config.is_train, log)
     height, width = build.picture_size(dataset, model)
     log(f"pictures: {len(dataset)} of {height}x{width}" + ("" if dataset.has_images else ", labels alone"))
-    log("label histogram:")
     labels = describe_labels(label_histogram(dataset))
-    for line in labels + describe_network(model, config, height, width, precision):
+    for line in ["label histogram:", *labels, *describe_network(model, config, height, width, precision)]:
         log(line)
     if training:  # last: a folder that holds a run is an error
         start = resume_point(config.checkpoint_dir, config.resume_checkpoint, config.resume_partial, log)

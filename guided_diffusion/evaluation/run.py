@@ -35,15 +35,15 @@ class Run:
     """The run loop over the pictures of one point, or of a folder of messages.
 
     :param config, weights: a `SampleConfig` of one point (see `config.sweep`), and the path of the weights file.
-    :param paths: of the pictures or messages, in their order.
+    :param paths, names: of the pictures or messages, in their order, and what their results are called.
     """
 
     columns, batch_size = COLUMNS, 1
     kind, verb = "samples", "regenerating"  # kind: of the file that a finished picture leaves behind
 
-    def __init__(self, config, weights, paths):
+    def __init__(self, config, weights, paths, names):
         self.config, self.weights, self.results = config, weights, ResultsFolder(config.results_path)
-        self.paths, self.names, self.done = [*map(str, paths)], unique_names(paths), {}  # done: number -> row
+        self.paths, self.names, self.done = [*map(str, paths)], names, {}  # done: number -> row
         self.count, self.summary = min(config.num_samples, len(paths)), None
 
     def settings(self):
@@ -109,7 +109,8 @@ class SceneRun(Run):
 
     def __init__(self, config, weights, parts):
         self.dataset, self.bank, self.measures = parts["dataset"], parts["bank"], parts["measures"]
-        super().__init__(config, weights, [pair.image or pair.label for pair in self.dataset.pairs])
+        paths = [pair.image or pair.label for pair in self.dataset.pairs]
+        super().__init__(config, weights, paths, unique_names(paths))
         # What is drawn for a picture follows from its name, so that further files in the split change nothing.
         stems = [pair.stem for pair in self.dataset.pairs]
         self.numbers = dict(zip(self.paths, map(text_number, stems), strict=True))
@@ -265,9 +266,9 @@ class MessageRun(Run):
         self.files = sorted(path for path in folder.rglob(f"*{MESSAGE}") if path.is_file())
         if not self.files:
             raise InputError(f"--messages {config.messages}: no {MESSAGE} files there; write them with --role transmit")
-        super().__init__(config, weights, self.files)
         # By their place in the folder, whatever else comes into it.
-        self.names = [str(path.relative_to(folder).with_suffix("")).replace("/", "__") for path in self.files]
+        names = [str(path.relative_to(folder).with_suffix("")).replace("/", "__") for path in self.files]
+        super().__init__(config, weights, self.files, names)
         self.receiver = parts["receiver"]()
         for k in range(self.count):  # what cannot be received is refused before the long work
             self._read(k)
