@@ -27,7 +27,7 @@ requeue() {
   state=$(squeue --noheader --format=%T --jobs="$id") || state=unknown
   if [ "$state" != RUNNING ]; then
     echo "stopped with code $1; job $id is $state (cancelled?): not requeued" >&2
-  elif scontrol requeue "$id"; then
+  elif (trap '' TERM && scontrol requeue "$id"); then # SLURM ends the processes of a requeued job, scontrol itself among them
     echo "stopped with code $1; job $id is back in the queue and will resume" >&2
   else
     echo "stopped with code $1; job $id could not be requeued: submit it again, it will resume" >&2

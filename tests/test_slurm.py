@@ -64,6 +64,16 @@ def log_of(facts):
     return path.read_text() if path.exists() else ""
 
 
+def test_requeue_outlives_the_signal_that_ends_the_job(tmp_path):
+    for name, body in {"squeue": "echo RUNNING", "scontrol": "kill -TERM $$"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4"}
+    command = ["bash", "-c", f"source {ROOT}/guided_diffusion/job.sh; requeue 75"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=30)
+    assert done.stderr == "stopped with code 75; job 4 is back in the queue and will resume\n"
+
+
 def test_job_by_signals(cluster, project):
     cases = {  # name: (options of sbatch, exit code when told to stop, options of scancel, final state)
         "steps": ([TWO], 75, ["--signal=USR1"], "COMPLETED"),
