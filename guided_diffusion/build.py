@@ -9,10 +9,12 @@ import torch
 from .config import NETWORK_FLAGS, check_flag, model_and_diffusion_defaults, numbers, parts_of
 from .console import InputError
 from .data.datasets import SceneDataset
+from .data.pictures import to_uint8
 from .data.semantics import SemanticCoding, conditioning_channels
 from .diffusion.gaussian_diffusion import create_gaussian_diffusion
 from .diffusion.unet import DEFAULT_CHANNEL_MULT, UNetModel, check_size
 from .link.channel import snr_to_sigma
+from .link.color_layer import ColorPrior
 from .link.noise_bank import FreshNoise, NoiseBank
 from .random_streams import stream_seed
 from .training.checkpoint import resume_point
@@ -47,15 +49,19 @@ def create_model(flags):
     resolutions = numbers(flags["attention_resolutions"], "attention_resolutions", int)
     same = ("num_res_blocks", "dropout", "num_heads", "num_heads_upsample", "num_head_channels", "use_checkpoint")
     same += ("use_scale_shift_norm", "resblock_updown", "use_new_attention_order")
-    return UNetModel(
+    model = UNetModel(
         model_channels=flags["num_channels"],
         out_channels=6 if flags["learn_sigma"] else 3,
         label_channels=conditioning_channels(flags["num_classes"], flags["one_hot_label"], flags["no_instance"]),
         attention_strides={size // resolution for resolution in resolutions},
         channel_mult=channel_mult,
         places=flags["unet_model"],
+        layer_channels=4 if flags["color_layer"] else 0,
         **{name: flags[name] for name in same},
     )
+    if flags["color_layer"]:
+        model.register_buffer("color_prior", torch.zeros(3, 10))  # whole numbers, see `ColorPrior`
+    return model
 
 
 def create_diffusion(flags):
@@ -180,23 +186,27 @@ def training_loop(config, given, log, group=None, device=None):
     height, width = picture_size(pictures, model)
     asked = config.checkpoint_dir, config.resume_checkpoint, config.resume_partial
     start = group.gather(group.run_on_main(lambda: resume_point(*asked, log)))[0]
+    if config.color_layer:
+        weights = group.gather(group.run_on_main(lambda: _color_prior(pictures)))[0].weights
+        model.color_prior.copy_(torch.tensor(weights))
     model = placed(model, device)
     diffusion = diffusion_from(config).to(device)
-    inputs = _training_inputs(config, given, height, width)
+    inputs = dataclasses.replace(_training_inputs(config, given, height, width), color_prior=ColorPrior.of(model))
     loading = {"batch_size": config.batch_size, "num_workers": config.num_workers, "pin_memory": pins_memory(device)}
-    loading |= {"rank": group.rank, "world_size": group.world_size, "prepare": inputs}
+    loading |= {"rank": group.rank, "world_size": group.world_size}
     loop = TrainLoop(
         compiled(model, log) if config.compile else model,
         diffusion,
         SCHEDULE_SAMPLERS[config.schedule_sampler](diffusion.num_timesteps).to(device),
         inputs,
-        lambda position: scene_batches(pictures, start=position, **loading),
+        lambda position: scene_batches(pictures, start=position, prepare=loop.inputs, **loading),
         _validation(config, validation_pictures, inputs, diffusion, device, precision),
         _loop_settings(config, precision, device),
         group,
     )
     if start is not None:
         missing = loop.resume(*start, partial=config.resume_partial)
+        loop.inputs = dataclasses.replace(inputs, color_prior=ColorPrior.of(model))  # which the checkpoint has
         log(f"resumed from step {start[1]} in {start[0]}" + (f", without {', '.join(missing)}" if missing else ""))
     elif config.resume_checkpoint:
         log(f"no checkpoint in {config.checkpoint_dir} yet: starting afresh")
@@ -206,6 +216,12 @@ def training_loop(config, given, log, group=None, device=None):
     rest = " (the last one smaller)" if config.batch_size % size else ""
     log(f"global batch {config.batch_size * ranks} = {size} × {passes}{rest}")
     return loop
+
+
+def _color_prior(pictures):
+    """Fit the prior of the colour layer to at most 200 pictures of a data set, spread over it."""
+    numbers = range(0, len(pictures), -(-len(pictures) // 200))
+    return ColorPrior.fit(to_uint8(pictures.batch([k])["image"])[0] for k in numbers)
 
 
 def _training_inputs(config, given, height, width):

@@ -15,6 +15,7 @@ from .evaluation.metrics import Metrics, distance
 from .evaluation.report import Measures
 from .files import file_digest
 from .link.channel import snr_to_sigma
+from .link.color_layer import ColorPrior
 from .link.message import Header
 from .link.selection import Chain, StepCodebook, select_both, select_initial, select_per_step
 from .link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
@@ -50,10 +51,12 @@ def sampling_parts(config, weights, log, ranks=None):
     def transmitter(point):
         # A chain that stops early does so where the transmitter's did, which the message tells.
         local = point.role == "transmit" or point.local_picture or (rule is not None and point.link != "analog")
-        return Transmitter(template, coding, make_chain(template, rule), _chooser(point, distances), local)
+        chain, color = make_chain(template, rule), (config.color_step, ColorPrior.of(model))
+        return Transmitter(template, coding, chain, _chooser(point, distances), local, *color)
 
     def receiver(point):
-        return Receiver(functools.partial(make_chain, rule=rule if point.link == "analog" else None))
+        maker = functools.partial(make_chain, rule=rule if point.link == "analog" else None)
+        return Receiver(maker, ColorPrior.of(model))
 
     ends = {"transmitter": transmitter, "receiver": receiver, "channel": channel}
     return {"bank": make_chain.bank, "dataset": dataset, "measures": measures, **ends}
@@ -72,7 +75,7 @@ def receiving_parts(config, weights, log, ranks=None):
         return devices.for_sampling(own, device, precision, config.compile, log)
 
     make_chain = ChainMaker(config, config.image_size, 2 * config.image_size, device, weights, model_of)
-    return {"make_chain": make_chain, "receiver": lambda: Receiver(make_chain)}
+    return {"make_chain": make_chain, "receiver": lambda: Receiver(make_chain, ColorPrior.of(model))}
 
 
 def _device(config, ranks):
@@ -172,7 +175,8 @@ def _header(config, precision, height, width, fingerprint):
     selecting, eta = config.selection != "initial", config.eta if config.sampler == "ddim" else 0.0
     variance = "posterior" if selecting and config.sampler == "ddpm" else "model"
     chain = {"method": config.sampler, "steps": config.timestep_respacing, "tail_steps": config.tail_steps}
-    sampler = SamplerSettings(**chain, s=config.s, eta=eta, clip_denoised=config.clip_denoised, variance=variance)
+    clip = config.clip_denoised and not config.color_layer  # what a layer lacks has no range
+    sampler = SamplerSettings(**chain, s=config.s, eta=eta, clip_denoised=clip, variance=variance)
     form = {"num_classes": config.num_classes, "one_hot": config.one_hot_label, "edge_plane": not config.no_instance}
     coding = {"label_scale": config.label_scale, "edge_scale": config.edge_scale}
     coding["edge_levels"] = 0 if config.no_instance else config.edge_levels

@@ -99,8 +99,9 @@ def activation_bytes(model, height, width, precision):
     blocks = [module for module in model.modules() if isinstance(module, ResBlock)]
     layers = [module for module in model.modules() if not list(module.children()) and type(module) is not nn.Identity]
     handles = [module.register_forward_hook(count) for module in blocks + layers]
+    planes = model.label_channels + model.layer_channels
     with torch.device("meta"), torch.no_grad():
-        model(torch.empty(1, 3, height, width), torch.zeros(1), torch.empty(1, model.label_channels, height, width))
+        model(torch.empty(1, 3, height, width), torch.zeros(1), torch.empty(1, planes, height, width))
     for handle in handles:
         handle.remove()
     insides = [sum(sizes.get(module, 0) for module in block.modules() if module is not block) for block in blocks]

@@ -118,6 +118,7 @@ class ModelFlags:
     use_new_attention_order: bool = by_training(False, "split q, k, v before the heads (published weights: False)")
     no_instance: bool = by_training(False, "leave out the edge plane (instance and image edges)")
     one_hot_label: bool = by_training(True, "one plane per class; False: one plane with the raw label id")
+    color_layer: bool = by_training(False, "a coarse picture is sent, too; the network makes what it lacks")
     unet_model: str = by_training("unet", "SPADE in middle and decoder, all, or encoder and middle", choices=PLACES)
 
 
@@ -214,6 +215,7 @@ class SampleFlags:
 class LinkFlags:
     """Link (of --link, --pool and --snr, several values, separated by commas, are compared)"""
 
+    color_step: int = by_message(32, "quantiser step 2^(n/4) of the layer", low=0, high=63, needs="color_layer")
     role: str = flag("link", "both ends, write messages, or read them", choices=("link", "transmit", "receive"))
     link: str = flag("analog", LINK_HELP, choices=LINKS, each=str, needs="role=link")
     pool: str = flag("None", POOL_HELP, choices=POOLS, each=str, needs=ANALOG)

@@ -96,10 +96,14 @@ def make_loop(scenes, tmp_path):
 @pytest.fixture(scope="session")
 def trained(scenes, tmp_path_factory):
     """The checkpoint folder of a few training steps, with config.json beside."""
+    return train_into(tmp_path_factory.mktemp("trained"), scenes)
+
+
+def train_into(directory, scenes, **flags):
+    """Take four training steps; return the checkpoint folder."""
     from guided_diffusion.config import save_config
 
-    directory = tmp_path_factory.mktemp("trained")
-    loop, config = training_loop(scenes, directory, total_steps=4, drop_rate=0.1)
+    loop, config = training_loop(scenes, directory, total_steps=4, drop_rate=0.1, **flags)
     save_config(config, directory / "config.json")
     loop.run()
     return directory

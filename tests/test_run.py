@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, as_arguments
+from conftest import TINY, as_arguments, train_into
 from PIL import Image
 
 from guided_diffusion import build_link
@@ -34,6 +34,12 @@ def street(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shares") / "scenes"
     write_toy_scenes(str(folder), train=0, val=5, height=32, width=64, seed=3, progress=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def layered(scenes, tmp_path_factory):
+    """The checkpoint folder of a network with a colour layer."""
+    return train_into(tmp_path_factory.mktemp("layered"), scenes, color_layer=True)
 
 
 @pytest.fixture
@@ -111,6 +117,32 @@ def test_run_writes_every_picture_and_its_row(sample, tmp_path):
     with Image.open(folder / "panel.png") as panel:
         assert panel.width > 4 * 32 and panel.height > 3 * 16
     assert logged[-1].startswith("3 pictures") and any("PSNR" in line for line in logged)
+
+
+@pytest.mark.parametrize("flags", [{"s": 2, "use_ddim": True}, {"selection": "per_step", **STEPS}])
+def test_run_with_a_colour_layer_is_the_same_at_both_ends(sample, receive, layered, tmp_path, flags):
+    flags = flags | {"model_path": layered, "color_layer": True, "color_step": 26}
+    sample("here", link="ideal", local_picture="selection" not in flags, **flags)
+    assert column(tmp_path / "here", "mismatch_db") == ["inf"] * 3
+    sizes = [[int(row[f"bits_{part}"]) for part in ("color", "total")] for row in table(tmp_path / "here")]
+    assert all(48 < color < total for color, total in sizes)
+    sample("sent", role="transmit", **flags)
+    receive(model_path=layered, color_layer=True)
+    for name in ("picture_sha256", "bits_color", "bits_total"):
+        assert column(tmp_path / "received", name) == column(tmp_path / "sent", name)
+    assert column(tmp_path / "here", "picture_sha256") == column(tmp_path / "sent", "picture_sha256")
+
+
+def test_run_with_a_colour_layer_over_lossy_channels(sample, layered, tmp_path):
+    flags = {"model_path": layered, "color_layer": True, "color_step": 26, "use_ddim": True}
+    sample("analog", snr=5, pool="med", **flags)
+    sample("grey", snr=5, pool="med", **{**flags, "color_step": 63})
+    assert all(row["bits_color"] != "0" for row in table(tmp_path / "analog"))
+    sample("digital", link="digital", snr=2, **flags)
+    lost = [row["problems"].split() for row in table(tmp_path / "digital")]
+    assert any("color" in names for names in lost) and column(tmp_path / "digital", "steps")[0]
+    first, second = (pixels(tmp_path / name / "samples") for name in ("analog", "grey"))
+    assert all(np.abs(first[name] - second[name]).mean() > 2 for name in first)  # the network's input is not the same
 
 
 def test_run_with_fresh_noise_has_no_index(sample, tmp_path):

@@ -30,7 +30,7 @@ class Conditioning:
             return model.cached_modulation(modulation) if fits else modulation
 
         self.modulation = cached(model.label_modulation(y), len(y))
-        self.null = cached(NullModulation(y), len(y) + 1) if s > 1 else None
+        self.null = cached(NullModulation(y[:, : model.label_channels]), len(y) + 1) if s > 1 else None
 
     def denoiser(self, diffusion, n, rows=None):
         """Return the denoiser of n samples, those at `rows` (n,) where not all are left."""
@@ -40,11 +40,13 @@ class Conditioning:
             y, modulation = y[rows], modulation and modulation.rows(rows)
         if modulation is None:
             return guided_denoiser(self.model, diffusion, y.expand(n, -1, -1, -1), self.s)
-        if self.s == 1:
-            return guided_denoiser(self.model, diffusion, modulation)
-        both = GuidedModulation(modulation, self.null)
+        layer = y[:, self.model.label_channels :].expand(n, -1, -1, -1)  # no planes without a colour layer
+        if self.s > 1:
+            modulation = GuidedModulation(modulation, self.null)
 
-        def guided(x, t):
-            return guide(*self.model(x, diffusion.model_timesteps(t), both).chunk(2), self.s)
+        def denoiser(x, t):
+            x = torch.cat([x, layer], dim=1) if layer.shape[1] else x
+            output = self.model(x, diffusion.model_timesteps(t), modulation)
+            return guide(*output.chunk(2), self.s) if self.s > 1 else output
 
-        return guided
+        return denoiser

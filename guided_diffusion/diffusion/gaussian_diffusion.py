@@ -169,9 +169,16 @@ def guided_denoiser(model, diffusion, y, s=1.0):
     def denoiser(x, t):
         timesteps = diffusion.model_timesteps(t)
         output = model(x, timesteps, y)
-        return guide(output, model(x, timesteps, torch.zeros_like(y)), s) if s > 1 else output
+        return guide(output, model(x, timesteps, null_conditioning(model, y)), s) if s > 1 else output
 
     return denoiser
+
+
+def null_conditioning(model, y):
+    """Return y (N, C, H, W) with all-zero semantics; a colour layer stays."""
+    null = y.clone()
+    null[:, : getattr(model, "label_channels", None)] = 0
+    return null
 
 
 def guide(output, null_output, s):

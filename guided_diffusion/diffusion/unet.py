@@ -166,17 +166,27 @@ class UNetModel(nn.Module):
 
     :param model_channels: base width; every level width `mult * model_channels` must be a multiple of 32.
     :param out_channels: 3, or 6 with a learned variance.
-    :param label_channels: planes of the conditioning y.
+    :param label_channels, layer_channels: planes of the conditioning y: those that SPADE sees, and behind them those of
+        a colour layer, which join the noisy picture at the network's input.
     :param channel_mult: width multiplier of each level; each level but the last halves the size.
     :param places: where SPADE blocks are, beside the middle: "unet" (decoder), "spadeboth" or "enconly" (encoder).
     :param options: the other fields of `_Blocks`.
     """
 
     def __init__(
-        self, model_channels, out_channels, label_channels, channel_mult, places="unet", use_checkpoint=False, **options
+        self,
+        model_channels,
+        out_channels,
+        label_channels,
+        channel_mult,
+        places="unet",
+        use_checkpoint=False,
+        layer_channels=0,
+        **options,
     ):
         super().__init__()
-        self.model_channels, self.label_channels, self.use_checkpoint = model_channels, label_channels, use_checkpoint
+        self.model_channels, self.use_checkpoint = model_channels, use_checkpoint
+        self.label_channels, self.layer_channels = label_channels, layer_channels
         self.downsampling = 2 ** (len(channel_mult) - 1)
         self.encoder_sees_labels, decoder_sees_labels = SPADE_PLACES[places]
         widths = [int(mult * model_channels) for mult in channel_mult]
@@ -186,7 +196,7 @@ class UNetModel(nn.Module):
         blocks = _Blocks(emb_channels, label_channels, **options)
         linear = nn.Linear(model_channels, emb_channels)
         self.time_embed = nn.Sequential(linear, nn.SiLU(), nn.Linear(emb_channels, emb_channels))
-        stem = nn.Conv2d(3, widths[0], 3, padding=1)
+        stem = nn.Conv2d(3 + layer_channels, widths[0], 3, padding=1)
         stages, skips = blocks.encoder(self.encoder_sees_labels, widths)
         self.input_blocks = nn.ModuleList(TimestepSequential(*layers) for layers in ([stem], *stages))
         self.middle_block = TimestepSequential(
@@ -205,12 +215,12 @@ class UNetModel(nn.Module):
 
     def label_modulation(self, y, x=None):
         """Return the `LabelModulation` of y (N, C, H, W), computed at every call; x: pictures that y must fit."""
-        shape = tuple(getattr(y, "shape", ()))
-        if len(shape) != 4 or shape[1] != self.label_channels:
-            raise InputError(f"conditioning y: expected (N, {self.label_channels}, H, W), found {shape}")
+        shape, channels = tuple(getattr(y, "shape", ())), self.label_channels + self.layer_channels
+        if len(shape) != 4 or shape[1] != channels:
+            raise InputError(f"conditioning y: expected (N, {channels}, H, W), found {shape}")
         if x is not None and (y.shape[0], *y.shape[2:]) != (x.shape[0], *x.shape[2:]):
             raise InputError(f"conditioning y {tuple(y.shape)} and picture {tuple(x.shape)} differ in N, H or W")
-        return LabelModulation(y, self.strides)
+        return LabelModulation(y[:, : self.label_channels], self.strides)
 
     def cached_modulation(self, modulation):
         """Return the `CachedModulation` of a modulation, for a whole reverse chain."""
@@ -226,11 +236,13 @@ class UNetModel(nn.Module):
 
         :param x: (N, 3, H, W) noisy picture; the downsampling must divide H and W.
         :param t: (N,) original timesteps, 0...999 for 1000 steps; may be fractional.
-        :param y: (N, C, H, W) conditioning, or a `Modulation` in its place.
+        :param y: (N, C, H, W) conditioning, or a `Modulation` in its place; x then has the colour layer's planes, too.
         :return: (N, 3 or 6, H, W) float32; with `GuidedModulation` (2N, ...), the conditional predictions first.
         """
         check_size(*x.shape[2:], self.downsampling)
         modulation = y if isinstance(y, Modulation) else self.label_modulation(y, x)
+        if modulation is not y and self.layer_channels:
+            x = torch.cat([x, y[:, self.label_channels :]], dim=1)
         embedded = timestep_embedding(t, self.model_channels).to(self.time_embed[0].weight.dtype)
         h, emb, skips = x, self.time_embed(embedded), []  # emb: (N, emb_channels)
         twice = isinstance(modulation, GuidedModulation)

@@ -171,6 +171,7 @@ class SceneRun(Run):
             indices = pack_choices(message.start_index, self.bank.size, message.codewords, *candidates)
             classes = config.num_classes if config.one_hot_label else 0
             bits = {"header": 0, "labels": classes, "edges": 0, "indices": 8 * len(indices)}
+            bits["color"] = 8 * len(message.color)
         else:
             bits = message.bits()
             path = self.results.file("messages", self.names[k], MESSAGE)
@@ -281,6 +282,7 @@ class MessageRun(Run):
             self.receiver.make_chain(message.header)
         except InputError as error:
             raise InputError(f"{self.files[k]}: {error}") from None
+        lengths["color"] = len(data) - sum(lengths.values())
         return message, {part: 8 * length for part, length in lengths.items()}
 
     def identity(self, k):

@@ -14,14 +14,14 @@ from ..console import InputError
 
 MAX_PIXELS, MAX_SYMBOLS = 2**17, 64  # bounds of a decoder's work: well below a second
 _TOP = 2**32 - 1
-_ONE = 2**16  # probabilities are in units of 1 / 65536
+ONE = 2**16  # probabilities are in units of 1 / 65536
 _LEAST = 32
 _START, _MOST = 8, 500  # twice the count that a new probability stands for, and at which it stops settling
 
 
 def encode(symbols, count):
     """Code (h, w) uint8 symbols in 0...count-1 losslessly: bytes, or None where the map is too large or irregular."""
-    code, finish = _coder()
+    code, finish = coder()
     rows = np.pad(symbols, ((2, 0), (2, 2))).tolist()
     small = symbols.size <= MAX_PIXELS and count <= MAX_SYMBOLS
     return finish() if small and _walk(rows, count, code) else None
@@ -31,14 +31,14 @@ def decode(data, height, width, count):
     """Undo `encode`: return (height, width) uint8. Raises InputError for all but what `encode` makes of some map."""
     if height * width > MAX_PIXELS or not 2 <= count <= MAX_SYMBOLS:
         raise InputError(f"context-coded map of {width}x{height} pixels and {count} symbols: beyond the coder's limits")
-    code, finish = _coder(data)
+    code, finish = coder(data)
     rows = [[0] * (width + 4) for _ in range(height + 2)]
     if not _walk(rows, count, code) or finish() != data:
         raise InputError("the context-coded map is damaged; send it again")
     return np.array(rows, np.uint8)[2:, 2:-2]  # (height, width)
 
 
-def _coder(data=None):
+def coder(data=None):
     """Return (code, finish) of an encoder, or of a decoder of `data`.
 
     `code(node, bit)` codes one decision whose node is [probability, count, coarser node or None], and counts it; the
@@ -54,7 +54,7 @@ def _coder(data=None):
         if data is not None:
             bit = value <= middle
         if bit:
-            high, target = middle, _ONE - _LEAST
+            high, target = middle, ONE - _LEAST
         else:
             low, target = middle + 1, _LEAST
         while low ^ high < 2**24:  # the first byte is settled
@@ -107,7 +107,7 @@ def _walk(rows, count, code):
                 budget -= 1
                 tree, prefix = trees.setdefault(west, {}), 1
                 for k in reversed(range(bits)):  # the highest first, each in the context of those before
-                    node = tree.setdefault(prefix, [_ONE // 2, _START // 2, None])
+                    node = tree.setdefault(prefix, [ONE // 2, _START // 2, None])
                     prefix = prefix * 2 + code(node, symbol >> k & 1)
                 row[x] = symbol = prefix - (1 << bits)
                 if budget < 0 or symbol >= count or any(symbol == guess for guess, _ in context):
@@ -121,6 +121,6 @@ def _context(key, count, bits, coarse):
     guesses = list(dict.fromkeys(near))
     # The coarser context: the four neighbours where two symbols occur, else which of the four are equal
     shape = tuple(near) if count == 2 else tuple(map(guesses.index, near))
-    nodes = [coarse.setdefault((shape, k), [_ONE // 2, _START, None]) for k in range(len(guesses))]
+    nodes = [coarse.setdefault((shape, k), [ONE // 2, _START, None]) for k in range(len(guesses))]
     context = [(guess, [node[0], _START, node]) for guess, node in zip(guesses, nodes, strict=True)]
     return context if len(guesses) < count else [*context[:-1], (guesses[-1], None)]

@@ -1,6 +1,7 @@
 """The message: all that is sent for one picture, and nothing else.
 
-Four parts: header, labels, edges (boundaries within classes and image edges), indices (noise choices). Each ends in a
+Its parts: header, labels, edges (boundaries within classes and image edges), indices (noise choices), and for networks
+with a colour layer that layer, as long as what is left of the message. Each ends in a
 CRC-32 and can be lost alone; a part with nothing to say is no bytes at all. The CRC of a part goes on from that of the
 header, so that parts of two messages do not pass as one.
 """
@@ -19,7 +20,7 @@ from ..diffusion.solvers import SamplerSettings
 from . import source_coding
 from .source_coding import decode_map, encode_map, pack_choices, unpack_choices
 
-PARTS = ("header", "labels", "edges", "indices")
+PARTS = ("header", "labels", "edges", "indices", "color")
 CRC_BYTES = 4
 _MAGIC = b"DG\x01"  # the last byte is the format's version
 
@@ -133,7 +134,7 @@ def read_header(data):
     sampler = SamplerSettings(**{name: values.pop(name) for name in vars(SamplerSettings())})
     header = Header(sampler=sampler, **values)
     header.check()
-    return header, {part: int.from_bytes(end, "little") for part, end in zip(PARTS[1:], fields[-3:], strict=True)}
+    return header, {part: int.from_bytes(end, "little") for part, end in zip(PARTS[1:4], fields[-3:], strict=True)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +146,7 @@ class Message:
     :param edges: (h, w) uint8 symbols below edge_levels, of its shape(edge_scale), or None with 0 levels.
     :param start_index: bank entry of x_T, or None without `start_sent`.
     :param codewords: per selected step (indices, signs), tuples of step_atoms integers (see `pack_choices`).
+    :param color: the number of the quantiser step (a byte) and the coded colour layer; empty where there is none.
     :param problems: names of parts that were lost: what they say is None (codewords: fewer), without the header all.
     """
 
@@ -154,16 +156,17 @@ class Message:
     edges: np.ndarray | None = None
     start_index: int | None = None
     codewords: tuple = ()
+    color: bytes = b""
     problems: tuple = ()
 
     @functools.cached_property
     def parts(self):
-        """The parts in the order in which they are sent: {"header", "labels", "edges", "indices": bytes}."""
+        """The parts in the order in which they are sent: {"header", "labels", "edges", "indices", "color": bytes}."""
         header = self.header
         choices = self.start_index, header.bank_size, self.codewords, header.step_candidates, header.step_atoms
         labels, edges = encode_map(self.label, header.num_classes), _encode_edges(header, self.boundary, self.edges)
-        bodies = labels, edges, pack_choices(*choices)
-        values, lengths = header.check(), [len(_with_crc(body)).to_bytes(3, "little") for body in bodies]
+        bodies = labels, edges, pack_choices(*choices), self.color
+        values, lengths = header.check(), [len(_with_crc(body)).to_bytes(3, "little") for body in bodies[:3]]
         head = _with_crc(_FIELDS.pack(_MAGIC, *(values[name] for name in _NUMBERS), header.fingerprint, *lengths))
         return dict(zip(PARTS, [head, *(_with_crc(body, head) for body in bodies)], strict=True))
 
@@ -175,12 +178,12 @@ class Message:
     def from_bytes(cls, data):
         """Read a message. Raises InputError for anything but a whole and valid one."""
         header, lengths = read_header(data)
-        if len(data) != HEADER_BYTES + sum(lengths.values()):
-            raise InputError(f"a message of {len(data)} bytes, but its header says otherwise; send it again")
+        if len(data) < HEADER_BYTES + sum(lengths.values()):
+            raise InputError(f"a message of {len(data)} bytes, but its header says more; send it again")
         file = io.BytesIO(data)
         head = file.read(HEADER_BYTES)
         label, edges, choices = (_read(name, header, file.read(length), head) for name, length in lengths.items())
-        return cls(header, label, *edges, *choices)
+        return cls(header, label, *edges, *choices, _without_crc("color", file.read(), head))
 
     def bits(self):
         """Return the bits of each part, counted from the bytes, and of the "total"."""
@@ -209,7 +212,11 @@ def receive_parts(parts, indices_prefix=b""):
             problems.append(name)
     if "indices" in problems:
         read["indices"] = _read_choices(header, indices_prefix, prefix=True)
-    return Message(header, read["labels"], *read["edges"], *read["indices"], tuple(problems))
+    try:
+        color = _without_crc("color", parts.get("color", b""), head)
+    except (InputError, TypeError):  # None: lost
+        color, problems = b"", [*problems, "color"]
+    return Message(header, read["labels"], *read["edges"], *read["indices"], color, tuple(problems))
 
 
 def _with_crc(body, head=b""):

@@ -18,6 +18,7 @@ from ..diffusion.conditioning import CACHE_BYTES, Conditioning
 from ..diffusion.sampling import EarlyStop, fresh_noise, run_chain
 from ..diffusion.solvers import SamplerSettings, StepRule
 from ..random_streams import generator
+from .color_layer import from_residual, residual
 
 CODEBOOK_BYTES = 2**30  # memory that a codebook may take; otherwise every step makes its entries again
 FINALISTS = 4  # candidates whose whole chains decide
@@ -93,7 +94,15 @@ class Chain:
         options = {"seeds": seeds, "step_noise": step_noise, "on_step": on_step, "network_steps": network_steps}
         options["early_stop"] = self.early_stop if network_steps is None else None
         with self.precision():
-            return run_chain(self.model, self.diffusion, conditioning, x, self.sampler, **options)
+            result = run_chain(self.model, self.diffusion, conditioning, x, self.sampler, **options)
+        if self.has_layer:
+            result.images = from_residual(result.images, conditioning.y[:, -4:])
+        return result
+
+    @property
+    def has_layer(self):
+        """Whether the network makes what a colour layer lacks."""
+        return getattr(self.model, "layer_channels", 0) > 0
 
 
 @dataclass(frozen=True)
@@ -216,11 +225,12 @@ def select_per_step(chain, y, image, start, codebook, distance=mse, on_step=None
     """
     bank, kept = chain.bank.sized(3, *y.shape[2:]), chain.diffusion.kept
     image, codewords = image.to(chain.device), []
+    target = residual(image, y[:, -4:].to(image)) if chain.has_layer else image
 
     def choose(t, x, out):
         if t not in chain.selected:
             return None
-        codewords.append(codebook.pick(bank, (image - out["pred_xstart"])[0], kept[t]))
+        codewords.append(codebook.pick(bank, (target - out["pred_xstart"])[0], kept[t]))
         return codeword_noise(bank, codewords[-1], kept[t])[None].to(x)
 
     result = chain.run(y, [start], on_step=on_step, step_noise=choose)

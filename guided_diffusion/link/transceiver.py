@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from ..console import InputError
+from ..data.pictures import to_uint8
 from ..data.semantics import SemanticCoding, conditioning_channels, describe, restore
 from ..diffusion.sampling import SampleResult
 from .channel import sent_planes, transmit
+from .color_layer import encode_color, received_planes
 from .message import Header, Message, receive_parts
 from .selection import Choice
 
@@ -50,10 +52,12 @@ class Transmitter:
     :param coding, chain: the `SemanticCoding`, and the `Chain` that both ends run, for local generative feedback.
     :param choose: function (chain, y, scene, start, on_step) -> `Choice`, or None to take the start that is asked for.
     :param local: make the local picture even where nothing is chosen.
+    :param color_step, color_prior: of the colour layer (see `encode_color`); None: the network has none.
     """
 
-    def __init__(self, template, coding, chain, choose=None, local=False):
+    def __init__(self, template, coding, chain, choose=None, local=False, color_step=0, color_prior=None):
         self.template, self.coding, self.chain, self.choose, self.local = template, coding, chain, choose, local
+        self.color_step, self.color_prior = color_step, color_prior
 
     def describe(self, scene, start=0):
         """Write the message of one scene whose chain starts from bank entry `start`.
@@ -69,7 +73,15 @@ class Transmitter:
         levels = 0 if edges is None else self.coding.edge_levels
         header = replace(self.template, height=height, width=width, boundaries=boundary is not None, edge_levels=levels)
         maps = label.astype("uint8"), boundary, edges
-        return Message(header, *maps, start if header.start_sent else None), condition(header, *maps)
+        message, y = Message(header, *maps, start if header.start_sent else None), condition(header, *maps)
+        if self.color_prior is None:
+            return message, y
+        color = b""
+        if "image" in scene:
+            color = encode_color(to_uint8(scene["image"])[0], self.color_step, self.color_prior)
+            color = bytes([self.color_step]) + color
+        planes = received_planes(color, (height, width), self.color_prior)
+        return replace(message, color=color), torch.cat([y, planes], dim=1)
 
     def send(self, scene, start, on_step=None):
         """Describe one scene, choose its noise, and write the message: `Sent`.
@@ -108,10 +120,11 @@ class Receiver:
     Error concealment: lost labels become the null conditioning, edges none, indices entry 0 and seeded noise.
 
     :param make_chain: function Header -> `Chain`; raises InputError where the message was not made for this receiver.
+    :param color_prior: of a network with a colour layer, or None.
     """
 
-    def __init__(self, make_chain):
-        self.make_chain = make_chain
+    def __init__(self, make_chain, color_prior=None):
+        self.make_chain, self.color_prior = make_chain, color_prior
 
     def accept(self, reception):
         """Make an `Arrival` of what `receive_parts` returns; None where the header is lost."""
@@ -122,6 +135,9 @@ class Receiver:
         y = torch.zeros(1, channels, header.height, header.width)
         if reception.label is not None:
             y = condition(header, reception.label, reception.boundary, reception.edges)
+        if self.color_prior is not None:
+            planes = received_planes(reception.color, (header.height, header.width), self.color_prior)
+            y = torch.cat([y, planes], dim=1)
         return Arrival(header, y, reception.start_index or 0, reception.codewords, reception.problems)
 
     def pictures(self, arrivals, on_step=None):
@@ -148,8 +164,10 @@ class AnalogChannel:
     def send(self, sent, receiver, stream):
         message, header = sent.message, sent.message.header
         form = {"num_classes": header.num_classes, "one_hot": header.one_hot}
-        received = transmit(sent.y, self.sigma, generators=[stream], pool=self.pool, **form)
-        facts = analog_facts(sent.y, self.sigma, **form)
+        channels = conditioning_channels(header.num_classes, header.one_hot, not header.edge_plane)
+        semantics, layer = sent.y[:, :channels], sent.y[:, channels:]  # a colour layer arrives as it is
+        received = transmit(semantics, self.sigma, generators=[stream], pool=self.pool, **form)
+        received, facts = torch.cat([received, layer], dim=1), analog_facts(semantics, self.sigma, **form)
         return Arrival(header, received, message.start_index or 0, message.codewords), facts
 
 

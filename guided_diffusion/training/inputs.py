@@ -4,10 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
+from ..data.pictures import to_uint8
 from ..data.semantics import SemanticCoding, conditioning_channels, received_semantics
 from ..link.channel import TRAINING_SIGMAS, sent_planes, transmit
+from ..link.color_layer import ColorPrior, coarse, layer_planes, residual
 from ..link.noise_bank import FreshNoise, NoiseBank
 from ..random_streams import generator, integer, uniform
+
+COLOR_STEPS = range(22, 44)  # quantiser steps of colour layers in training: from 1 kB to 5 bytes at 128x256
+COLOR_DROP = 0.1  # share of samples without one
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,7 @@ class TrainingInputs:
     :param coding: the `SemanticCoding` that the link will use, so that training sees what a receiver will have.
     :param drop_rate: share of samples whose conditioning is null.
     :param add_noise, noise_to: send the conditioning over the analog channel; see `transmit`.
+    :param color_prior: of a network with a colour layer; the picture to learn is then what the layer lacks.
     :param sigma: the channel's standard deviation; None draws one of GESCO's training values per sample.
     """
 
@@ -32,6 +38,7 @@ class TrainingInputs:
     sigma: float | None = None
     noise_to: str = "semantics"
     seed: int = 0
+    color_prior: ColorPrior | None = None
 
     def __call__(self, batch):
         """Return a prepared batch, in host memory.
@@ -48,6 +55,9 @@ class TrainingInputs:
         draws = [[uniform(self.seed, purpose, position) for position in positions] for purpose in ("timestep", "drop")]
         prepared["u"], drop = torch.tensor(draws, dtype=torch.float64)
         prepared["kept"] = (drop >= self.drop_rate).float()
+        if self.color_prior:
+            prepared["layer"] = torch.stack(list(map(self._layer, to_uint8(batch["image"]), positions)))  # (N, 4, H, W)
+            prepared["image"] = residual(batch["image"], prepared["layer"])
         one_hot = self.one_hot and self.add_noise
         y = received_semantics(*semantics, self.num_classes, one_hot, self.edge_plane, self.coding)
         if self.add_noise:
@@ -67,7 +77,14 @@ class TrainingInputs:
             y[:, self.num_classes :] = batch["edges"]
         else:
             y[:, :1], y[:, 1:] = batch["label"], batch["edges"]
-        return y * batch["kept"][:, None, None, None] if self.drop_rate else y
+        y = y * batch["kept"][:, None, None, None] if self.drop_rate else y
+        return torch.cat([y, batch["layer"]], dim=1) if self.color_prior else y
+
+    def _layer(self, picture, position):
+        """Return the colour layer's planes of one picture (H, W, 3) uint8, with a step of its own, or none."""
+        step = COLOR_STEPS[integer(self.seed, "color step", len(COLOR_STEPS), position)]
+        planes = layer_planes(coarse(picture, step, self.color_prior), step)
+        return planes * (uniform(self.seed, "color drop", position) >= COLOR_DROP)
 
     def _received(self, y, positions):
         sigma = self.sigma

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 
 from ..diffusion.sampling import sample
+from ..link.color_layer import from_residual
 from .devices import autocast
 from .distributed import Group
 
@@ -62,7 +63,11 @@ class Validation:
                 x_start, y, noise = self._item(k)
                 if images and x_start.shape != images[0].shape:
                     continue  # a panel shows pictures of one size
-                pictures.append(sample(model, self.preview_diffusion, y, noise, "ddim").images.cpu())
+                clip = not self.inputs.color_prior
+                made = sample(model, self.preview_diffusion, y, noise, "ddim", clip_denoised=clip).images
+                if self.inputs.color_prior:
+                    x_start, made, y = from_residual(x_start, y[:, -4:]), from_residual(made, y[:, -4:]), y[:, :-4]
+                pictures.append(made.cpu())
                 images.append(x_start.cpu())
                 ys.append(y.cpu())
         return self.panel(torch.cat(images), torch.cat(ys), torch.cat(pictures))
