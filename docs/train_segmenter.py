@@ -87,6 +87,7 @@ def read_split(options, data_dir, is_train):
             is_train=is_train,
             deterministic=True,
             num_classes=options.num_classes,
+            leave_out=options.leave_out if is_train else "",
         )
     )
     return torch.cat([batch["image"] for batch in batches]), torch.cat([batch["label"] for batch in batches])
@@ -153,6 +154,7 @@ def parse():
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", required=True, help="folder of a Cityscapes-like data set")
+    parser.add_argument("--leave_out", default="", help="training scenes to leave out, as --leave_out of the scripts")
     parser.add_argument("--val_dir", default="", help="score on this folder's validation split as well")
     parser.add_argument("--image_size", type=int, default=64, help="short side of the pictures, a multiple of 8")
     parser.add_argument("--num_classes", type=int, default=35)

@@ -48,7 +48,7 @@ def create_model(flags):
         raise InputError(f'--image_size {size} has no default --channel_mult (only {known} have); set it: "1,2,3,4"')
     resolutions = numbers(flags["attention_resolutions"], "attention_resolutions", int)
     same = ("num_res_blocks", "dropout", "num_heads", "num_heads_upsample", "num_head_channels", "use_checkpoint")
-    same += ("use_scale_shift_norm", "resblock_updown", "use_new_attention_order")
+    same += ("use_scale_shift_norm", "resblock_updown", "use_new_attention_order", "spade_channels")
     model = UNetModel(
         model_channels=flags["num_channels"],
         out_channels=6 if flags["learn_sigma"] else 3,
@@ -113,6 +113,8 @@ def draw_toy_scenes(config, given, log):
 def data_set(config, is_train, log=None, augment=False, cached=True):
     """Open one split of the configuration's data set, if `cached` from its --cache_dir, and log what it lacks."""
     options = {name: getattr(config, name) for name in ("num_classes", "no_instance", "seed")}
+    if is_train == config.is_train:  # the split that the run is about
+        options |= {"only": config.only, "leave_out": config.leave_out}
     options["cache_dir"] = config.cache_dir if cached and not config.dry_run else ""
     place = config.dataset_mode, config.data_dir, config.image_size
     dataset = SceneDataset(*place, is_train, augment=augment, **options)
@@ -154,6 +156,13 @@ def picture_size(dataset, model):
     return height, width
 
 
+def check_crop(crop, height, width, model):
+    """Refuse a --crop that is no part of the pictures, or that the network does not take."""
+    if crop > height or width * crop % height:
+        raise InputError(f"--crop {crop}: no part of {height}x{width} pixels in their aspect; give a part of {height}")
+    check_size(crop, width * crop // height, model.downsampling)
+
+
 def precision_of(config, device, log):
     """Return the precision that a device can do, and log where it is not the one asked for."""
     precision, why = usable_precision(device, config.precision)
@@ -184,6 +193,8 @@ def training_loop(config, given, log, group=None, device=None):
     # Rank 0 alone builds what --cache_dir lacks.
     pictures, validation_pictures = group.main_first(lambda: training_data(config, log))
     height, width = picture_size(pictures, model)
+    if config.crop:
+        check_crop(config.crop, height, width, model)
     asked = config.checkpoint_dir, config.resume_checkpoint, config.resume_partial
     start = group.gather(group.run_on_main(lambda: resume_point(*asked, log)))[0]
     if config.color_layer:
@@ -231,7 +242,8 @@ def _training_inputs(config, given, height, width):
     sigma = snr_to_sigma(config.snr) if "snr" in given else None
     form = config.num_classes, config.one_hot_label, not config.no_instance
     channel = config.add_noise, sigma, config.noise_to, config.seed
-    return TrainingInputs(*form, bank, semantic_coding(config), config.drop_rate, *channel)
+    coded = TrainingInputs(*form, bank, semantic_coding(config), config.drop_rate, *channel)
+    return dataclasses.replace(coded, crop=config.crop)
 
 
 def pass_size(config, device):
@@ -263,5 +275,5 @@ def _validation(config, pictures, inputs, diffusion, device, precision):
     steps = min(config.preview_steps, diffusion.num_timesteps)
     preview = diffusion_from(config, timestep_respacing=str(steps)).to(device)
     panel = functools.partial(preview_panel, num_classes=config.num_classes, one_hot=config.one_hot_label)
-    clean = dataclasses.replace(inputs, add_noise=False, drop_rate=0.0)
+    clean = dataclasses.replace(inputs, add_noise=False, drop_rate=0.0, crop=0)
     return Validation(items, clean, diffusion, preview, panel, device, precision)

@@ -97,7 +97,8 @@ def scenes(config, log, device="cpu"):
         return segment(network, image, config.num_classes, "extractor").cpu()
 
     place = config.dataset_mode, config.data_dir, config.image_size
-    return PictureFolder(*place, config.is_train, extract, config.no_instance)
+    chosen = {"only": config.only, "leave_out": config.leave_out}
+    return PictureFolder(*place, config.is_train, extract, config.no_instance, **chosen)
 
 
 def channel(point):

@@ -43,6 +43,15 @@ PRESETS = {  # starting values for whole runs: of both scripts, of training, of 
         "--model_path ./checkpoints/cityscapes --results_path ./results/cityscapes --use_ddim True"
         " --timestep_respacing 50 --batch_size 4 --label_memory 10",
     ),
+    # CamVid street scenes at 128x256, with a colour layer: hours on a laptop's CPU.
+    "camvid": (
+        "--image_size 128 --unet_model enconly --num_channels 32 --channel_mult 1,2,3,4 --num_head_channels 32"
+        " --num_res_blocks 1 --attention_resolutions 16 --resblock_updown True --noise_schedule cosine --prediction v"
+        " --spade_channels 32 --no_instance True --color_layer True --label_scale 0",
+        "--checkpoint_dir ./checkpoints/camvid --batch_size 4 --crop 64 --lr 6e-4 --lr_warmup_steps 100"
+        " --lr_anneal_steps 4200 --ema_rate 0.998 --drop_rate 0.1 --save_interval 500",
+        "--model_path ./checkpoints/camvid --results_path ./results/camvid --link ideal",
+    ),
 }
 
 
@@ -63,6 +72,7 @@ def flag(default, help, low=-math.inf, high=math.inf, choices=None, each=None, f
 
 
 RESPACING = '"250", "10,20,30" (sections), "ddim50", "logsnr20" (dpm++)'
+SCENES_HELP = "{} scenes of the split whose path in its folder begins with one of these: aachen,bonn/bonn_0000"
 LINK_HELP = "analog (noise on the planes, GESCO), digital (coded bits, by sionna-no-rt), ideal (bits arrive)"
 POOL_HELP = "filter on received planes: None, med (3x3 median), mean (3x3), max (mean, then 3x3 maximum)"
 FEEDBACK_HELP = "compare all candidates by so many NFE, the best quarter by more, and so on; 0: by whole chains"
@@ -92,6 +102,8 @@ class RunFlags:
     compile: bool = flag(False, "torch.compile the network: minutes before the first pass", free="training")
     data_dir: str = flag("", "the data set's folder (local, gs:// or az://)", needs=SENDS)
     dataset_mode: str = flag("cityscapes", "folder layout and label ids", choices=("cityscapes", "ade20k", "coco"))
+    only: str = flag("", SCENES_HELP.format("take only"), needs=SENDS)
+    leave_out: str = flag("", SCENES_HELP.format("leave out"), needs=SENDS)
     is_train: bool = by_message(True, "True reads the training split, False the validation split")
     num_workers: int = anyhow(2, "processes that load pictures; 0: the main process", low=0, needs="loader")
     cache_dir: str = anyhow("", "keep resized pictures and maps there, in memory-mapped files", needs=CACHE)
@@ -119,6 +131,7 @@ class ModelFlags:
     no_instance: bool = by_training(False, "leave out the edge plane (instance and image edges)")
     one_hot_label: bool = by_training(True, "one plane per class; False: one plane with the raw label id")
     color_layer: bool = by_training(False, "a coarse picture is sent, too; the network makes what it lacks")
+    spade_channels: int = by_training(128, "hidden width of SPADE; 32 trains up to twice as fast", low=1)
     unet_model: str = by_training("unet", "SPADE in middle and decoder, all, or encoder and middle", choices=PLACES)
 
 
@@ -150,7 +163,7 @@ class BankFlags:
 class ChannelFlags:
     """Source coding (training uses what the link will send) and channel"""
 
-    label_scale: int = by_source(1, "send one label for so many pixels in each direction", choices=SCALES)
+    label_scale: int = by_source(1, "one label for so many pixels in each direction; 0: varies", choices=(0, *SCALES))
     edge_levels: int = by_source(0, "values of an image-edge pixel: 0 (none sent), 2 ... 256 (GESCO)", needs=EDGES)
     edge_threshold: float = by_source(0.3, "image edges from here on are sent as 1", needs=f"{EDGES} edge_levels=2")
     edge_scale: int = by_source(1, "send one edge pixel for so many", choices=SCALES, needs=f"{EDGES} edge_levels")
@@ -167,6 +180,7 @@ class TrainFlags:
     resume_checkpoint: str = anyhow("", "model file to go on from, or auto: the newest in checkpoint_dir, if any")
     resume_partial: bool = anyhow(False, "resume although parts are missing", needs="resume_checkpoint")
     batch_size: int = anyhow(1, "pictures per step in each process", low=1)
+    crop: int = flag(0, "train on random parts of so many rows, in the picture's aspect; 0: on whole pictures", low=0)
     microbatch: int = flag(-1, "pictures per pass; -1: the batch, on a CPU two at a time", low=-1, needs="split_batch")
     lr: float = flag(1e-4, "learning rate of AdamW", low=0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", low=0)

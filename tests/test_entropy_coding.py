@@ -28,7 +28,7 @@ def test_entropy_coding_is_lossless(height, width, count):
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
 def test_coder_length_is_the_entropy_of_the_decisions(share):
     draws = np.random.default_rng(1).random(4000) < share
-    code, finish = entropy_coding._coder()
+    code, finish = entropy_coding.coder()
     p = round(65536 * share)
     for bit in draws:
         code([p, 8, None], bool(bit))

@@ -14,7 +14,7 @@ from ..console import InputError, bar_options
 from ..random_streams import integer, uniform
 from . import pictures
 from .loading import collate, scene_batches
-from .pairing import DATASETS, find_pairs, find_pictures
+from .pairing import DATASETS, chosen, find_pairs, find_pictures
 
 SMALLEST_CROP = 0.8  # of the picture's short side
 
@@ -52,6 +52,7 @@ class SceneDataset(Dataset):
     :param num_classes: class ids must lie below it (None: not checked).
     :param no_instance: leave instance maps aside.
     :param augment: flip, and where `crops` crop, at random in `item(index, position)`.
+    :param only, leave_out: which scenes of the split (see `pairing.chosen`).
     :param cache_dir: keep the resized pictures and maps in memory-mapped files there ("": no cache); not where `crops`.
     """
 
@@ -63,6 +64,8 @@ class SceneDataset(Dataset):
     no_instance: bool = False
     augment: bool = False
     seed: int = 0
+    only: str = ""
+    leave_out: str = ""
     cache_dir: str = ""
 
     def __post_init__(self):
@@ -71,7 +74,7 @@ class SceneDataset(Dataset):
             raise InputError(f"{found}: choose one of {', '.join(DATASETS)}, and at least 1 pixel")
         self.facts = DATASETS[self.dataset_mode]
         self.crops = self.augment and self.facts.square  # samples are random parts of their scenes
-        self.pairs = self._find_pairs()
+        self.pairs = chosen(self._find_pairs(), self.only, self.leave_out)
         self.has_images = self.pairs[0].image is not None
         self.has_instances = self.pairs[0].instance is not None
         self.cache = None
@@ -171,8 +174,8 @@ class PictureFolder(SceneDataset):
     :param extract: function (1, 3, H, W) in [-1, 1] -> (1, 1, H, W) class ids.
     """
 
-    def __init__(self, dataset_mode, data_dir, image_size, is_train, extract, no_instance=False):
-        super().__init__(dataset_mode, data_dir, image_size, is_train)
+    def __init__(self, dataset_mode, data_dir, image_size, is_train, extract, no_instance=False, **scenes):
+        super().__init__(dataset_mode, data_dir, image_size, is_train, **scenes)
         self.extract = extract
         self.has_instances = not no_instance
 

@@ -124,6 +124,22 @@ def find_pictures(dataset_mode, data_dir, is_train):
     return [Pair(path, None, None, stem) for stem, path in sorted(found.items())]
 
 
+def chosen(pairs, only="", leave_out=""):
+    """Return the `Pair`s whose stems begin with one of the words of `only` (all, where there is none), but `leave_out`.
+
+    :param only, leave_out: words separated by commas.
+    """
+    kept, dropped = (tuple(filter(None, map(str.strip, words.split(",")))) for words in (only, leave_out))
+    for name, words in (("only", kept), ("leave_out", dropped)):
+        for word in words:
+            if not any(pair.stem.startswith(word) for pair in pairs):
+                raise InputError(f"--{name} {word}: no scene begins so; the first is {pairs[0].stem}")
+    found = [pair for pair in pairs if pair.stem.startswith(kept or "") and not pair.stem.startswith(dropped or ("/",))]
+    if not found:
+        raise InputError(f"--only {only} --leave_out {leave_out}: no scene is left; drop one of them")
+    return found
+
+
 def _listed(data_dir, files, split):
     """Return {stem: path} of all such files, below the folder too; empty where there is no folder."""
     folder = bf.join(data_dir, files.folder.format(split)).rstrip("/")

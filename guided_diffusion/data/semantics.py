@@ -12,7 +12,8 @@ from ..console import InputError
 class SemanticCoding:
     """What source coding keeps of the semantics.
 
-    :param label_scale: 1, 2, 4 or 8: every so many pixels' label is sent (nearest), and repeated at the receiver.
+    :param label_scale: 1, 2, 4 or 8: every so many pixels' label is sent (nearest), and repeated at the receiver; 0:
+        training draws 1, 2 or 4 for every sample, a transmitter chooses by the bits that are left.
     :param edge_levels: values of an image-edge pixel: 0 (not sent), 2 (a threshold decides) ... 256 (as it is).
     :param edge_threshold: with 2 levels: image edges from here on are 1.
     :param edge_scale: 1, 2, 4 or 8: one pixel of the sent edges for so many, the strongest of them.
@@ -24,7 +25,7 @@ class SemanticCoding:
     edge_scale: int = 1
 
     def __post_init__(self):
-        for name, scale in (("label_scale", self.label_scale), ("edge_scale", self.edge_scale)):
+        for name, scale in (("label_scale", self.label_scale or 1), ("edge_scale", self.edge_scale)):
             if scale not in (1, 2, 4, 8):
                 raise InputError(f"--{name} {scale}: expected 1, 2, 4 or 8")
         if self.edge_levels not in (0, *range(2, 257)):

@@ -13,15 +13,16 @@ class SPADEGroupNorm(nn.Module):
 
     :param channels, label_channels: width of the normalised tensor, a multiple of 32; planes of the conditioning y.
     :param stride: by how much this layer's tensor is smaller than the picture.
+    :param hidden: width between the two convolutions.
     """
 
-    def __init__(self, channels, label_channels, stride):
+    def __init__(self, channels, label_channels, stride, hidden=128):
         super().__init__()
         self.stride, self.number = stride, 0  # the network counts its layers: the place in CachedModulation
         self.norm = nn.GroupNorm(32, channels, affine=False)
-        self.mlp_shared = nn.Sequential(nn.Conv2d(label_channels, 128, 3, padding=1), nn.ReLU())
-        self.mlp_gamma = nn.Conv2d(128, channels, 3, padding=1)
-        self.mlp_beta = nn.Conv2d(128, channels, 3, padding=1)
+        self.mlp_shared = nn.Sequential(nn.Conv2d(label_channels, hidden, 3, padding=1), nn.ReLU())
+        self.mlp_gamma = nn.Conv2d(hidden, channels, 3, padding=1)
+        self.mlp_beta = nn.Conv2d(hidden, channels, 3, padding=1)
 
     def scale_shift(self, y):
         """Return (1 + gamma, beta), each (N, channels, h, w), for y already at this layer's size (N, C, h, w)."""

@@ -23,11 +23,11 @@ class ResBlock(nn.Module):
     :param channels, out_channels: widths, multiples of 32.
     :param stride: downsampling rate of the block's input.
     :param resample: "up" or "down" (by 2, inside the block) or "".
-    :param emb_channels, label_channels: widths of the time embedding and of y, which `SPADEResBlock` alone sees.
+    :param emb_channels: width of the time embedding. :param spade: of y, and hidden; `SPADEResBlock` alone sees them.
     :param scale_shift: the time embedding scales and shifts the second norm; otherwise it is added.
     """
 
-    def __init__(self, channels, out_channels, stride, resample, emb_channels, label_channels, dropout, scale_shift):
+    def __init__(self, channels, out_channels, stride, resample, emb_channels, spade, dropout, scale_shift):
         super().__init__()
         self.scale_shift, self.resample, out_stride = scale_shift, nn.Identity(), stride
         if resample == "up":
@@ -36,11 +36,11 @@ class ResBlock(nn.Module):
             self.resample, out_stride = Downsample(channels, False), stride * 2
         conv_in = nn.Conv2d(channels, out_channels, 3, padding=1)
         conv_out = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self._add_layers(conv_in, conv_out, nn.Dropout(dropout), label_channels, (stride, out_stride))
+        self._add_layers(conv_in, conv_out, nn.Dropout(dropout), spade, (stride, out_stride))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, (2 if scale_shift else 1) * out_channels))
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
-    def _add_layers(self, conv_in, conv_out, dropout, label_channels, strides):
+    def _add_layers(self, conv_in, conv_out, dropout, spade, strides):
         self.in_layers = nn.Sequential(normalization(conv_in.in_channels), nn.SiLU(), conv_in)
         self.out_layers = nn.Sequential(normalization(conv_out.in_channels), nn.SiLU(), dropout, conv_out)
 
@@ -66,10 +66,10 @@ class ResBlock(nn.Module):
 class SPADEResBlock(ResBlock):
     """Residual block whose two norms are SPADE norms (SDM, section 3.2)."""
 
-    def _add_layers(self, conv_in, conv_out, dropout, label_channels, strides):
-        self.in_norm = SPADEGroupNorm(conv_in.in_channels, label_channels, strides[0])
+    def _add_layers(self, conv_in, conv_out, dropout, spade, strides):
+        self.in_norm = SPADEGroupNorm(conv_in.in_channels, spade[0], strides[0], spade[1])
         self.in_layers = nn.Sequential(nn.SiLU(), conv_in)
-        self.out_norm = SPADEGroupNorm(conv_out.in_channels, label_channels, strides[1])
+        self.out_norm = SPADEGroupNorm(conv_out.in_channels, spade[0], strides[1], spade[1])
         self.out_layers = nn.Sequential(nn.SiLU(), dropout, conv_out)
 
     def norm_in(self, x, modulation):
@@ -104,6 +104,7 @@ class _Blocks:
     label_channels: int
     num_res_blocks: int
     attention_strides: set
+    spade_channels: int = 128
     dropout: float = 0.0
     num_heads: int = 4
     num_heads_upsample: int = -1
@@ -114,7 +115,8 @@ class _Blocks:
 
     def residual(self, spade, channels, out_channels, stride, resample=""):
         kind = SPADEResBlock if spade else ResBlock
-        shared = (self.emb_channels, self.label_channels, self.dropout, self.use_scale_shift_norm)
+        widths = self.label_channels, self.spade_channels
+        shared = (self.emb_channels, widths, self.dropout, self.use_scale_shift_norm)
         return kind(channels, out_channels, stride, resample, *shared)
 
     def attention(self, channels, num_heads):

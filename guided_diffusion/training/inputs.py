@@ -1,6 +1,6 @@
 """From a loaded batch to what one training step needs; each draw follows from (seed, position in the data order)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from ..random_streams import generator, integer, uniform
 
 COLOR_STEPS = range(22, 44)  # quantiser steps of colour layers in training: from 1 kB to 5 bytes at 128x256
 COLOR_DROP = 0.1  # share of samples without one
+LABEL_SCALES = (1, 2, 4)  # of label maps, where a transmitter may choose
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class TrainingInputs:
     :param drop_rate: share of samples whose conditioning is null.
     :param add_noise, noise_to: send the conditioning over the analog channel; see `transmit`.
     :param color_prior: of a network with a colour layer; the picture to learn is then what the layer lacks.
+    :param crop: rows of the random part of a picture that is learned, in the picture's aspect; 0: whole pictures.
     :param sigma: the channel's standard deviation; None draws one of GESCO's training values per sample.
     """
 
@@ -39,6 +41,7 @@ class TrainingInputs:
     noise_to: str = "semantics"
     seed: int = 0
     color_prior: ColorPrior | None = None
+    crop: int = 0
 
     def __call__(self, batch):
         """Return a prepared batch, in host memory.
@@ -48,7 +51,6 @@ class TrainingInputs:
         (N, 0 or 1, H, W), or after a channel the sent planes (K, H, W) and their place (2, K).
         """
         positions, shape = batch["position"].tolist(), batch["image"].shape[1:]
-        semantics = batch["label"], batch.get("instance"), batch.get("image_edge")
         indices = [self.bank.index_for(self.seed, "bank index", position) for position in positions]
         prepared = {key: batch[key] for key in ("image", "path", "position")}
         prepared["noise"] = self.bank.sized(*shape).entries(indices)
@@ -59,7 +61,12 @@ class TrainingInputs:
             prepared["layer"] = torch.stack(list(map(self._layer, to_uint8(batch["image"]), positions)))  # (N, 4, H, W)
             prepared["image"] = residual(batch["image"], prepared["layer"])
         one_hot = self.one_hot and self.add_noise
-        y = received_semantics(*semantics, self.num_classes, one_hot, self.edge_plane, self.coding)
+        y = torch.cat([self._semantics(batch, k, one_hot) for k in range(len(positions))])
+        if self.crop:
+            parts = [self._part(position, *shape[1:]) for position in positions]
+            for name in {"image", "noise", "layer"} & {*prepared}:
+                prepared[name] = torch.stack([value[part] for value, part in zip(prepared[name], parts, strict=True)])
+            y = torch.stack([value[part] for value, part in zip(y, parts, strict=True)])
         if self.add_noise:
             place = sent_planes(y, self.num_classes, one_hot).nonzero().T  # (2, K): sample and plane
             return prepared | {"planes": self._received(y, positions)[tuple(place)], "place": place}
@@ -79,6 +86,24 @@ class TrainingInputs:
             y[:, :1], y[:, 1:] = batch["label"], batch["edges"]
         y = y * batch["kept"][:, None, None, None] if self.drop_rate else y
         return torch.cat([y, batch["layer"]], dim=1) if self.color_prior else y
+
+    def _semantics(self, batch, k, one_hot):
+        """Return the conditioning of sample k (1, C, H, W), as a receiver has it."""
+        coding, names = self.coding, ("label", "instance", "image_edge")
+        if not coding.label_scale:
+            number = integer(self.seed, "label scale", len(LABEL_SCALES), int(batch["position"][k]))
+            coding = replace(coding, label_scale=LABEL_SCALES[number])
+        semantics = (batch[name][k : k + 1] if name in batch else None for name in names)
+        return received_semantics(*semantics, self.num_classes, one_hot, self.edge_plane, coding)
+
+    def _part(self, position, height, width):
+        """Return the index of a random part in (C, H, W) tensors."""
+        sides = self.crop, width * self.crop // height
+        rows, columns = (
+            slice(start := integer(self.seed, purpose, whole - side + 1, position), start + side)
+            for purpose, whole, side in zip(("part_top", "part_left"), (height, width), sides, strict=True)
+        )
+        return slice(None), rows, columns
 
     def _layer(self, picture, position):
         """Return the colour layer's planes of one picture (H, W, 3) uint8, with a step of its own, or none."""
