@@ -9,7 +9,6 @@ import torch
 from guided_diffusion.console import InputError
 from guided_diffusion.data.toy_scenes import draw_scene
 from guided_diffusion.link.color_layer import (
-    STEPS,
     ColorPrior,
     coarse,
     decode_color,
@@ -62,11 +61,11 @@ def test_fit_finds_how_magnitudes_fall_with_frequency(pictures, prior):
     mean = np.mean([np.abs(spectrum(picture)) for picture in pictures[:8]], axis=0)
     levels = prior.levels(0, 32, 64)
     low = np.s_[:, :8, :16]
-    assert np.abs(levels[low] / 4 - np.log2(mean[low])).mean() < 0.7  # octaves
-    assert np.array_equal(prior.levels(12, 32, 64), levels - 12)
+    assert np.abs(levels[low] / 4 - 2 - np.log2(mean[low])).mean() < 0.7  # octaves; step 0 is a quarter at 32x64
+    assert np.array_equal(prior.levels(12, 32, 64), levels - 3)
 
 
-@pytest.mark.parametrize("step", [0, 20, 28, 36, 63])
+@pytest.mark.parametrize("step", [0, 112, 144, 176, 255])
 def test_decode_color_gives_what_coarse_says(pictures, prior, step):
     data = encode_color(pictures[9], step, prior)
     assert np.array_equal(decode_color(data, step, (32, 64), prior), coarse(pictures[9], step, prior))
@@ -74,7 +73,7 @@ def test_decode_color_gives_what_coarse_says(pictures, prior, step):
 
 def test_smaller_steps_cost_more_and_come_nearer(pictures, prior):
     found = [
-        (encode_color(p, step, prior), psnr(coarse(p, step, prior), p)) for p in pictures[8:] for step in (24, 30, 36)
+        (encode_color(p, step, prior), psnr(coarse(p, step, prior), p)) for p in pictures[8:] for step in (128, 152, 176)
     ]
     sizes, nearness = np.array([(len(data), near) for data, near in found]).reshape(4, 3, 2).mean(0).T
     assert (np.diff(sizes) < 0).all() and (np.diff(nearness) < 0).all()
@@ -82,11 +81,11 @@ def test_smaller_steps_cost_more_and_come_nearer(pictures, prior):
 
 
 def test_bytes_are_those_of_the_prior_s_density(pictures, prior):
-    step, coded = 26, []
+    step, coded = 136, []  # 2^(136/16), and a quarter of it at 32x64
     for picture in pictures[8:]:
         decay = 2.0 ** (-prior.levels(step, 32, 64) / 4.0)
         some = np.exp(-0.83 * decay)
-        steps = np.abs(spectrum(picture)) / 2 ** (step / 4)
+        steps = np.abs(spectrum(picture)) / 2 ** (step / 16 - 2)
         sizes = np.where(some >= 0.02, np.floor(steps + 0.17), 0)
         more = np.exp(-decay)
         bits = np.where(
@@ -98,26 +97,26 @@ def test_bytes_are_those_of_the_prior_s_density(pictures, prior):
 
 
 def test_decode_color_refuses_damaged_bytes_or_gives_some_picture(pictures, prior):
-    data, draws, refused = encode_color(pictures[3], 26, prior), np.random.default_rng(0), 0
+    data, draws, refused = encode_color(pictures[3], 136, prior), np.random.default_rng(0), 0
     for _ in range(200):
         bad = bytearray(data)
         bad[draws.integers(len(bad))] ^= 1 << draws.integers(8)
         bad = bytes(bad[: draws.integers(1, len(bad) + 1)])
         try:
-            assert decode_color(bad, 26, (32, 64), prior).shape == (32, 64, 3)
+            assert decode_color(bad, 136, (32, 64), prior).shape == (32, 64, 3)
         except InputError:
             refused += 1
     assert refused > 100
 
 
 def test_planes_tell_picture_and_step_and_residual_is_undone(pictures, prior):
-    layer = coarse(pictures[0], 30, prior)
-    planes = layer_planes(layer, 30)[None]
-    assert planes.shape == (1, 4, 32, 64) and (planes[0, 3] == 31 / STEPS).all()
+    layer = coarse(pictures[0], 152, prior)
+    planes = layer_planes(layer, 152)[None]
+    assert planes.shape == (1, 4, 32, 64) and (planes[0, 3] == 156 / 256).all()
     image = torch.from_numpy(pictures[0]).permute(2, 0, 1)[None] / 127.5 - 1
     values = residual(image, planes)
     assert 0.1 < values.std() < 3
     assert torch.allclose(from_residual(values, planes), image, atol=1e-6)
-    body = bytes([30]) + encode_color(pictures[0], 30, prior)
+    body = bytes([152]) + encode_color(pictures[0], 152, prior)
     assert torch.equal(received_planes(body, (32, 64), prior), planes)
     assert not received_planes(b"", (32, 64), prior).any()

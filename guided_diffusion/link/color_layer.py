@@ -15,7 +15,8 @@ from ..console import InputError
 from .entropy_coding import ONE, coder
 
 RESIDUAL = 0.2  # of the range [-1, 1]: about the standard deviation of what a layer lacks
-STEPS = 64  # numbers n of quantiser steps 2^(n/4), in grey levels of the transform, which grows with sqrt(HW)
+STEPS = 256  # numbers n of quantiser steps 2^(n/16), in grey levels of the transform at 128x256
+TRAINED = range(88, 176)  # steps that networks are trained for: at 128x256 from 2 kB to 5 bytes
 # Rows: Y, Cb and Cr of RGB (ITU-T T.871).
 _YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
 _POWERS = [(i, j) for i in range(4) for j in range(4 - i)]  # of the prior's ten terms u^i v^j
@@ -84,7 +85,13 @@ class ColorPrior:
 
     def levels(self, step, height, width):
         """Return 4 log2 of the expected magnitudes in quantiser steps, (3, H, W) int64."""
-        return np.tensordot(np.array(self.weights), _terms(height, width), 1) * 4 // (_WEIGHT * _UNIT) - step
+        logs = np.tensordot(np.array(self.weights), _terms(height, width), 1) * 16 // (_WEIGHT * _UNIT)
+        return (logs - _exponent(step, height, width)) // 4
+
+
+def _exponent(step, height, width):
+    """Return 16 log2 of a quantiser step: the transform grows with sqrt(HW), the step's error in the picture not."""
+    return step + round(8 * np.log2(height * width / 2**15))
 
 
 @functools.cache
@@ -102,7 +109,7 @@ def _coded(levels):
 
 def _quantise(values, step, levels):
     """Return the coefficients in whole steps, (3, H, W) int64."""
-    steps = values / 2.0 ** (step / 4)
+    steps = values / 2.0 ** (_exponent(step, *values.shape[1:]) / 16)
     return np.where(_coded(levels), np.sign(steps) * np.floor(np.abs(steps) + 1 - _THRESHOLD), 0).astype(np.int64)
 
 
@@ -111,23 +118,23 @@ def _restore(numbers, step, levels):
     decay = 2.0 ** (-np.maximum(levels, -20) / 4)  # of those that are coded
     inside = 1 / decay - 1 / np.expm1(decay)  # from the interval's lower end, in 0...1/2
     magnitude = np.abs(numbers) - 1 + _THRESHOLD + inside
-    return np.sign(numbers) * magnitude * 2.0 ** (step / 4)
+    return np.sign(numbers) * magnitude * 2.0 ** (_exponent(step, *numbers.shape[1:]) / 16)
 
 
 def layer_planes(picture, step):
     """Return the planes (4, H, W) float32 of a layer (H, W, 3) uint8 for the network: in [-1, 1], and a constant.
 
-    The constant tells the step, (step + 1) / 64. Planes of zeros stand for a layer that was not sent, or was lost.
+    The constant tells the step, (step + 4) / 256. Planes of zeros stand for a layer that was not sent, or was lost.
     """
     planes = torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1  # (3, H, W)
-    return torch.cat([planes, torch.full_like(planes[:1], (step + 1) / STEPS)])
+    return torch.cat([planes, torch.full_like(planes[:1], (step + 4) / STEPS)])
 
 
 def received_planes(body, size, prior):
     """Return the planes (1, 4, H, W) of a message's colour part: the step's number and coded layer, or nothing."""
     if not body:
         return torch.zeros(1, 4, *size)
-    return layer_planes(decode_color(body[1:], body[0] % STEPS, size, prior), body[0] % STEPS)[None]
+    return layer_planes(decode_color(body[1:], body[0], size, prior), body[0])[None]
 
 
 def residual(image, planes):
@@ -147,7 +154,7 @@ def coarse(picture, step, prior):
 
 
 def encode_color(picture, step, prior):
-    """Code the colour layer of a picture (H, W, 3) uint8 with quantiser step 2^(step/4), step in 0...63."""
+    """Code the colour layer of a picture (H, W, 3) uint8 with quantiser step number `step` in 0...255."""
     levels = prior.levels(step, *picture.shape[:2])
     code, finish = coder()
     _walk(_quantise(spectrum(picture), step, levels), levels, code)

@@ -7,11 +7,10 @@ import torch
 from ..data.pictures import to_uint8
 from ..data.semantics import SemanticCoding, conditioning_channels, received_semantics
 from ..link.channel import TRAINING_SIGMAS, sent_planes, transmit
-from ..link.color_layer import ColorPrior, coarse, layer_planes, residual
+from ..link.color_layer import TRAINED, ColorPrior, coarse, layer_planes, residual
 from ..link.noise_bank import FreshNoise, NoiseBank
 from ..random_streams import generator, integer, uniform
 
-COLOR_STEPS = range(22, 44)  # quantiser steps of colour layers in training: from 1 kB to 5 bytes at 128x256
 COLOR_DROP = 0.1  # share of samples without one
 LABEL_SCALES = (1, 2, 4)  # of label maps, where a transmitter may choose
 
@@ -107,7 +106,7 @@ class TrainingInputs:
 
     def _layer(self, picture, position):
         """Return the colour layer's planes of one picture (H, W, 3) uint8, with a step of its own, or none."""
-        step = COLOR_STEPS[integer(self.seed, "color step", len(COLOR_STEPS), position)]
+        step = TRAINED[integer(self.seed, "color step", len(TRAINED), position)]
         planes = layer_planes(coarse(picture, step, self.color_prior), step)
         return planes * (uniform(self.seed, "color drop", position) >= COLOR_DROP)
 
