@@ -71,6 +71,7 @@ def create_diffusion(flags):
     same = ("diffusion_steps", "noise_schedule", "timestep_respacing", "learn_sigma", "rescale_timesteps")
     loss_type = "rescaled_mse" if flags["rescale_learned_sigmas"] else "mse"
     return create_gaussian_diffusion(
+        start_time=flags.get("start_time", 0) if flags["color_layer"] else 0,
         prediction="x0" if flags["predict_xstart"] else flags["prediction"],
         loss_type="rescaled_kl" if flags["use_kl"] else loss_type,
         **{name: flags[name] for name in same},

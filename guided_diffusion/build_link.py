@@ -17,7 +17,7 @@ from .files import file_digest
 from .link.channel import snr_to_sigma
 from .link.color_layer import ColorPrior
 from .link.message import Header
-from .link.selection import Chain, StepCodebook, select_both, select_initial, select_per_step
+from .link.selection import Chain, StepCodebook, rare_weights, select_both, select_initial, select_per_step
 from .link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
 from .training import devices
 from .training.checkpoint import load_weights
@@ -52,7 +52,7 @@ def sampling_parts(config, weights, log, ranks=None):
         # A chain that stops early does so where the transmitter's did, which the message tells.
         local = point.role == "transmit" or point.local_picture or (rule is not None and point.link != "analog")
         chain, color = make_chain(template, rule), (config.color_step, ColorPrior.of(model))
-        return Transmitter(template, coding, chain, _chooser(point, distances), local, *color)
+        return Transmitter(template, coding, chain, _chooser(point, distances), local, *color, _target(point))
 
     def receiver(point):
         maker = functools.partial(make_chain, rule=rule if point.link == "analog" else None)
@@ -161,14 +161,17 @@ class ChainMaker:
         check_size(header.height, header.width, self.model_of(header.precision).downsampling)
 
     def _build(self, header, rule):
-        diffusion = diffusion_from(self.config, timestep_respacing=header.sampler.steps).to(self.device)
+        steps = {"timestep_respacing": header.sampler.steps, "start_time": header.sampler.start_time}
+        diffusion = diffusion_from(self.config, **steps).to(self.device)
         if header.stop_step:
             # The answer is x_0's prediction at that step: every step counts as settled, and none before counts.
             rule = EarlyStop(float("inf"), 1, header.stop_step)
         precision = functools.partial(devices.autocast, self.device, header.precision)
         memory = int(self.config.label_memory * 2**30)
         fixed = self.model_of(header.precision), diffusion, self.bank, header.sampler
-        return Chain(*fixed, rule, header.selected_steps, self.device, precision, memory)
+        whole = diffusion_from(self.config, timestep_respacing="", start_time=0).to(self.device)
+        blend = {"realism": self.config.realism, "whole": whole} if self.config.color_layer else {}
+        return Chain(*fixed, rule, header.selected_steps, self.device, precision, memory, **blend)
 
 
 def _header(config, precision, height, width, fingerprint):
@@ -176,10 +179,11 @@ def _header(config, precision, height, width, fingerprint):
     selecting, eta = config.selection != "initial", config.eta if config.sampler == "ddim" else 0.0
     variance = "posterior" if selecting and config.sampler == "ddpm" else "model"
     chain = {"method": config.sampler, "steps": config.timestep_respacing, "tail_steps": config.tail_steps}
+    chain["start_time"] = config.start_time if config.color_layer else 0
     clip = config.clip_denoised and not config.color_layer  # what a layer lacks has no range
     sampler = SamplerSettings(**chain, s=config.s, eta=eta, clip_denoised=clip, variance=variance)
     form = {"num_classes": config.num_classes, "one_hot": config.one_hot_label, "edge_plane": not config.no_instance}
-    coding = {"label_scale": config.label_scale, "edge_scale": config.edge_scale}
+    coding = {"label_scale": config.label_scale or 1, "edge_scale": config.edge_scale}
     coding["edge_levels"] = 0 if config.no_instance else config.edge_levels
     noise = {"bank_seed": config.noise_bank_seed, "bank_size": config.noise_bank_size, "sampler": sampler}
     noise |= {"start_sent": config.selection != "per_step", "selected_steps": 0}
@@ -189,6 +193,18 @@ def _header(config, precision, height, width, fingerprint):
         noise["step_atoms"] = config.step_atoms
     form |= {"height": height, "width": width, "precision": precision, "fingerprint": fingerprint}
     return Header(**form, **coding, **noise)
+
+
+def _target(config):
+    """Return the function (H, W) -> bytes of --target_bpp or --target_bytes; None without them."""
+    if config.target_bytes:
+        return lambda height, width: config.target_bytes
+    if config.target_bpp:
+        return lambda height, width: int(config.target_bpp * height * width / 8)
+    for name, used in (("label_scale", True), ("color_step", config.color_layer)):
+        if used and getattr(config, name) == 0:
+            raise InputError(f"--{name} 0: a target decides; give --target_bpp or --target_bytes, or another --{name}")
+    return None
 
 
 def _distances(config, device):
@@ -213,11 +229,12 @@ def _chooser(config, distances):
 
     def choose(chain, y, scene, start, on_step=None):
         image, measure, candidates = scene["image"], distances(scene), range(config.candidates)
+        weight = rare_weights(scene["label"]).to(chain.device) if config.selection_weight == "rare" else 1.0
         if config.noise_index != "best":
-            return select_per_step(chain, y, image, start, codebook, measure, on_step)
+            return select_per_step(chain, y, image, start, codebook, measure, on_step, weight)
         if codebook is None:
             return select_initial(chain, y, image, candidates, measure, on_step=on_step, **search)
-        return select_both(chain, y, image, candidates, codebook, measure, on_step, **search)
+        return select_both(chain, y, image, candidates, codebook, measure, on_step, weight, **search)
 
     return choose
 

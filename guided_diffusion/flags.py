@@ -75,6 +75,8 @@ RESPACING = '"250", "10,20,30" (sections), "ddim50", "logsnr20" (dpm++)'
 SCENES_HELP = "{} scenes of the split whose path in its folder begins with one of these: aachen,bonn/bonn_0000"
 LINK_HELP = "analog (noise on the planes, GESCO), digital (coded bits, by sionna-no-rt), ideal (bits arrive)"
 POOL_HELP = "filter on received planes: None, med (3x3 median), mean (3x3), max (mean, then 3x3 maximum)"
+COLOR_HELP = "quantiser step 2^(n/16) of the colour layer at 128x256, 88 to 175 in training; 0: by the target"
+WEIGHT_HELP = "rare: each pixel's error counts by its class's inverse share of the picture"
 FEEDBACK_HELP = "compare all candidates by so many NFE, the best quarter by more, and so on; 0: by whole chains"
 
 SENDS, ANALOG, DIGITAL = "role=link|transmit", "role=link link=analog", "role=link link=digital"
@@ -217,6 +219,8 @@ class SampleFlags:
     label_memory: float = anyhow(4.0, "GiB for cached SPADE modulation; beyond: computed every step", low=0, high=1e6)
     eta: float = by_message(0.0, "share of fresh noise in DDIM", low=0, high=1, needs="sampler=ddim")
     clip_denoised: bool = by_message(True, "clip the predicted picture to the valid range at every step")
+    start_time: int = by_message(0, "begin below this step, at the layer; 0: at T", low=0, needs="color_layer")
+    realism: float = flag(1.0, "0: the mean picture, 1: a sample, between: a mix", low=0, high=1, needs="color_layer")
     s: float = by_message(1.0, "guidance scale; above 1 doubles the cost", low=1)
     stop_tol: float = by_message(0.0, "early stop: x_0 moved less than this (RMS, of a range of 2); 0: off", low=0)
     stop_patience: int = flag(3, "early stop: so many consecutive steps", low=1, needs="stop_tol")
@@ -229,7 +233,9 @@ class SampleFlags:
 class LinkFlags:
     """Link (of --link, --pool and --snr, several values, separated by commas, are compared)"""
 
-    color_step: int = by_message(32, "quantiser step 2^(n/4) of the layer", low=0, high=63, needs="color_layer")
+    color_step: int = by_message(120, COLOR_HELP, low=0, high=255, needs="color_layer")
+    target_bpp: float = by_message(0.0, "bits per pixel that no message exceeds; 0: none", low=0, needs=CODED)
+    target_bytes: int = by_message(0, "the same, in bytes", low=0, needs=CODED)
     role: str = flag("link", "both ends, write messages, or read them", choices=("link", "transmit", "receive"))
     link: str = flag("analog", LINK_HELP, choices=LINKS, each=str, needs="role=link")
     pool: str = flag("None", POOL_HELP, choices=POOLS, each=str, needs=ANALOG)
@@ -253,6 +259,7 @@ class SelectionFlags:
     step_candidates: int = by_message(256, "bank entries to choose from", low=1, needs=PER_STEP)
     step_atoms: int = by_message(4, "entries chosen, each with a sign", low=1, needs=PER_STEP)
     selected_steps: int = by_message(0, "in the last so many steps; 0: in all", low=0, needs=PER_STEP)
+    selection_weight: str = by_message("none", WEIGHT_HELP, choices=("none", "rare"), needs=PER_STEP)
     tail_steps: int = by_message(0, "deterministic final steps (DDIM, eta 0); not for dpm++", low=0, needs="step_noise")
     segmenter: str = anyhow("", "a segmenter's file (TorchScript, torch.export)", needs=f"{SENDS} segmenting")
 

@@ -1,5 +1,6 @@
 """The colour layer: transform, prior, coder, and the planes that the network sees."""
 
+import itertools
 import math
 
 import numpy as np
@@ -72,9 +73,8 @@ def test_decode_color_gives_what_coarse_says(pictures, prior, step):
 
 
 def test_smaller_steps_cost_more_and_come_nearer(pictures, prior):
-    found = [
-        (encode_color(p, step, prior), psnr(coarse(p, step, prior), p)) for p in pictures[8:] for step in (128, 152, 176)
-    ]
+    cases = itertools.product(pictures[8:], (128, 152, 176))
+    found = [(encode_color(p, step, prior), psnr(coarse(p, step, prior), p)) for p, step in cases]
     sizes, nearness = np.array([(len(data), near) for data, near in found]).reshape(4, 3, 2).mean(0).T
     assert (np.diff(sizes) < 0).all() and (np.diff(nearness) < 0).all()
     assert sizes[2] < 40 and nearness[0] > nearness[2] + 3

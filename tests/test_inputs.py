@@ -5,8 +5,11 @@ import pickle
 import pytest
 import torch
 
-from guided_diffusion.data.semantics import SemanticCoding, received_semantics
+from guided_diffusion.data.pictures import to_uint8
+from guided_diffusion.data.semantics import LABEL_SCALES, SemanticCoding, received_semantics
+from guided_diffusion.data.toy_scenes import draw_scene
 from guided_diffusion.link.channel import TRAINING_SIGMAS, transmit
+from guided_diffusion.link.color_layer import TRAINED, ColorPrior, coarse, layer_planes
 from guided_diffusion.link.noise_bank import FreshNoise, NoiseBank
 from guided_diffusion.random_streams import generator, uniform
 from guided_diffusion.training.inputs import TrainingInputs
@@ -146,3 +149,49 @@ def test_noise_without_a_bank_is_fresh_normal():
     assert torch.equal(noise[7], torch.randn(3, H, W, generator=generator(5, "noise", 7)))
     assert len(torch.unique(noise[:, 0, 0, 0])) == 60
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
+
+
+PRIOR = ColorPrior.fit([draw_scene(seed, H, W)[0] for seed in range(4)])
+
+
+def test_cut_samples_are_parts_of_the_whole_ones():
+    positions, changes = [5, 6, 7, 8], {"color_prior": PRIOR, "coding": SemanticCoding(0, 0)}
+    whole, y = prepared(positions, **changes)
+    cut, part = prepared(positions, **changes, crop=4)
+    assert part.shape == (4, y.shape[1], 4, 8) and cut["noise"].shape == cut["image"].shape == (4, 3, 4, 8)
+    places = set()
+    for k in range(4):
+        found = [
+            (top, left)
+            for top in range(H - 3)
+            for left in range(W - 7)
+            if torch.equal(whole["noise"][k, :, top : top + 4, left : left + 8], cut["noise"][k])
+        ]
+        ((top, left),) = found
+        window = (k, slice(None), slice(top, top + 4), slice(left, left + 8))
+        assert torch.equal(y[window], part[k]) and torch.equal(whole["image"][window], cut["image"][k])
+        places.add((top, left))
+    assert len(places) > 1
+
+
+def test_label_scale_of_a_sample_is_one_of_those_that_a_target_chooses_among():
+    positions, seen = range(12), set()
+    _, y = prepared(positions, coding=SemanticCoding(0, 0))
+    for k, position in enumerate(positions):
+        own = {scale: prepared([position], coding=SemanticCoding(scale, 0))[1][0] for scale in LABEL_SCALES}
+        seen |= {scale for scale in own if torch.equal(own[scale], y[k])}
+    assert seen == {*LABEL_SCALES}
+
+
+def test_layer_of_a_sample_has_a_step_of_its_own_and_the_picture_is_what_it_lacks():
+    positions = range(60)
+    found, y = prepared(positions, color_prior=PRIOR)
+    loaded, layer = batch(positions)["image"], y[:, -4:]
+    steps = [round(float(value) * 256) - 4 for value in layer[:, 3, 0, 0]]
+    for k, step in enumerate(steps):
+        if step < 0:
+            assert not layer[k].any()
+            continue
+        assert torch.equal(layer[k], layer_planes(coarse(to_uint8(loaded[k : k + 1])[0], step, PRIOR), step))
+    assert torch.allclose(found["image"] * 0.2 + layer[:, :3], loaded, atol=1e-6)
+    assert 1 <= sum(step < 0 for step in steps) <= 15 and len({*steps} & {*TRAINED}) > 25

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_datasets import refuse
 
-from guided_diffusion.data.pairing import DATASETS, ade20k_ids, cityscapes_ids, coco_ids, find_pairs
+from guided_diffusion.data.pairing import DATASETS, Pair, ade20k_ids, chosen, cityscapes_ids, coco_ids, find_pairs
 
 
 def touch(root, *names):
@@ -125,3 +125,16 @@ def test_id_maps():
     assert coco_ids(np.array([0, 181, 255])).tolist() == [0, 181, 182]
     for facts in DATASETS.values():
         assert facts.map_ids(np.array([255])).max() == facts.num_classes - 1
+
+
+def test_chosen_scenes_begin_with_a_word():
+    pairs = [Pair(None, None, None, stem) for stem in ("aachen/a_1", "aachen/b_1", "bonn/a_1")]
+
+    def stems(*words):
+        return [pair.stem for pair in chosen(pairs, *words)]
+
+    assert stems() == ["aachen/a_1", "aachen/b_1", "bonn/a_1"]
+    assert stems("bonn, aachen/b") == ["aachen/b_1", "bonn/a_1"] and stems("", "aachen") == ["bonn/a_1"]
+    assert stems("aachen", "aachen/a") == ["aachen/b_1"]
+    refuse(lambda: stems("", "koeln"), "--leave_out koeln", "aachen/a_1")
+    refuse(lambda: stems("bonn", "bonn"), "--only bonn --leave_out bonn", "no scene is left")

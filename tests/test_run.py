@@ -121,7 +121,7 @@ def test_run_writes_every_picture_and_its_row(sample, tmp_path):
 
 @pytest.mark.parametrize("flags", [{"s": 2, "use_ddim": True}, {"selection": "per_step", **STEPS}])
 def test_run_with_a_colour_layer_is_the_same_at_both_ends(sample, receive, layered, tmp_path, flags):
-    flags = flags | {"model_path": layered, "color_layer": True, "color_step": 26}
+    flags = flags | {"model_path": layered, "color_layer": True, "color_step": 152}
     sample("here", link="ideal", local_picture="selection" not in flags, **flags)
     assert column(tmp_path / "here", "mismatch_db") == ["inf"] * 3
     sizes = [[int(row[f"bits_{part}"]) for part in ("color", "total")] for row in table(tmp_path / "here")]
@@ -134,9 +134,9 @@ def test_run_with_a_colour_layer_is_the_same_at_both_ends(sample, receive, layer
 
 
 def test_run_with_a_colour_layer_over_lossy_channels(sample, layered, tmp_path):
-    flags = {"model_path": layered, "color_layer": True, "color_step": 26, "use_ddim": True}
+    flags = {"model_path": layered, "color_layer": True, "color_step": 152, "use_ddim": True}
     sample("analog", snr=5, pool="med", **flags)
-    sample("grey", snr=5, pool="med", **{**flags, "color_step": 63})
+    sample("grey", snr=5, pool="med", **{**flags, "color_step": 255})
     assert all(row["bits_color"] != "0" for row in table(tmp_path / "analog"))
     sample("digital", link="digital", snr=2, **flags)
     lost = [row["problems"].split() for row in table(tmp_path / "digital")]

@@ -7,10 +7,21 @@ import torch
 from conftest import normals, tiny_network
 
 from guided_diffusion import EarlyStop, InputError, NoiseBank
+from guided_diffusion.diffusion.gaussian_diffusion import create_gaussian_diffusion
 from guided_diffusion.diffusion.sampling import run_chain
 from guided_diffusion.diffusion.solvers import SamplerSettings
 from guided_diffusion.link import selection
-from guided_diffusion.link.selection import Chain, StepCodebook, mse, select_both, select_initial, select_per_step
+from guided_diffusion.link.color_layer import residual
+from guided_diffusion.link.selection import (
+    Chain,
+    StepCodebook,
+    mse,
+    rare_weights,
+    select_both,
+    select_initial,
+    select_per_step,
+    step_mask,
+)
 from guided_diffusion.random_streams import generator
 
 SIZE, T = (8, 16), 10
@@ -180,3 +191,74 @@ def test_chain_and_search_refuse_more_steps_than_there_are(make_chain):
             make_chain({"selected_steps": selected_steps}, **settings)
     with pytest.raises(InputError, match="--feedback_steps 10: expected 0"):
         select_initial(make_chain(), Y, IMAGE, [1, 2], feedback_steps=T)
+
+
+def test_rare_weights_are_inverse_shares_of_the_classes():
+    label = torch.tensor([[3, 3, 3, 7], [3, 3, 3, 5]])[None, None]
+    assert torch.allclose(rare_weights(label), torch.tensor([[4 / 9] * 3 + [8 / 3], [4 / 9] * 3 + [8 / 3]])[None, None])
+    assert rare_weights(label).mean() == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def layered():
+    """A tiny UNet with a colour layer, its process of four steps below 600, and that of all steps."""
+    flags = {"noise_schedule": "cosine", "prediction": "v", "color_layer": True, "learn_sigma": False}
+    model, whole = tiny_network(**flags)
+    late = {"diffusion_steps": 1000, "noise_schedule": "cosine", "timestep_respacing": "4", "start_time": 600}
+    return model.requires_grad_(False), create_gaussian_diffusion(**late, prediction="v"), whole
+
+
+PLANES = torch.cat([Y, normals(1, 3, *SIZE, seed=3).clamp(-1, 1), torch.full((1, 1, *SIZE), 0.5)], dim=1)
+
+
+def test_late_start_is_ddim_from_noise_of_that_step_alone(layered):
+    model, late, whole = layered
+    chain = Chain(model, late, BANK, SamplerSettings("ddim", clip_denoised=False, start_time=600), whole=whole)
+    x, alpha = BANK[4][None], [*whole.alphas_cumprod[[0, 200, 399, 599]].tolist()]
+    assert late.kept == [0, 200, 399, 599]
+    x = math.sqrt(1 - alpha[3]) * x
+    for k in (3, 2, 1, 0):
+        v = model(x, torch.tensor([float(late.kept[k])]), PLANES)
+        x_start = math.sqrt(alpha[k]) * x - math.sqrt(1 - alpha[k]) * v
+        eps = (x - math.sqrt(alpha[k]) * x_start) / math.sqrt(1 - alpha[k])
+        below = alpha[k - 1] if k else 1.0
+        x = math.sqrt(below) * x_start + math.sqrt(1 - below) * eps
+    result = chain.run(PLANES, [4])
+    assert torch.allclose(result.images, (PLANES[:, -4:-1] + 0.2 * x).clamp(-1, 1), atol=1e-5)
+    assert result.steps.tolist() == [4] and chain.evaluations(result) == 4
+
+
+def test_realism_is_the_share_of_the_sample_beside_the_mean(layered):
+    model, late, whole = layered
+    settings = SamplerSettings("ddim", clip_denoised=False, start_time=600)
+    chains = {r: Chain(model, late, BANK, settings, realism=r, whole=whole) for r in (0.0, 0.3, 1.0)}
+    dim = torch.cat([Y, PLANES[:, 5:] * 0.1], dim=1)  # where no picture is clipped
+    mean, some, sample = (chains[r].run(dim, [2]).images for r in (0.0, 0.3, 1.0))
+    x = BANK[2][None]
+    alpha = float(whole.alphas_cumprod[999])
+    expected = math.sqrt(alpha) * x - math.sqrt(1 - alpha) * model(x, torch.tensor([999.0]), dim)
+    assert torch.allclose(mean, (dim[:, 5:8] + 0.2 * expected).clamp(-1, 1), atol=1e-5)
+    inside = (mean.abs() < 1) & (sample.abs() < 1)
+    assert inside.any() and torch.allclose(some[inside], (0.7 * mean + 0.3 * sample)[inside], atol=1e-5)
+    assert chains[0.3].evaluations(chains[0.3].run(dim, [2])) == 5
+
+
+def test_weight_moves_the_choice_of_noise_to_where_it_is(layered):
+    model, late, whole = layered
+    settings = SamplerSettings("ddim", eta=1.0, clip_denoised=False, start_time=600)
+    chain = Chain(model, late, BANK, settings, selected_steps=3, whole=whole)
+    left = torch.zeros(1, 1, *SIZE)
+    left[..., :4] = 1.0
+    plain, weighted = (
+        select_per_step(chain, PLANES, IMAGE, 0, StepCodebook(20, 1), weight=weight) for weight in (1.0, left)
+    )
+    assert plain.codewords != weighted.codewords
+    seen = {}
+
+    def look(t, x, out):
+        seen.setdefault(t, out["pred_xstart"])
+
+    chain.run(PLANES, [0], on_step=look)
+    wanted = left * (residual(IMAGE, PLANES[:, -4:]) - seen[3])
+    products = [float((wanted[0] * step_mask(BANK, 599) * BANK[k]).sum()) for k in range(20)]
+    assert weighted.codewords[0][0] == (max(range(20), key=lambda k: abs(products[k])),)

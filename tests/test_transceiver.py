@@ -10,16 +10,19 @@ from conftest import tiny_network
 
 from guided_diffusion import EarlyStop, InputError, NoiseBank, encode_semantics
 from guided_diffusion.data.semantics import SemanticCoding, received_semantics
+from guided_diffusion.data.toy_scenes import draw_scene
 from guided_diffusion.diffusion.solvers import SamplerSettings
 from guided_diffusion.link import transceiver
 from guided_diffusion.link.channel import transmit
 from guided_diffusion.link.channel_coding import DigitalLink
+from guided_diffusion.link.color_layer import TRAINED, ColorPrior, encode_color
 from guided_diffusion.link.message import Header, Message, receive_parts
 from guided_diffusion.link.selection import Chain, StepCodebook, select_both, select_initial, select_per_step
 from guided_diffusion.link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
 
 CLASSES, SIZE, T = 4, (8, 16), 6
 TEMPLATE = Header(height=8, width=16, num_classes=CLASSES, bank_size=16, sampler=SamplerSettings(steps=str(T)))
+STEPS = {"selected_steps": 3, "step_candidates": 16, "step_atoms": 2}
 needs_sionna = pytest.mark.skipif(importlib.util.find_spec("sionna") is None, reason="sionna-no-rt is not installed")
 
 
@@ -78,6 +81,27 @@ def test_both_ends_build_equal_conditioning(coding, missing, form):
         assert torch.equal(y, encode_semantics(*planes, CLASSES))
 
 
+@pytest.mark.parametrize("target", [110, 130, 200, 400])
+def test_message_spends_its_target_and_never_more(target):
+    template = replace(TEMPLATE, height=32, width=64, num_classes=35, edge_plane=False, **STEPS)
+    street = draw_scene(3, 32, 64)
+    found = {"image": torch.from_numpy(street[0]).permute(2, 0, 1)[None] / 127.5 - 1, "path": ["street"]}
+    found["label"] = torch.from_numpy(street[1].astype("int64"))[None, None]
+    prior = ColorPrior.fit([draw_scene(seed, 32, 64)[0] for seed in range(4)])
+    transmitter = Transmitter(template, SemanticCoding(0, 0), None, None, False, 0, prior, lambda *size: target)
+    message, y = transmitter.describe(found)
+    codeword = (0, 1), (1, -1)
+    message = replace(message, codewords=(codeword,) * 3)
+    assert len(message.to_bytes()) <= target and y.shape == (1, 39, 32, 64)
+    assert len(message.parts["labels"]) <= target / 3 or message.header.label_scale == 4
+    if message.color:
+        finer = encode_color(street[0], message.color[0] - 1, prior)
+        size = len(message.to_bytes()) - len(message.color) + 1 + len(finer)
+        assert size > target or message.color[0] == TRAINED[0]
+    with pytest.raises(InputError, match="street: its smallest message without colours has"):
+        Transmitter(template, SemanticCoding(0, 0), None, None, False, 0, prior, lambda *size: 20).describe(found)
+
+
 def test_transmitter_needs_the_picture_for_a_choice_alone(network):
     labels_alone, chain = {"label": scene()["label"]}, chains(network)(TEMPLATE)
     with pytest.raises(InputError, match="this split has labels alone"):
@@ -89,7 +113,7 @@ def test_transmitter_needs_the_picture_for_a_choice_alone(network):
     assert torch.equal(local.choice.picture, chain.run(local.y, [2]).images[0])
 
 
-CODEBOOK, STEPS = StepCodebook(16, 2), {"selected_steps": 3, "step_candidates": 16, "step_atoms": 2}
+CODEBOOK = StepCodebook(16, 2)
 CHOOSERS = {
     "best": lambda chain, y, found, start, on_step: select_initial(chain, y, found["image"], range(3)),
     "per_step": lambda chain, y, found, start, on_step: select_per_step(chain, y, found["image"], start, CODEBOOK),

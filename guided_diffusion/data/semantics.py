@@ -7,13 +7,15 @@ from torch.nn import functional as F
 
 from ..console import InputError
 
+LABEL_SCALES = (1, 2, 4)  # among which training draws, and a transmitter with a target chooses
+
 
 @dataclass(frozen=True)
 class SemanticCoding:
     """What source coding keeps of the semantics.
 
     :param label_scale: 1, 2, 4 or 8: every so many pixels' label is sent (nearest), and repeated at the receiver; 0:
-        training draws 1, 2 or 4 for every sample, a transmitter chooses by the bits that are left.
+        one of `LABEL_SCALES` for each picture.
     :param edge_levels: values of an image-edge pixel: 0 (not sent), 2 (a threshold decides) ... 256 (as it is).
     :param edge_threshold: with 2 levels: image edges from here on are 1.
     :param edge_scale: 1, 2, 4 or 8: one pixel of the sent edges for so many, the strongest of them.

@@ -187,7 +187,10 @@ def guide(output, null_output, s):
     return torch.cat([mean, output[:, 3:]], dim=1)
 
 
-def create_gaussian_diffusion(*, diffusion_steps, noise_schedule, timestep_respacing="", **options):
-    """Build a process from a named schedule and a respacing (see `schedules`); options: as `GaussianDiffusion`."""
+def create_gaussian_diffusion(*, diffusion_steps, noise_schedule, timestep_respacing="", start_time=0, **options):
+    """Build a process from a named schedule and a respacing (see `schedules`); options: as `GaussianDiffusion`.
+
+    :param start_time: with N, the respacing is of the original steps below N alone; 0: of all.
+    """
     betas = beta_schedule(noise_schedule, diffusion_steps)
-    return GaussianDiffusion(betas, space_timesteps(betas, timestep_respacing), **options)
+    return GaussianDiffusion(betas, space_timesteps(betas[: start_time or None], timestep_respacing), **options)

@@ -62,6 +62,8 @@ class SamplerSettings:
     :param eta: share of fresh noise in DDIM, 0...1; 0 with the others.
     :param clip_denoised: clip the predicted x_0 to [-1, 1] at every step.
     :param variance: of ancestral steps: "model" (fixed or learned), or "posterior" (beta-tilde of the respaced chain).
+    :param start_time: of a network with a colour layer: the chain begins at the original step below this, from the
+        layer and noise alone (late start, DIRAC, arXiv 2301.05489); 0: at the last step.
     :param tail_steps: the last so many steps take no noise: they are DDIM's with eta = 0, or the solver's as ever.
     """
 
@@ -72,6 +74,7 @@ class SamplerSettings:
     clip_denoised: bool = True
     variance: str = "model"
     tail_steps: int = 0
+    start_time: int = 0
 
     def __post_init__(self):
         if self.method not in ("ddpm", "ddim", "dpm++"):

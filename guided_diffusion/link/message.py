@@ -131,7 +131,7 @@ def read_header(data):
         own = word & functools.reduce(int.__or__, bits.values())
         values[name] = next((value for value in bits if bits[value] == own), None)  # None is refused below
     values |= {"steps": values.pop("spacing").format(count), "edge_levels": levels and levels + 1}
-    sampler = SamplerSettings(**{name: values.pop(name) for name in vars(SamplerSettings())})
+    sampler = SamplerSettings(**{name: values.pop(name) for name in vars(SamplerSettings()) if name in values})
     header = Header(sampler=sampler, **values)
     header.check()
     return header, {part: int.from_bytes(end, "little") for part, end in zip(PARTS[1:4], fields[-3:], strict=True)}

@@ -33,6 +33,8 @@ class Chain:
     :param bank: the shared `NoiseBank`, or `FreshNoise`; chains run at any picture size, with the bank of that size.
     :param selected_steps: the last so many steps that take a noise are selected (`selected`, in the chain's order);
         that needs ancestral steps with the posterior's variance, or DDIM with eta = 1.
+    :param realism, whole: of a network with a colour layer: share of the sample in the picture, the rest being x_0's
+        mean (the line between least error and realism, arXiv 2107.02555), and the process of all steps, for that mean.
     :param device, precision: where the model is, and a function that gives the context it runs in, such as autocast.
     """
 
@@ -45,6 +47,8 @@ class Chain:
     device: Any = "cpu"
     precision: Callable = nullcontext
     cache_bytes: int = CACHE_BYTES
+    realism: float = 1.0
+    whole: Any = None
     selected: list = field(init=False)
 
     def __post_init__(self):
@@ -58,6 +62,7 @@ class Chain:
     def evaluations(self, result, network_steps=None):
         """NFE: network function evaluations that a `SampleResult` of this chain took; a guided step counts twice."""
         steps = int(result.steps.sum()) if network_steps is None else network_steps * len(result.steps)
+        steps += len(result.steps) * (self.realism < 1)
         return steps * (2 if self.sampler.s > 1 else 1)
 
     def choice(self, result, index, codewords=(), score=None, spent=0):
@@ -94,10 +99,23 @@ class Chain:
         options = {"seeds": seeds, "step_noise": step_noise, "on_step": on_step, "network_steps": network_steps}
         options["early_stop"] = self.early_stop if network_steps is None else None
         with self.precision():
+            mean = self._mean(conditioning, x) if self.realism < 1 else None
+            if self.sampler.start_time:  # where the layer's residual is nothing but noise
+                last = torch.full((len(x),), self.diffusion.num_timesteps - 1, device=x.device)
+                x = self.diffusion.q_sample(torch.zeros_like(x), last, x)
             result = run_chain(self.model, self.diffusion, conditioning, x, self.sampler, **options)
+        if mean is not None:
+            result.images = torch.lerp(mean, result.images, self.realism)
         if self.has_layer:
             result.images = from_residual(result.images, conditioning.y[:, -4:])
         return result
+
+    @torch.no_grad()
+    def _mean(self, conditioning, x):
+        """Return x_0's mean (N, 3, H, W) as predicted at the last step from x_T = x, which says nothing of it."""
+        last = torch.full((len(x),), self.whole.num_timesteps - 1, device=x.device)
+        output = conditioning.denoiser(self.whole, len(x))(x, last)
+        return self.whole.predict_xstart(output[:, :3], x, last)
 
     @property
     def has_layer(self):
@@ -214,7 +232,13 @@ class StepCodebook:
         return self._kept
 
 
-def select_per_step(chain, y, image, start, codebook, distance=mse, on_step=None):
+def rare_weights(label):
+    """Weigh each pixel of a label map (1, 1, H, W) by its class's inverse share of the picture, 1 in the mean."""
+    _, classes, counts = label.unique(return_inverse=True, return_counts=True)
+    return (label.numel() / (len(counts) * counts.float()))[classes]  # (1, 1, H, W)
+
+
+def select_per_step(chain, y, image, start, codebook, distance=mse, on_step=None, weight=1.0):
     """Choose the noise of the chain's selected steps: at each, the codeword points from x_0's prediction to x_0.
 
     x_{t-1} = mu(x_t, x0_t) + sqrt(posterior variance) z, z made of the M entries z_k = a_t * NB[k], k < K, with the
@@ -222,6 +246,7 @@ def select_per_step(chain, y, image, start, codebook, distance=mse, on_step=None
 
     :param chain, y, image, distance: as in `select_initial`, the chain with `selected_steps`.
     :param start, codebook: bank index of x_T, and the `StepCodebook`.
+    :param weight: of the pixels of x_0 - x0_t, (1, 1, H, W).
     """
     bank, kept = chain.bank.sized(3, *y.shape[2:]), chain.diffusion.kept
     image, codewords = image.to(chain.device), []
@@ -230,15 +255,15 @@ def select_per_step(chain, y, image, start, codebook, distance=mse, on_step=None
     def choose(t, x, out):
         if t not in chain.selected:
             return None
-        codewords.append(codebook.pick(bank, (target - out["pred_xstart"])[0], kept[t]))
+        codewords.append(codebook.pick(bank, (weight * (target - out["pred_xstart"]))[0], kept[t]))
         return codeword_noise(bank, codewords[-1], kept[t])[None].to(x)
 
     result = chain.run(y, [start], on_step=on_step, step_noise=choose)
     return chain.choice(result, start, codewords, float(distance(result.images, image)))
 
 
-def select_both(chain, y, image, candidates, codebook, distance=mse, on_step=None, **search):
+def select_both(chain, y, image, candidates, codebook, distance=mse, on_step=None, weight=1.0, **search):
     """Choose the start as `select_initial` does, with seeded steps, then the steps from there: a `Choice` of both."""
     first = select_initial(chain, y, image, candidates, distance, on_step=on_step, **search)
-    second = select_per_step(chain, y, image, first.index, codebook, distance, on_step)
+    second = select_per_step(chain, y, image, first.index, codebook, distance, on_step, weight)
     return replace(second, evaluations=first.evaluations + second.evaluations)

@@ -13,12 +13,14 @@ import torch
 
 from ..console import InputError
 from ..data.pictures import to_uint8
-from ..data.semantics import SemanticCoding, conditioning_channels, describe, restore
+from ..data.semantics import LABEL_SCALES, SemanticCoding, conditioning_channels, describe, restore
 from ..diffusion.sampling import SampleResult
 from .channel import sent_planes, transmit
-from .color_layer import encode_color, received_planes
-from .message import Header, Message, receive_parts
+from .color_layer import TRAINED, encode_color, received_planes
+from .message import CRC_BYTES, Header, Message, receive_parts
 from .selection import Choice
+
+LABEL_SHARE = 1 / 3  # of a target's bytes that a label map finer than the coarsest may take
 
 
 def condition(header, label, boundary=None, edges=None):
@@ -53,35 +55,78 @@ class Transmitter:
     :param choose: function (chain, y, scene, start, on_step) -> `Choice`, or None to take the start that is asked for.
     :param local: make the local picture even where nothing is chosen.
     :param color_step, color_prior: of the colour layer (see `encode_color`); None: the network has none.
+    :param target: function (H, W) -> bytes that a message never exceeds; None: no limit. It decides the label scale and
+        the colour step that are 0: the finest label map that takes at most `LABEL_SHARE` of the bytes, else the
+        coarsest, and then the finest colour layer that fits.
     """
 
-    def __init__(self, template, coding, chain, choose=None, local=False, color_step=0, color_prior=None):
+    def __init__(self, template, coding, chain, choose=None, local=False, color_step=0, color_prior=None, target=None):
         self.template, self.coding, self.chain, self.choose, self.local = template, coding, chain, choose, local
-        self.color_step, self.color_prior = color_step, color_prior
+        self.color_step, self.color_prior, self.target = color_step, color_prior, target
 
     def describe(self, scene, start=0):
         """Write the message of one scene whose chain starts from bank entry `start`.
 
         :param scene: dict of label (1, 1, H, W) and, where there are, instance and image_edge (see `load_data`).
         :return: (`Message`, y): the message, and the conditioning (1, C, H, W) that it stands for.
+        :raises InputError: the smallest message is larger than the target.
         """
-        planes = describe(scene["label"], scene.get("instance"), scene.get("image_edge"), self.coding)
+        coding, color = self.coding, b""
+        if self.target:
+            coding, left = self._spend(scene, self.target(*scene["label"].shape[2:]))
+        message, y = self._semantics(scene, start, coding)
+        if self.color_prior is None:
+            return message, y
+        if "image" in scene:
+            picture = to_uint8(scene["image"])[0]
+            color = self._finest(picture, left) if self.target else self._layer(picture, self.color_step)
+        planes = received_planes(color, y.shape[2:], self.color_prior)
+        return replace(message, color=color), torch.cat([y, planes], dim=1)
+
+    def _spend(self, scene, target):
+        """Return the `SemanticCoding` of a picture, and how many of the target's bytes are left for its layer."""
+        header = self.template
+        choice = tuple(range(header.step_atoms)), (1,) * header.step_atoms  # any: all take the same bits
+        rest = {"codewords": (choice,) * header.selected_steps}
+        for scale in LABEL_SCALES if not self.coding.label_scale else [self.coding.label_scale]:
+            coding = replace(self.coding, label_scale=scale)
+            message = replace(self._semantics(scene, 0, coding)[0], **rest)
+            if len(message.parts["labels"]) <= LABEL_SHARE * target:
+                break
+        left = target - len(message.to_bytes())
+        if left < 0:
+            found = f"{scene['path'][0]}: its smallest message without colours has {len(message.to_bytes())} bytes"
+            raise InputError(f"{found}, the target is {target}; raise --target_bpp, or give a larger --label_scale")
+        return coding, left
+
+    def _layer(self, picture, step):
+        return bytes([step]) + encode_color(picture, step, self.color_prior)
+
+    def _finest(self, picture, left):
+        """Return the colour part with the smallest step whose bytes fit, or none where none does."""
+        steps, best = [self.color_step] if self.color_step else TRAINED, b""
+        low, high = 0, len(steps) - 1
+        while low <= high:
+            middle = (low + high) // 2
+            color = self._layer(picture, steps[middle])
+            if len(color) + CRC_BYTES <= left:
+                best, high = color, middle - 1
+            else:
+                low = middle + 1
+        return best
+
+    def _semantics(self, scene, start, coding):
+        """Return the message of a scene's semantics and noise, and the conditioning (1, C, H, W) it stands for."""
+        planes = describe(scene["label"], scene.get("instance"), scene.get("image_edge"), coding)
         label, boundary, edges = (None if plane is None else plane[0, 0].numpy() for plane in planes)
         if not self.template.edge_plane:
             boundary = edges = None
         height, width = scene["label"].shape[2:]
-        levels = 0 if edges is None else self.coding.edge_levels
-        header = replace(self.template, height=height, width=width, boundaries=boundary is not None, edge_levels=levels)
+        levels = 0 if edges is None else coding.edge_levels
+        size = {"height": height, "width": width, "label_scale": coding.label_scale}
+        header = replace(self.template, **size, boundaries=boundary is not None, edge_levels=levels)
         maps = label.astype("uint8"), boundary, edges
-        message, y = Message(header, *maps, start if header.start_sent else None), condition(header, *maps)
-        if self.color_prior is None:
-            return message, y
-        color = b""
-        if "image" in scene:
-            color = encode_color(to_uint8(scene["image"])[0], self.color_step, self.color_prior)
-            color = bytes([self.color_step]) + color
-        planes = received_planes(color, (height, width), self.color_prior)
-        return replace(message, color=color), torch.cat([y, planes], dim=1)
+        return Message(header, *maps, start if header.start_sent else None), condition(header, *maps)
 
     def send(self, scene, start, on_step=None):
         """Describe one scene, choose its noise, and write the message: `Sent`.

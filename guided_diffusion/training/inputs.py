@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..data.pictures import to_uint8
-from ..data.semantics import SemanticCoding, conditioning_channels, received_semantics
+from ..data.semantics import LABEL_SCALES, SemanticCoding, conditioning_channels, received_semantics
 from ..link.channel import TRAINING_SIGMAS, sent_planes, transmit
 from ..link.color_layer import TRAINED, ColorPrior, coarse, layer_planes, residual
 from ..link.noise_bank import FreshNoise, NoiseBank
 from ..random_streams import generator, integer, uniform
 
 COLOR_DROP = 0.1  # share of samples without one
-LABEL_SCALES = (1, 2, 4)  # of label maps, where a transmitter may choose
 
 
 @dataclass(frozen=True)
