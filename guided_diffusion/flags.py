@@ -22,15 +22,15 @@ SNR_HELP = (
 
 PRESETS = {  # starting values for whole runs: of both scripts, of training, of sampling
     # Toy street scenes on a laptop: minutes for the whole round. SPADE in the encoder costs half of what it costs in
-    # the decoder, and predicting x_0 gives clean pictures after few steps.
+    # the decoder, and predicting x_0 gives clean pictures after few steps, fewer from the colour layer on.
     "toy": (
         "--data_dir ./datasets/toy_scenes --image_size 32 --unet_model enconly --num_channels 32 --channel_mult 1,1,2,2"
         " --num_head_channels 32 --num_res_blocks 1 --attention_resolutions 4 --resblock_updown True"
-        " --noise_schedule cosine --prediction x0 --num_workers 0",
+        " --noise_schedule cosine --prediction x0 --spade_channels 32 --color_layer True --num_workers 0",
         "--checkpoint_dir ./checkpoints/toy --batch_size 8 --microbatch 8 --lr 1e-3 --lr_warmup_steps 50"
         " --lr_anneal_steps 600 --ema_rate 0.98 --drop_rate 0.1 --add_noise True --save_interval 200",
         "--model_path ./checkpoints/toy --results_path ./results/toy --num_samples 8 --batch_size 8 --use_ddim True"
-        " --timestep_respacing 25",
+        " --timestep_respacing 8 --start_time 600",
     ),
     # Cityscapes at 256x512 with the family's architecture; schedule and prediction chosen against tints. The label
     # memory holds four pictures in bf16, and the null conditioning.
@@ -50,7 +50,8 @@ PRESETS = {  # starting values for whole runs: of both scripts, of training, of 
         " --spade_channels 32 --no_instance True --color_layer True --label_scale 0",
         "--checkpoint_dir ./checkpoints/camvid --batch_size 4 --crop 64 --lr 6e-4 --lr_warmup_steps 100"
         " --lr_anneal_steps 4200 --ema_rate 0.998 --drop_rate 0.1 --save_interval 500",
-        "--model_path ./checkpoints/camvid --results_path ./results/camvid --link ideal",
+        "--model_path ./checkpoints/camvid --results_path ./results/camvid --link ideal --color_step 0 --target_bpp 0.1"
+        " --use_ddim True --timestep_respacing 6 --start_time 600",
     ),
 }
 
