@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+from pathlib import Path
 
 from .build import data_set, diffusion_from, noise_bank, picture_size, precision_of, semantic_coding, untrained_model
 from .config import parts_of, sweep
@@ -16,7 +17,8 @@ from .evaluation.report import Measures
 from .files import file_digest
 from .link.channel import snr_to_sigma
 from .link.color_layer import ColorPrior
-from .link.message import Header
+from .link.label_prior import LabelPrior
+from .link.message import SESSION, Header, Session
 from .link.selection import Chain, StepCodebook, rare_weights, select_both, select_initial, select_per_step
 from .link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
 from .training import devices
@@ -43,20 +45,21 @@ def sampling_parts(config, weights, log, ranks=None):
     batch = min(config.batch_size, config.num_samples, len(dataset)) if config.role == "link" else 1
     log(describe_label_memory(model, height, width, batch, precision, config.label_memory))
     make_chain = ChainMaker(config, height, width, device, weights, lambda precision: model)
-    template = _header(config, precision, height, width, make_chain.fingerprint)
+    session = Session(_header(config, precision, height, width, make_chain.fingerprint), *_priors(config, model))
     if config.role != "link" or parts_of(config.link) != ["analog"]:
-        template.check()
+        session.template.check()
     rule = EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
 
     def transmitter(point):
         # A chain that stops early does so where the transmitter's did, which the message tells.
         local = point.role == "transmit" or point.local_picture or (rule is not None and point.link != "analog")
-        chain, color = make_chain(template, rule), (config.color_step, ColorPrior.of(model))
-        return Transmitter(template, coding, chain, _chooser(point, distances), local, *color, _target(point))
+        chain = make_chain(session.template, rule)
+        spending = {"sent": parts_of(config.send), "color_step": config.color_step, "target": _target(point)}
+        return Transmitter(session, coding, chain, _chooser(point, distances), local, **spending)
 
     def receiver(point):
         maker = functools.partial(make_chain, rule=rule if point.link == "analog" else None)
-        return Receiver(maker, ColorPrior.of(model))
+        return Receiver(session, maker)
 
     ends = {"transmitter": transmitter, "receiver": receiver, "channel": channel}
     return {"bank": make_chain.bank, "dataset": dataset, "measures": measures, **ends}
@@ -75,7 +78,15 @@ def receiving_parts(config, weights, log, ranks=None):
         return devices.for_sampling(own, device, precision, config.compile, log)
 
     make_chain = ChainMaker(config, config.image_size, 2 * config.image_size, device, weights, model_of)
-    return {"make_chain": make_chain, "receiver": lambda: Receiver(make_chain, ColorPrior.of(model))}
+
+    def receiver():
+        return Receiver(Session.load(Path(config.messages, SESSION), *_priors(config, model)), make_chain)
+
+    return {"make_chain": make_chain, "receiver": receiver}
+
+
+def _priors(config, model):
+    return LabelPrior.of(model, config.num_classes), ColorPrior.of(model)
 
 
 def _device(config, ranks):
@@ -125,13 +136,13 @@ class ChainMaker:
     """Makes the `Chain` that a message's header asks for, with this end's model and bank; one is kept per kind.
 
     :param height, width: of the pictures that `bank` has noise for; a chain takes the bank of its own size.
-    :param weights: path of the weights file: the first 8 bytes of its SHA-256 are the model's fingerprint.
+    :param weights: path of the weights file: the first 16 digits of its SHA-256 are the model's fingerprint.
     :param model_of: function precision -> network.
     """
 
     def __init__(self, config, height, width, device, weights, model_of):
         self.config, self.device, self.model_of, self._chains = config, device, model_of, {}
-        self.fingerprint, self.bank = file_digest(weights)[:8], noise_bank(config, height, width)
+        self.fingerprint, self.bank = file_digest(weights).hex()[:16], noise_bank(config, height, width)
 
     def __call__(self, header, rule=None):
         """Return the chain. A header without a stop step leaves stopping to `rule`, an `EarlyStop` or None."""
@@ -147,11 +158,10 @@ class ChainMaker:
         config = self.config
         names = ("fingerprint", "num_classes", "one_hot", "edge_plane", "bank_seed", "bank_size")
         maps = config.num_classes, config.one_hot_label, not config.no_instance
-        ours = self.fingerprint.hex(), *maps, config.noise_bank_seed, config.noise_bank_size
-        theirs = vars(header) | {"fingerprint": header.fingerprint.hex()}
+        ours = self.fingerprint, *maps, config.noise_bank_seed, config.noise_bank_size
         for name, own in zip(names, ours, strict=True):
-            if theirs[name] != own:
-                found = f"the message was made with {name} {theirs[name]!r}, these weights have {own!r}"
+            if getattr(header, name) != own:
+                found = f"the message was made with {name} {getattr(header, name)!r}, these weights have {own!r}"
                 raise InputError(f"{found}; give --model_path the transmitter's file")
         if header.height * header.width > MAX_AREA * config.image_size**2:
             found = f"the message is of a {header.height}x{header.width} picture"
@@ -175,7 +185,7 @@ class ChainMaker:
 
 
 def _header(config, precision, height, width, fingerprint):
-    """Return the header of all messages, but for what is found out on the way."""
+    """Return the template of all messages' headers."""
     selecting, eta = config.selection != "initial", config.eta if config.sampler == "ddim" else 0.0
     variance = "posterior" if selecting and config.sampler == "ddpm" else "model"
     chain = {"method": config.sampler, "steps": config.timestep_respacing, "tail_steps": config.tail_steps}

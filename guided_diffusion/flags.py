@@ -235,6 +235,7 @@ class SampleFlags:
 class LinkFlags:
     """Link (of --link, --pool and --snr, several values, separated by commas, are compared)"""
 
+    send: str = by_message("labels,color", "parts that are sent", choices=("labels", "color"), each=str, needs=SENDS)
     color_step: int = by_message(120, COLOR_HELP, low=0, high=255, needs="color_layer")
     target_bpp: float = by_message(0.0, "bits per pixel that no message exceeds; 0: none", low=0, needs=CODED)
     target_bytes: int = by_message(0, "the same, in bytes", low=0, needs=CODED)

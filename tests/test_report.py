@@ -167,7 +167,8 @@ def test_write_curves_as_a_figure_or_hints_at_matplotlib(tmp_path, monkeypatch):
 
 
 def test_summary_lines_are_means():
-    bits = {"bits_header": 8, "bits_labels": "16", "bits_edges": 0, "bits_indices": 8, "bits_total": 32, "bpp": "0.5"}
+    bits = {"bits_header": 8, "bits_labels": "16", "bits_edges": 0, "bits_indices": 8, "bits_color": 0}
+    bits |= {"bits_total": 32, "bpp": "0.5"}
     rows = [{"psnr_db": str(20 + k), "colour_error": "0.1", **bits} for k in range(3)]
     message = "message: 4 bytes (header 1, labels 2, indices 1), 0.500 bits per pixel"
     score = "mean PSNR 21.00 dB, mean colour error 0.100 of the range"
@@ -175,8 +176,10 @@ def test_summary_lines_are_means():
     channel = {"channel_uses": 100, "bandwidth_ratio": 0.5, "realised_snr_db": math.inf, "blocks": 4, "block_errors": 1}
     baselines = {"jpeg": {"mean": {"psnr_db": "inf"}, "without_picture": 2}}
     summary = means([bits | channel]) | {"with_problems": 1, "pictures": 4, "baselines": baselines}
+    summary["shared_once_bytes"] = {"weights": 5, "session": 571}
     assert summary_lines(summary) == [
         message,
+        "session: 571 bytes, once for all messages",
         "channel: 100 complex uses per picture, bandwidth ratio 0.500; realised SNR inf dB",
         "1.0 of 4.0 blocks lost per picture; 1 pictures lack a part",
         "jpeg within the same bits: PSNR inf dB, 2 of 4 without a picture (counted as grey)",

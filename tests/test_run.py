@@ -17,7 +17,7 @@ from guided_diffusion import build_link
 from guided_diffusion.config import SampleConfig, parse_config
 from guided_diffusion.console import InputError
 from guided_diffusion.evaluation.run import _log_first_step, run_pictures
-from guided_diffusion.link.message import receive_parts
+from guided_diffusion.link.message import SESSION
 from guided_diffusion.training.checkpoint import find_weights
 from guided_diffusion.training.distributed import Share
 
@@ -149,7 +149,7 @@ def test_run_with_fresh_noise_has_no_index(sample, tmp_path):
     sample("out", noise_bank_size=0, snr=10)
     for row in table(tmp_path / "out"):
         assert (row["bank_index"], row["bits_indices"], row["bits_total"]) == ("", "0", row["bits_labels"])
-    assert "shared_once_bytes" not in summary(tmp_path / "out")
+    assert "shared_once_bytes" not in summary(tmp_path / "out") and not (tmp_path / "out" / "messages").exists()
 
 
 @pytest.mark.parametrize("flags", [{"use_ddim": True, "eta": 0.7, "s": 2}, {"sampler": "dpm++", "noise_bank_size": 0}])
@@ -300,14 +300,26 @@ def test_sweep_has_a_folder_for_each_point_and_curves(sample, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [{"edge_levels": 2}, {"selection": "both", "candidates": 2, **STEPS}])
 def test_transmit_counts_the_bits_of_the_messages_it_writes(sample, tmp_path, flags):
-    sample("out", role="transmit", **flags)
+    logged = sample("out", role="transmit", **flags)
+    session = (tmp_path / "out" / "messages" / SESSION).stat().st_size
+    assert f"session: {session} bytes, once for all messages" in logged
+    assert summary(tmp_path / "out")["shared_once_bytes"]["session"] == session
     for row in table(tmp_path / "out"):
+        assert int(row["bits_header"]) <= 80
         bits = {part: int(row[f"bits_{part}"]) for part in ("header", "labels", "edges", "indices", "total")}
         assert (tmp_path / "out" / "messages" / f"{row['name']}.dgo").stat().st_size * 8 == bits["total"]
         assert sum(bits.values()) == 2 * bits["total"]
         assert float(row["bpp"]) == pytest.approx(bits["total"] / 512, abs=1e-4)
         assert (tmp_path / "out" / "local" / f"{row['name']}.png").exists() and row["psnr_db"] and not row["snr_db"]
     assert not (tmp_path / "out" / "samples").exists() and summary(tmp_path / "out")["pictures"] == 3
+
+
+def test_transmit_refuses_a_folder_of_another_session(sample, tmp_path):
+    sample("out", role="transmit", num_samples=1)
+    path = tmp_path / "out" / "messages" / SESSION
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(InputError, match=r"session\.dgo is of another precision .*; choose another --results_path"):
+        sample("out", role="transmit")
 
 
 def test_link_conceals_what_is_lost(sample, tmp_path, monkeypatch):
@@ -320,8 +332,8 @@ def test_link_conceals_what_is_lost(sample, tmp_path, monkeypatch):
 
         def send(self, sent, receiver, stream):
             gone = lost[self.seeds.setdefault(stream.initial_seed(), len(self.seeds))]
-            parts = {name: None if name in gone else part for name, part in sent.message.parts.items()}
-            return receiver.accept(receive_parts(parts)), {}
+            parts = {name: None if name in gone else part for name, part in sent.parts.items()}
+            return receiver.accept(receiver.session.decode(parts)), {}
 
     monkeypatch.setattr(build_link, "channel", lambda point: Losing())
     flags = {"link": "digital", "edge_levels": 2, "stop_tol": 10, "stop_patience": 1}
@@ -378,7 +390,7 @@ def test_receive_goes_on_in_shares_and_follows_its_messages(sample, receive, tmp
     assert_equal(tmp_path / "received", tmp_path / "alone")
     before = stamps(tmp_path / "received")
     sample("other", role="transmit", noise_index=7)
-    name = sorted((tmp_path / "other" / "messages").iterdir())[1].name
+    name = sorted((tmp_path / "other" / "messages").glob("toytown*"))[1].name
     shutil.copy(tmp_path / "other" / "messages" / name, tmp_path / "sent" / "messages" / name)
     receive()
     after = stamps(tmp_path / "received")
@@ -390,13 +402,24 @@ def test_receive_goes_on_in_shares_and_follows_its_messages(sample, receive, tmp
 
 def test_receive_names_a_bad_message_before_any_picture(sample, receive, tmp_path):
     sample("sent", role="transmit")
-    bad = sorted((tmp_path / "sent" / "messages").iterdir())[-1]
+    bad = sorted((tmp_path / "sent" / "messages").glob("toytown*"))[-1]
     whole = bad.read_bytes()
     for data in (b"", whole[:40], whole + b"x", whole[:-1] + bytes([whole[-1] ^ 1])):
         bad.write_bytes(data)
         with pytest.raises(InputError, match=f"{bad.name}: ") as caught:
             receive()
         assert str(caught.value).count(str(bad)) == 1
+    session = bad.with_name(SESSION)
+    sample("other", role="transmit", s=2)
+    shutil.copy(tmp_path / "other" / "messages" / bad.name, bad)
+    with pytest.raises(InputError, match=f"{bad.name}: the message is of session .*session.dgo is "):
+        receive()
+    session.write_bytes(session.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"{session}: damaged.*; copy it from the transmitter's messages"):
+        receive()
+    session.unlink()
+    with pytest.raises(InputError, match=f"{session}: No such file.*; copy it from the transmitter's messages"):
+        receive()
     assert not (tmp_path / "received").exists()
     with pytest.raises(InputError, match=r"--messages .*none: no \.dgo files there"):
         receive("none")

@@ -16,7 +16,7 @@ from guided_diffusion.link import transceiver
 from guided_diffusion.link.channel import transmit
 from guided_diffusion.link.channel_coding import DigitalLink
 from guided_diffusion.link.color_layer import TRAINED, ColorPrior, encode_color
-from guided_diffusion.link.message import Header, Message, receive_parts
+from guided_diffusion.link.message import Header, Session, to_bytes
 from guided_diffusion.link.selection import Chain, StepCodebook, select_both, select_initial, select_per_step
 from guided_diffusion.link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
 
@@ -62,8 +62,10 @@ def chains(network, rule=None):
 
 def sender(coding=None, header=TEMPLATE, **options):
     coding = coding or SemanticCoding()
-    header = replace(header, label_scale=coding.label_scale, edge_scale=coding.edge_scale)
-    return Transmitter(header, coding, chain=None, **options)
+    scales = {"label_scale": coding.label_scale, "edge_scale": coding.edge_scale}
+    return Transmitter(
+        Session(replace(header, **scales, edge_levels=coding.edge_levels)), coding, chain=None, **options
+    )
 
 
 @pytest.mark.parametrize("coding", [(1, 0), (1, 256), (4, 2, 0.5, 2), (2, 16, 0.3, 4)])
@@ -71,9 +73,10 @@ def sender(coding=None, header=TEMPLATE, **options):
 @pytest.mark.parametrize("form", [{}, {"one_hot": False}, {"edge_plane": False}])
 def test_both_ends_build_equal_conditioning(coding, missing, form):
     found = {name: plane for name, plane in scene(size=(12, 20)).items() if name != missing}
-    message, y = sender(SemanticCoding(*coding), replace(TEMPLATE, **form)).describe(found)
-    again = Message.from_bytes(message.to_bytes())
-    assert torch.equal(transceiver.condition(again.header, again.label, again.boundary, again.edges), y)
+    transmitter = sender(SemanticCoding(*coding), replace(TEMPLATE, **form))
+    message, y = transmitter.describe(found)
+    again, _ = transmitter.session.from_bytes(to_bytes(transmitter.session.encode(message)))
+    assert torch.equal(transceiver.condition(again), y)
     planes = found["label"], found.get("instance"), found.get("image_edge")
     form = form.get("one_hot", True), form.get("edge_plane", True)
     assert torch.equal(y, received_semantics(*planes, CLASSES, *form, SemanticCoding(*coding)))
@@ -88,18 +91,31 @@ def test_message_spends_its_target_and_never_more(target):
     found = {"image": torch.from_numpy(street[0]).permute(2, 0, 1)[None] / 127.5 - 1, "path": ["street"]}
     found["label"] = torch.from_numpy(street[1].astype("int64"))[None, None]
     prior = ColorPrior.fit([draw_scene(seed, 32, 64)[0] for seed in range(4)])
-    transmitter = Transmitter(template, SemanticCoding(0, 0), None, None, False, 0, prior, lambda *size: target)
+    session = Session(template, color_prior=prior)
+    transmitter = Transmitter(session, SemanticCoding(0, 0), None, target=lambda *size: target)
     message, y = transmitter.describe(found)
     codeword = (0, 1), (1, -1)
-    message = replace(message, codewords=(codeword,) * 3)
-    assert len(message.to_bytes()) <= target and y.shape == (1, 39, 32, 64)
-    assert len(message.parts["labels"]) <= target / 3 or message.header.label_scale == 4
+    parts = session.encode(replace(message, codewords=(codeword,) * 3))
+    size = len(to_bytes(parts))
+    assert size <= target and y.shape == (1, 39, 32, 64)
+    assert len(parts["labels"]) <= target / 3 or message.header.label_scale == 4
     if message.color:
         finer = encode_color(street[0], message.color[0] - 1, prior)
-        size = len(message.to_bytes()) - len(message.color) + 1 + len(finer)
-        assert size > target or message.color[0] == TRAINED[0]
+        assert size - len(message.color) + 1 + len(finer) > target or message.color[0] == TRAINED[0]
     with pytest.raises(InputError, match="street: its smallest message without colours has"):
-        Transmitter(template, SemanticCoding(0, 0), None, None, False, 0, prior, lambda *size: 20).describe(found)
+        Transmitter(session, SemanticCoding(0, 0), None, target=lambda *size: 20).describe(found)
+
+
+def test_what_is_not_sent_is_the_null_conditioning():
+    prior = ColorPrior.fit([draw_scene(seed, *SIZE)[0] for seed in range(4)])
+    session, found = Session(replace(TEMPLATE, edge_plane=False), color_prior=prior), scene()
+    for sent in (["labels"], ["color"]):
+        transmitter = Transmitter(session, SemanticCoding(1, 0), None, sent=sent, color_step=100)
+        message, y = transmitter.describe(found)
+        again, bits = session.from_bytes(to_bytes(session.encode(message)))
+        assert torch.equal(transceiver.condition(again, prior), y)
+        assert y[:, :CLASSES].any() == (sent == ["labels"]) and y[:, CLASSES:].any() == (sent == ["color"])
+        assert (bits["labels"] > 0, bits["color"] > 0) == (sent == ["labels"], sent == ["color"])
 
 
 def test_transmitter_needs_the_picture_for_a_choice_alone(network):
@@ -108,7 +124,7 @@ def test_transmitter_needs_the_picture_for_a_choice_alone(network):
         sender(choose=lambda *_: None).send(labels_alone, 0)
     sent = sender().send(labels_alone, 5)
     assert sent.choice is None and sent.message.start_index == 5 and sent.message.header.stop_step == 0
-    local = Transmitter(TEMPLATE, SemanticCoding(1, 0), chain, local=True).send(labels_alone, 2)
+    local = Transmitter(Session(TEMPLATE), SemanticCoding(1, 0), chain, local=True).send(labels_alone, 2)
     assert (local.choice.index, local.choice.score, local.choice.evaluations) == (2, None, T)
     assert torch.equal(local.choice.picture, chain.run(local.y, [2]).images[0])
 
@@ -121,7 +137,7 @@ CHOOSERS = {
 }
 OPERATIONS = {
     "random": (None, {}, {}),
-    "ddim": (None, {"method": "ddim", "eta": 0.3}, {}),  # not a single-precision number
+    "ddim": (None, {"method": "ddim", "eta": 0.3}, {}),
     "dpm++, best": ("best", {"method": "dpm++", "s": 1.7}, {}),
     "best": ("best", {"tail_steps": 3, "s": 2.0}, {}),
     "per step": ("per_step", {"variance": "posterior"}, {"start_sent": False, **STEPS}),
@@ -134,9 +150,10 @@ OPERATIONS = {
 def test_pictures_of_both_ends_are_equal_bit_for_bit(network, operation):
     kind, settings, fields = OPERATIONS[operation]
     header = replace(TEMPLATE, sampler=SamplerSettings(steps=str(T), **settings), **fields)
-    transmitter = Transmitter(header, SemanticCoding(1, 2), chains(network)(header), CHOOSERS.get(kind), local=True)
+    session = Session(replace(header, edge_levels=2))
+    transmitter = Transmitter(session, SemanticCoding(1, 2), chains(network)(header), CHOOSERS.get(kind), local=True)
     sent = transmitter.send(scene(), 7 if header.start_sent else 0)
-    receiver, message = Receiver(chains(network)), Message.from_bytes(sent.message.to_bytes())
+    receiver, message = Receiver(session, chains(network)), session.from_bytes(to_bytes(sent.parts))[0]
     result = receiver.pictures([receiver.accept(message)])
     assert torch.equal(result.images[0], sent.choice.picture) and result.steps.tolist() == [T]
     assert len(message.codewords) == header.selected_steps
@@ -148,43 +165,48 @@ def test_receiver_stops_where_the_transmitter_did_whatever_shares_its_batch(netw
     header, sents = replace(TEMPLATE, sampler=SamplerSettings(method, str(T))), []
     for number, stop in enumerate((2, 4, T)):
         chain = chains(network, EarlyStop(10.0, 1, stop))(header)
-        sents.append(Transmitter(header, SemanticCoding(1, 0), chain, local=True).send(scene(number), number))
+        sents.append(Transmitter(Session(header), SemanticCoding(1, 0), chain, local=True).send(scene(number), number))
         assert sents[-1].choice.steps == stop and sents[-1].message.header.stop_step == stop % T
-    receiver = Receiver(chains(network))  # does not know the rule
+    receiver = Receiver(Session(header), chains(network))  # does not know the rule
     result = receiver.pictures([receiver.accept(sent.message) for sent in sents])
     assert result.steps.tolist() == [2, 4, T]
     for image, sent in zip(result.images, sents, strict=True):
         torch.testing.assert_close(image, sent.choice.picture, rtol=0, atol=1e-4)
 
 
+POSTERIOR = SamplerSettings(steps=str(T), variance="posterior")
+CODED = Session(replace(TEMPLATE, sampler=POSTERIOR, edge_levels=2, **STEPS))
+
+
 @pytest.fixture
 def message():
     """A message with codewords."""
-    posterior = SamplerSettings(steps=str(T), variance="posterior")
-    described, _ = sender(SemanticCoding(1, 2), replace(TEMPLATE, sampler=posterior, **STEPS)).describe(scene(), 9)
+    described, _ = sender(SemanticCoding(1, 2), CODED.template).describe(scene(), 9)
     return replace(described, codewords=(((1, 5), (1, -1)), ((0, 15), (-1, -1)), ((2, 3), (1, 1))))
 
 
 def lossy(message, *lost, prefix=b""):
-    return receive_parts(message.parts | dict.fromkeys(lost), prefix)
+    return CODED.decode(CODED.encode(message) | dict.fromkeys(lost), prefix)
 
 
 def test_receiver_conceals_lost_maps(message):
-    arrival = Receiver(None).accept(lossy(message, "labels"))
+    arrival = Receiver(CODED, None).accept(lossy(message, "labels"))
     assert arrival.problems == ("labels",) and (arrival.start, arrival.codewords) == (9, message.codewords)
     assert arrival.y.shape == (1, CLASSES + 1, *SIZE) and not arrival.y.any()
-    assert Receiver(None).accept(lossy(message, "header")) is None
+    assert Receiver(CODED, None).accept(lossy(message, "header")) is None
     label = torch.from_numpy(message.label).long()[None, None]
-    assert torch.equal(Receiver(None).accept(lossy(message, "edges")).y, encode_semantics(label, label, None, CLASSES))
+    assert torch.equal(
+        Receiver(CODED, None).accept(lossy(message, "edges")).y, encode_semantics(label, label, None, CLASSES)
+    )
 
 
 def test_receiver_uses_the_valid_beginning_of_lost_indices(network, message):
-    whole, make = message.parts["indices"], chains(network)
+    whole, make = CODED.encode(message)["indices"], chains(network)
     for kept in (4, 3, 1, 0, 2):
-        arrival = Receiver(make).accept(lossy(message, "indices", prefix=whole[:kept]))
+        arrival = Receiver(CODED, make).accept(lossy(message, "indices", prefix=whole[:kept]))
         count = max(0, 8 * kept - 4) // 9  # 4 bits of the start, then 7 + 2 for each codeword
         assert arrival.codewords == message.codewords[:count] and arrival.start == (9 if kept else 0)
-    image = Receiver(make).pictures([arrival]).images
+    image = Receiver(CODED, make).pictures([arrival]).images
     assert torch.equal(image, make(message.header).run(arrival.y, [9], [message.codewords[:1]]).images)
 
 
@@ -209,13 +231,13 @@ def test_analog_facts_have_the_true_snr():
 @pytest.mark.parametrize("channel", [IdealChannel, lambda: DigitalChannel(DigitalLink(20))])
 def test_channels_without_errors_deliver_the_message(channel):
     sent = sender().send(scene(), 3)
-    arrival, facts = channel().send(sent, Receiver(None), stream())
+    arrival, facts = channel().send(sent, Receiver(sent.session, None), stream())
     assert torch.equal(arrival.y, sent.y) and arrival.header == sent.message.header
     assert arrival.start == 3 and not arrival.problems
     if facts:
         assert facts["block_errors"] == 0 and facts["blocks"] >= 3
         assert facts["realised_snr_db"] == pytest.approx(20, abs=1)
-        offset = 10 * math.log10(8 * len(sent.message.to_bytes()) / facts["channel_uses"])
+        offset = 10 * math.log10(8 * sum(map(len, sent.parts.values())) / facts["channel_uses"])
         assert facts["eb_n0_db"] == pytest.approx(facts["realised_snr_db"] - offset, abs=1e-6)
         assert facts["bandwidth_ratio"] == facts["channel_uses"] / (3 * 8 * 16)
 
@@ -223,8 +245,9 @@ def test_channels_without_errors_deliver_the_message(channel):
 @needs_sionna
 def test_digital_channel_loses_maps_before_control_and_then_all():
     sent = sender(SemanticCoding(1, 2)).send(scene(), 4)
-    arrival, facts = DigitalChannel(DigitalLink(2)).send(sent, Receiver(None), stream(5))
+    receiver = Receiver(sent.session, None)
+    arrival, facts = DigitalChannel(DigitalLink(2)).send(sent, receiver, stream(5))
     assert arrival.problems == ("labels", "edges") and arrival.start == 4 and not arrival.y.any()
     assert 0 < facts["block_errors"] < facts["blocks"]
-    arrival, facts = DigitalChannel(DigitalLink(-400, fading="rayleigh")).send(sent, Receiver(None), stream())
+    arrival, facts = DigitalChannel(DigitalLink(-400, fading="rayleigh")).send(sent, receiver, stream())
     assert arrival is None and facts["block_errors"] == facts["blocks"]

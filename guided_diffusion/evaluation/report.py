@@ -171,6 +171,8 @@ def summary_lines(summary):
     sizes = ", ".join(f"{part} {mean[f'bits_{part}'] / 8:.0f}" for part in PARTS if mean[f"bits_{part}"])
     what = "message" if mean["bits_header"] else "side information"  # the analog planes themselves are no bits
     lines.append(f"{what}: {mean['bits_total'] / 8:.0f} bytes ({sizes}), {mean['bpp']:.3f} bits per pixel")
+    if session := summary.get("shared_once_bytes", {}).get("session"):
+        lines.append(f"session: {session} bytes, once for all messages")
     if "channel_uses" in mean:
         uses = f"{mean['channel_uses']:.0f} complex uses per picture, bandwidth ratio {mean['bandwidth_ratio']:.3f}"
         lines.append(f"channel: {uses}; realised SNR {mean['realised_snr_db']:.2f} dB")

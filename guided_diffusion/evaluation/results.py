@@ -82,10 +82,13 @@ class ResultsFolder:
 
     def write_json(self, name, values):
         """Write a dict as JSON, whole or not at all."""
-        path = self.path / name
+        self.write_bytes(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
+
+    def write_bytes(self, path, data):
+        """Write a file of the folder, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as f:
-            f.write(json.dumps(values, indent=1) + "\n")
+        with atomic_write(path, "wb") as f:
+            f.write(data)
 
     def remove_leftovers(self):
         """Remove what killed processes left half-written of pictures and rows."""

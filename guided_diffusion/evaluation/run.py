@@ -5,6 +5,7 @@ pictures out without speaking to each other, and whoever finds all rows there jo
 """
 
 import functools
+import hashlib
 import itertools
 import os
 import time
@@ -17,8 +18,8 @@ from tqdm import tqdm
 from ..config import results_settings, sweep
 from ..console import STARTED, InputError, StandardError, bar_options, log
 from ..data.pictures import save_picture, to_uint8
-from ..files import atomic_write, file_digest
-from ..link.message import HEADER_BYTES, Message, read_header
+from ..files import file_digest
+from ..link.message import CRC_BYTES, SESSION, to_bytes
 from ..link.source_coding import pack_choices
 from ..random_streams import generator, text_number
 from ..training.distributed import Share
@@ -60,9 +61,13 @@ class Run:
         self.done = {k: row for k, row in rows.items() if row and row.items() >= self.identity(k).items()}
         return self.done.keys() >= {*range(self.count)}
 
+    def claim(self):
+        """Take the results folder, or refuse it."""
+        self.results.claim(self.settings())
+
     def run(self, share=ALONE, quiet=False):
         """Make what is missing of a share, with or without a progress bar; return how many pictures that were."""
-        self.results.claim(self.settings())
+        self.claim()
         self.find_done()
         batches = share_out(self.count, self.batch_size, share)
         todo = [left for batch in batches if (left := [k for k in batch if k not in self.done])]
@@ -119,6 +124,16 @@ class SceneRun(Run):
             self.kind, self.verb = "local", "writing the messages of"
         self.transmitter, self.receiver = parts["transmitter"](config), parts["receiver"](config)
         self.channel = None if self.transmitting else parts["channel"](config)
+        self.analog = not self.transmitting and config.link == "analog"
+
+    def claim(self):
+        """Take the results folder; put the session there, before any message."""
+        super().claim()
+        if not self.analog:
+            path, data = self.results.file("messages", SESSION, ""), self.transmitter.session.file
+            if path.exists() and path.read_bytes() != data:
+                raise InputError(f"{path} is of another precision or program version; choose another --results_path")
+            self.results.write_bytes(path, data)
 
     def settings(self):
         """Return what identifies the results: also the data's place, and digests of networks that decide them."""
@@ -165,7 +180,7 @@ class SceneRun(Run):
 
     def _sent_row(self, k, sent):
         config, choice, message = self.config, sent.choice, sent.message
-        if not self.transmitting and config.link == "analog":
+        if self.analog:
             # The planes cross as they are; besides the indices, bits say which classes those are of.
             candidates = config.step_candidates, config.step_atoms
             indices = pack_choices(message.start_index, self.bank.size, message.codewords, *candidates)
@@ -173,11 +188,10 @@ class SceneRun(Run):
             bits = {"header": 0, "labels": classes, "edges": 0, "indices": 8 * len(indices)}
             bits["color"] = 8 * len(message.color)
         else:
-            bits = message.bits()
-            path = self.results.file("messages", self.names[k], MESSAGE)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path, "wb") as f:
-                f.write(message.to_bytes())
+            bits = {name: 8 * len(part) for name, part in sent.parts.items()}
+            if self.transmitting or config.link != "digital":  # whose blocks have CRCs
+                bits["header"] += 8 * CRC_BYTES
+            self.results.write_bytes(self.results.file("messages", self.names[k], MESSAGE), to_bytes(sent.parts))
         row = self.identity(k) | size_columns(bits, *sent.y.shape[2:])
         if self.transmitting:
             row |= {"bank_index": message.start_index or 0, "steps": choice.steps}
@@ -235,6 +249,7 @@ class SceneRun(Run):
             baseline_rows = self.measures.compare(self.results, rows, link, self._stream)
         if self.bank.size:  # what both ends own before the first message, in bytes
             facts["shared_once_bytes"] = {"weights": os.path.getsize(self.weights), "bank_seed": 8}
+            facts["shared_once_bytes"] |= {} if self.analog else {"session": len(self.transmitter.session.file)}
         self._write_panel(rows[: config.panel_items], self.measures.codecs if baseline_rows else ())
         return self.measures.summarise(self.results, rows, baseline_rows, facts)
 
@@ -264,30 +279,29 @@ class MessageRun(Run):
 
     def __init__(self, config, weights, parts):
         folder = Path(config.messages)
-        self.files = sorted(path for path in folder.rglob(f"*{MESSAGE}") if path.is_file())
+        self.files = sorted(path for path in folder.rglob(f"*{MESSAGE}") if path.is_file() and path.name != SESSION)
         if not self.files:
             raise InputError(f"--messages {config.messages}: no {MESSAGE} files there; write them with --role transmit")
         # By their place in the folder, whatever else comes into it.
         names = [str(path.relative_to(folder).with_suffix("")).replace("/", "__") for path in self.files]
         super().__init__(config, weights, self.files, names)
         self.receiver = parts["receiver"]()
+        self.data = [path.read_bytes() for path in self.files]
         for k in range(self.count):  # what cannot be received is refused before the long work
             self._read(k)
 
     def _read(self, k):
-        """Read message k; return it, and the bits of its parts. InputError names a file that cannot be received."""
-        data = self.files[k].read_bytes()
+        """Return message k, and the bits of its parts. InputError names a file that cannot be received."""
         try:
-            message, lengths = Message.from_bytes(data), {"header": HEADER_BYTES, **read_header(data)[1]}
+            message, bits = self.receiver.session.from_bytes(self.data[k])
             self.receiver.make_chain(message.header)
         except InputError as error:
             raise InputError(f"{self.files[k]}: {error}") from None
-        lengths["color"] = len(data) - sum(lengths.values())
-        return message, {part: 8 * length for part, length in lengths.items()}
+        return message, bits
 
     def identity(self, k):
-        """Return the columns that tell whether a row is of message k, as it is now."""
-        return super().identity(k) | {"message_sha256": file_digest(self.files[k]).hex()}
+        """Return the columns that tell whether a row is of message k, as it is."""
+        return super().identity(k) | {"message_sha256": hashlib.sha256(self.data[k]).hexdigest()}
 
     def make(self, numbers, on_step):
         """Make the picture of one message, write its files, and return its row in a list."""

@@ -5,6 +5,7 @@ timestep). So after a channel without errors the receiver's picture, made alone 
 one: bit for bit on one machine, library version and thread count.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -17,52 +18,69 @@ from ..data.semantics import LABEL_SCALES, SemanticCoding, conditioning_channels
 from ..diffusion.sampling import SampleResult
 from .channel import sent_planes, transmit
 from .color_layer import TRAINED, encode_color, received_planes
-from .message import CRC_BYTES, Header, Message, receive_parts
+from .message import Header, Message, Session, to_bytes
 from .selection import Choice
 
 LABEL_SHARE = 1 / 3  # of a target's bytes that a label map finer than the coarsest may take
 
 
-def condition(header, label, boundary=None, edges=None):
-    """Build the conditioning that a message stands for; both ends call this.
+def condition(message, color_prior=None):
+    """Build the conditioning (1, C, H, W) float32 that a `Message` stands for; both ends call this.
 
-    :param label, boundary, edges: as in `Message`; a boundary or edges that are lost, too, are None.
-    :return: (1, C, H, W) float32.
+    What it lacks is the null conditioning: a label map (then edges, too) that is None, a colour layer without bytes.
+
+    :param color_prior: of a network with a colour layer, whose planes are then the last four.
     """
+    header, boundary = message.header, message.boundary
     size, form = (header.height, header.width), (header.num_classes, header.one_hot, header.edge_plane)
-    coding = SemanticCoding(header.label_scale, header.edge_levels, edge_scale=header.edge_scale)
-    if header.boundaries and boundary is None:
-        boundary = np.zeros(size, bool)  # boundaries between classes follow from the labels
-    maps = label.astype(np.int64), boundary, edges
-    planes = (None if plane is None else torch.from_numpy(plane)[None, None] for plane in maps)  # (1, 1, h, w) each
-    return restore(*planes, coding, size, *form)
+    if message.label is None:
+        y = torch.zeros(1, conditioning_channels(form[0], form[1], not form[2]), *size)
+    else:
+        coding = SemanticCoding(header.label_scale, header.edge_levels, edge_scale=header.edge_scale)
+        if header.boundaries and boundary is None:
+            boundary = np.zeros(size, bool)  # boundaries between classes follow from the labels
+        maps = message.label.astype(np.int64), boundary, message.edges
+        planes = (None if plane is None else torch.from_numpy(plane)[None, None] for plane in maps)  # (1, 1, h, w) each
+        y = restore(*planes, coding, size, *form)
+    if color_prior is None:
+        return y
+    return torch.cat([y, received_planes(message.color, size, color_prior)], dim=1)
 
 
 @dataclass(frozen=True)
 class Sent:
     """What the transmitter has for one scene: message, conditioning (1, C, H, W), and the choice if one was made."""
 
+    session: Session
     message: Message
     y: torch.Tensor
     choice: Choice | None
+
+    @functools.cached_property
+    def parts(self):
+        """The message's parts (see `Session.encode`)."""
+        return self.session.encode(self.message)
 
 
 class Transmitter:
     """Turns scenes into messages.
 
-    :param template: a `Header` that says everything but the picture's size and what is found out on the way.
+    :param session: a `Session`, whose template says everything but what is found out on the way.
     :param coding, chain: the `SemanticCoding`, and the `Chain` that both ends run, for local generative feedback.
     :param choose: function (chain, y, scene, start, on_step) -> `Choice`, or None to take the start that is asked for.
     :param local: make the local picture even where nothing is chosen.
-    :param color_step, color_prior: of the colour layer (see `encode_color`); None: the network has none.
+    :param sent: which of "labels" and "color" are sent; the latter where the session has a prior for it.
+    :param color_step: of the colour layer (see `encode_color`).
     :param target: function (H, W) -> bytes that a message never exceeds; None: no limit. It decides the label scale and
         the colour step that are 0: the finest label map that takes at most `LABEL_SHARE` of the bytes, else the
         coarsest, and then the finest colour layer that fits.
     """
 
-    def __init__(self, template, coding, chain, choose=None, local=False, color_step=0, color_prior=None, target=None):
-        self.template, self.coding, self.chain, self.choose, self.local = template, coding, chain, choose, local
-        self.color_step, self.color_prior, self.target = color_step, color_prior, target
+    def __init__(
+        self, session, coding, chain, choose=None, local=False, sent=("labels", "color"), color_step=0, target=None
+    ):
+        self.session, self.coding, self.chain, self.choose, self.local = session, coding, chain, choose, local
+        self.sent, self.color_step, self.target = sent, color_step, target
 
     def describe(self, scene, start=0):
         """Write the message of one scene whose chain starts from bank entry `start`.
@@ -71,62 +89,60 @@ class Transmitter:
         :return: (`Message`, y): the message, and the conditioning (1, C, H, W) that it stands for.
         :raises InputError: the smallest message is larger than the target.
         """
-        coding, color = self.coding, b""
+        coding, left, prior, color = self.coding, None, self.session.color_prior, b""
         if self.target:
             coding, left = self._spend(scene, self.target(*scene["label"].shape[2:]))
-        message, y = self._semantics(scene, start, coding)
-        if self.color_prior is None:
-            return message, y
-        if "image" in scene:
-            picture = to_uint8(scene["image"])[0]
-            color = self._finest(picture, left) if self.target else self._layer(picture, self.color_step)
-        planes = received_planes(color, y.shape[2:], self.color_prior)
-        return replace(message, color=color), torch.cat([y, planes], dim=1)
+        message = self._semantics(scene, start, coding)
+        if prior and "color" in self.sent and "image" in scene:
+            color = self._layer(to_uint8(scene["image"])[0], left)
+        message = replace(message, color=color)
+        return message, condition(message, prior)
 
     def _spend(self, scene, target):
         """Return the `SemanticCoding` of a picture, and how many of the target's bytes are left for its layer."""
-        header = self.template
-        choice = tuple(range(header.step_atoms)), (1,) * header.step_atoms  # any: all take the same bits
-        rest = {"codewords": (choice,) * header.selected_steps}
-        for scale in LABEL_SCALES if not self.coding.label_scale else [self.coding.label_scale]:
+        template, found = self.session.template, None
+        choice = tuple(range(template.step_atoms)), (1,) * template.step_atoms  # any: all take the same bits
+        for scale in [self.coding.label_scale] if self.coding.label_scale else reversed(LABEL_SCALES):
             coding = replace(self.coding, label_scale=scale)
-            message = replace(self._semantics(scene, 0, coding)[0], **rest)
-            if len(message.parts["labels"]) <= LABEL_SHARE * target:
+            message = replace(self._semantics(scene, 0, coding), codewords=(choice,) * template.selected_steps)
+            if self.chain and self.chain.early_stop:
+                message = replace(message, header=replace(message.header, stop_step=len(self.chain.diffusion.kept)))
+            parts = self.session.encode(message)
+            if found and len(parts["labels"]) > LABEL_SHARE * target:
                 break
-        left = target - len(message.to_bytes())
-        if left < 0:
-            found = f"{scene['path'][0]}: its smallest message without colours has {len(message.to_bytes())} bytes"
-            raise InputError(f"{found}, the target is {target}; raise --target_bpp, or give a larger --label_scale")
-        return coding, left
+            found = coding, target - len(to_bytes(parts))
+        if found[1] < 0:
+            size = f"{scene['path'][0]}: its smallest message without colours has {target - found[1]} bytes"
+            raise InputError(f"{size}, the target is {target}; raise --target_bpp, or give a larger --label_scale")
+        return found
 
-    def _layer(self, picture, step):
-        return bytes([step]) + encode_color(picture, step, self.color_prior)
-
-    def _finest(self, picture, left):
-        """Return the colour part with the smallest step whose bytes fit, or none where none does."""
+    def _layer(self, picture, left):
+        """Return the colour part of a picture (H, W, 3) uint8; with so many bytes left the finest, or none."""
         steps, best = [self.color_step] if self.color_step else TRAINED, b""
         low, high = 0, len(steps) - 1
         while low <= high:
             middle = (low + high) // 2
-            color = self._layer(picture, steps[middle])
-            if len(color) + CRC_BYTES <= left:
+            color = bytes([steps[middle]]) + encode_color(picture, steps[middle], self.session.color_prior)
+            if left is None or len(color) <= left:
                 best, high = color, middle - 1
             else:
                 low = middle + 1
         return best
 
     def _semantics(self, scene, start, coding):
-        """Return the message of a scene's semantics and noise, and the conditioning (1, C, H, W) it stands for."""
-        planes = describe(scene["label"], scene.get("instance"), scene.get("image_edge"), coding)
-        label, boundary, edges = (None if plane is None else plane[0, 0].numpy() for plane in planes)
-        if not self.template.edge_plane:
+        """Return the message of a scene's semantics and noise."""
+        template, label, boundary, edges = self.session.template, None, None, None
+        if "labels" in self.sent:
+            planes = describe(scene["label"], scene.get("instance"), scene.get("image_edge"), coding)
+            label, boundary, edges = (None if plane is None else plane[0, 0].numpy() for plane in planes)
+            label = label.astype("uint8")
+        if not template.edge_plane:
             boundary = edges = None
         height, width = scene["label"].shape[2:]
-        levels = 0 if edges is None else coding.edge_levels
         size = {"height": height, "width": width, "label_scale": coding.label_scale}
-        header = replace(self.template, **size, boundaries=boundary is not None, edge_levels=levels)
-        maps = label.astype("uint8"), boundary, edges
-        return Message(header, *maps, start if header.start_sent else None), condition(header, *maps)
+        levels = 0 if edges is None else coding.edge_levels
+        header = replace(template, **size, boundaries=boundary is not None, edge_levels=levels)
+        return Message(header, label, boundary, edges, start if header.start_sent else None)
 
     def send(self, scene, start, on_step=None):
         """Describe one scene, choose its noise, and write the message: `Sent`.
@@ -145,7 +161,7 @@ class Transmitter:
             stop = choice.steps % self.chain.diffusion.num_timesteps  # 0: it did not
             header, start = replace(message.header, stop_step=stop), choice.index if message.header.start_sent else None
             message = replace(message, header=header, start_index=start, codewords=choice.codewords)
-        return Sent(message, y, choice)
+        return Sent(self.session, message, y, choice)
 
 
 @dataclass(frozen=True)
@@ -164,26 +180,19 @@ class Receiver:
 
     Error concealment: lost labels become the null conditioning, edges none, indices entry 0 and seeded noise.
 
+    :param session: a `Session`, which reads the messages.
     :param make_chain: function Header -> `Chain`; raises InputError where the message was not made for this receiver.
-    :param color_prior: of a network with a colour layer, or None.
     """
 
-    def __init__(self, make_chain, color_prior=None):
-        self.make_chain, self.color_prior = make_chain, color_prior
+    def __init__(self, session, make_chain):
+        self.session, self.make_chain = session, make_chain
 
-    def accept(self, reception):
-        """Make an `Arrival` of what `receive_parts` returns; None where the header is lost."""
-        header = reception.header
-        if header is None:
+    def accept(self, message):
+        """Make an `Arrival` of a `Message`, or of what arrived of one; None where the header is lost."""
+        if message.header is None:
             return None
-        channels = conditioning_channels(header.num_classes, header.one_hot, not header.edge_plane)
-        y = torch.zeros(1, channels, header.height, header.width)
-        if reception.label is not None:
-            y = condition(header, reception.label, reception.boundary, reception.edges)
-        if self.color_prior is not None:
-            planes = received_planes(reception.color, (header.height, header.width), self.color_prior)
-            y = torch.cat([y, planes], dim=1)
-        return Arrival(header, y, reception.start_index or 0, reception.codewords, reception.problems)
+        y = condition(message, self.session.color_prior)
+        return Arrival(message.header, y, message.start_index or 0, message.codewords, message.problems)
 
     def pictures(self, arrivals, on_step=None):
         """Run the chains of arrivals of one picture size, together where they ask for one chain: a `SampleResult`."""
@@ -217,22 +226,22 @@ class AnalogChannel:
 
 
 class IdealChannel:
-    """The message's bytes arrive as they are."""
+    """The message arrives as it is."""
 
     def send(self, sent, receiver, stream):
-        return receiver.accept(receive_parts(sent.message.parts)), {}
+        return receiver.accept(receiver.session.decode(sent.parts)), {}
 
 
 class DigitalChannel:
-    """The message's bytes, channel-coded part by part by a `DigitalLink` (see `channel_coding`)."""
+    """The message, channel-coded part by part by a `DigitalLink` (see `channel_coding`)."""
 
     def __init__(self, link):
         self.link = link
 
     def send(self, sent, receiver, stream):
-        delivery = self.link.send(sent.message.parts, stream)
+        delivery = self.link.send(sent.parts, stream)
         arrived = {name: delivery.part(name) for name in delivery.blocks}
-        arrival = receiver.accept(receive_parts(arrived, delivery.prefix("indices")))
+        arrival = receiver.accept(receiver.session.decode(arrived, delivery.prefix("indices")))
         return arrival, digital_facts(delivery, *sent.y.shape[2:])
 
 
