@@ -4,7 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-PARTS = ("header", "labels", "edges", "indices", "total")
+PARTS = ("header", "labels", "edges", "indices", "color", "total")
+SET = {"kid_features": ".4f", "miou": ".3f", "swd": ".0f", "cb_std": ".1f", "cr_std": ".1f"}
 
 
 def line(caption, summary, extra=""):
@@ -16,15 +17,18 @@ def line(caption, summary, extra=""):
     low, high = summary["interval_95"]["psnr_db"]
     shown = [f"{mean['bpp']:.3f}" if "bpp" in mean else ""]
     shown += [f"{mean['psnr_db']:.2f} ({float(low):.1f}…{float(high):.1f})", f"{mean['ssim']:.3f}"]
-    for name, form in (("kid_features", ".4f"), ("miou", ".3f"), ("pixel_accuracy", ".3f")):
-        shown.append(format(whole[name], form) if name in whole else "")
+    for name, form in SET.items():
+        name = next((found for found in whole if found.startswith(f"{name}_")), name) if name == "swd" else name
+        ends = summary["set_interval_95"].get(name)
+        ends = f" ({ends[0]:{form}}…{ends[1]:{form}})" if ends else ""
+        shown.append(f"{whole[name]:{form}}{ends}" if name in whole else "")
     return "| " + " | ".join([caption, *parts, *shown]) + " |"
 
 
 def main(*folders):
     """Print the table; a folder's classical codecs follow it."""
-    print("| |", " | ".join([*PARTS, "bpp", "PSNR dB (95 %)", "SSIM", "KID", "mIoU", "accuracy"]), "|")
-    print("|" + " --- |" * 12)
+    print("| |", " | ".join([*PARTS, "bpp", "PSNR dB (95 %)", "SSIM", "KID", "mIoU", "SWD", "Cb", "Cr"]), "|")
+    print("|" + " --- |" * 15)
     for folder in folders:
         path, _, caption = folder.partition("=")
         summary = json.loads((Path(path) / "summary.json").read_text())

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from guided_diffusion import load_data
-from guided_diffusion.evaluation.metrics import accuracy_and_iou, confusion_matrix
+from guided_diffusion.evaluation.metrics import accuracy_and_iou, class_counts
 from guided_diffusion.evaluation.segmenters import segment
 from guided_diffusion.files import atomic_write
 from guided_diffusion.random_streams import generator, stream_seed
@@ -134,10 +134,9 @@ def train(model, images, labels, options):
 
 def scores(model, images, labels, num_classes):
     """Return (pixel accuracy, mIoU over the classes present) of a network on one split."""
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    for pictures, target in zip(images.split(16), labels.split(16), strict=True):
-        confusion += confusion_matrix(segment(model, pictures, num_classes), target, num_classes)
-    return accuracy_and_iou(confusion)
+    pairs = zip(images.split(16), labels.split(16), strict=True)
+    counts = [class_counts(segment(model, pictures, num_classes), target, num_classes) for pictures, target in pairs]
+    return accuracy_and_iou(torch.cat(counts).sum(0))
 
 
 def save(network, path):

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 LINKS, POOLS = ("analog", "digital", "ideal"), ("None", "med", "mean", "max")
-METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "fid", "kid", "miou")
-CODECS = ("jpeg", "webp", "avif", "jxl")
+METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "fid", "kid", "miou", "swd", "color_std")
+CODECS = ("jpeg", "webp", "avif", "jxl", "jpeg-bare", "webp-bare", "avif-bare")
 PRECISIONS = ("", "fp32", "bf16", "fp16")
 SAMPLERS = ("", "ddpm", "ddim", "dpm++")
 PLACES = ("unet", "spadeboth", "enconly")
@@ -79,6 +79,7 @@ POOL_HELP = "filter on received planes: None, med (3x3 median), mean (3x3), max 
 COLOR_HELP = "quantiser step 2^(n/16) of the colour layer at 128x256, 88 to 175 in training; 0: by the target"
 WEIGHT_HELP = "rare: each pixel's error counts by its class's inverse share of the picture"
 FEEDBACK_HELP = "compare all candidates by so many NFE, the best quarter by more, and so on; 0: by whole chains"
+BASELINE_HELP = "codecs to compare with, at the message's bits; -bare: their containers are not counted"
 
 SENDS, ANALOG, DIGITAL = "role=link|transmit", "role=link link=analog", "role=link link=digital"
 NOISY_LINK, CODED, LOCAL = "role=link link=analog|digital", f"{SENDS} bits", "role=link no_selecting noise_bank_size"
@@ -275,7 +276,7 @@ class MeasureFlags:
     lpips_weights: str = flag("", "backbone weights for lpips; empty: TORCH_HOME, or downloaded", needs="lpips")
     fid_weights: str = anyhow("", "Inception weights; empty: as for lpips", needs=f"{SENDS} metrics=fid|kid")
     features: str = anyhow("", "a feature network's file instead of Inception", needs=f"{SENDS} metrics=fid|kid")
-    baseline: str = anyhow("", "codecs to compare with, at the message's bits", choices=CODECS, each=str, needs=CODED)
+    baseline: str = anyhow("", BASELINE_HELP, choices=CODECS, each=str, needs=CODED)
 
 
 class SharedFlags(RunFlags, ModelFlags, DiffusionFlags, BankFlags, ChannelFlags):

@@ -6,22 +6,28 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from guided_diffusion.console import InputError
+from guided_diffusion.data.pictures import from_uint8
 from guided_diffusion.evaluation.metrics import (
     Metrics,
     accuracy_and_iou,
     bootstrap_interval,
+    class_counts,
+    color_deviation,
     colour_error,
-    confusion_matrix,
     distance,
     frechet_distance,
+    interval,
     kernel_distance,
+    kernel_distances,
     lpips,
     lpips_network,
     ms_ssim,
     ms_ssim_scales,
     psnr,
+    resamples,
     ssim,
 )
 
@@ -166,12 +172,14 @@ def test_kernel_distance_equals_the_unbiased_estimate():
 def test_metrics_over_the_set_take_own_features():
     measures = Metrics(["fid", "kid"], features=lambda x: x.mean((2, 3)))
     original, made = scene(20, 16, 16), scene(20, 16, 16, seed=5)
-    values = measures.over_the_set((made[rows], original[rows], None) for rows in (slice(0, 7), slice(7, 20)))
+    values, spread = measures.over_the_set((made[rows], original[rows], None) for rows in (slice(0, 7), slice(7, 20)))
     assert set(values) == {"fid_features", "kid_features", "kid_features_std"}
+    assert set(spread) == {"kid_features"} and spread["kid_features"][0] < values["kid_features"]
+    assert values["kid_features"] < spread["kid_features"][1]
     assert values["fid_features"] == pytest.approx(frechet_distance(made.mean((2, 3)), original.mean((2, 3))), rel=1e-5)
-    assert measures.over_the_set([(original, original, None)])["fid_features"] == pytest.approx(0, abs=1e-9)
+    assert measures.over_the_set([(original, original, None)])[0]["fid_features"] == pytest.approx(0, abs=1e-9)
     assert not measures.notes
-    assert measures.over_the_set([(made[:1], original[:1], None)]) == measures.over_the_set([]) == {}
+    assert measures.over_the_set([(made[:1], original[:1], None)]) == measures.over_the_set([]) == ({}, {})
 
 
 def test_accuracy_and_iou_count_pixels():
@@ -179,7 +187,11 @@ def test_accuracy_and_iou_count_pixels():
     label, predicted = (torch.randint(0, k, (2, 1, 8, 8), generator=draw) for k in (3, 5))
     pairs = [(label == k, predicted == k) for k in range(3)]
     overlaps = [float((true & found).sum() / (true | found).sum()) for true, found in pairs]
-    accuracy, iou = accuracy_and_iou(confusion_matrix(predicted, label, 6))
+    counts = class_counts(predicted, label, 6)
+    assert counts.shape == (2, 3, 6)
+    accuracy, iou = accuracy_and_iou(counts.sum(0))
+    one = accuracy_and_iou(class_counts(predicted[1:], label[1:], 6).sum(0))
+    assert [float(both[1]) for both in accuracy_and_iou(counts)] == pytest.approx([*map(float, one)])
     assert accuracy == pytest.approx((label == predicted).float().mean().item())
     assert iou == pytest.approx(sum(overlaps) / 3)  # classes 3 and 4 are predicted, but not there
 
@@ -189,16 +201,73 @@ def test_miou_stands_beside_its_ceiling():
     label[:, :, 2:] = 3
     original = label.expand(-1, 3, -1, -1) / 2 - 1.0
     measures = Metrics(["miou"], num_classes=4, segmenter=lambda x: ((x[:, :1] + 1) * 2).round().long())
-    assert measures.over_the_set([]) == {}
-    values = measures.over_the_set([(torch.full_like(original, -1), original, label)])
+    assert measures.over_the_set([]) == ({}, {})
+    values, spread = measures.over_the_set([(torch.full_like(original, -1), original, label)])
     assert values == {"pixel_accuracy": 0.5, "miou": 0.25, "pixel_accuracy_real": 1.0, "miou_real": 1.0}
+    assert spread == {name: [value, value] for name, value in values.items()}  # both pictures are the same
+
+
+def test_intervals_are_of_resampled_pictures():
+    """The mean IoU of two unlike pictures, on every draw of two."""
+    label = torch.tensor([0, 0, 1, 1]).reshape(1, 1, 2, 2).repeat(2, 1, 1, 1)
+    images = torch.stack([torch.zeros(3, 2, 2), (label[1] * 2.0 - 1).expand(3, 2, 2)])  # wrong by half; right
+    measures = Metrics(["miou"], num_classes=2, segmenter=lambda x: (x[:, :1] > 0).long())
+    values, spread = measures.over_the_set([(images, images, label)])
+    assert values["miou"] == pytest.approx((4 / 6 + 2 / 4) / 2) and spread["miou"] == [0.25, 1]  # 3 of 4 pixels right
+
+
+def test_resamples_draw_pictures():
+    counts = resamples(5, 1000)
+    assert counts.shape == (1000, 5) and (counts.sum(1) == 5).all()
+    assert counts.mean() == 1 and counts.var() == pytest.approx(1 - 1 / 5, rel=0.05)  # multinomial
+    assert torch.equal(counts, resamples(5, 1000)) and interval(range(1001)) == [25, 975]
+
+
+def test_kernel_distances_equal_loops_over_what_was_drawn():
+    """A U-statistic over the drawn copies that leaves out pairs of copies of one picture."""
+    draw = torch.Generator().manual_seed(2)
+    sets = torch.randn(2, 4, 3, generator=draw).double()
+    sets[1] += 0.5
+    k = (sets.flatten(0, 1) @ sets.flatten(0, 1).T / 3 + 1) ** 3
+    weights = torch.tensor([[1.0, 1, 1, 1], [2, 0, 1, 1], [4, 0, 0, 0]]).double()
+    for row, found in zip(weights[:2], kernel_distances(*sets, weights), strict=False):
+        drawn = [i for i in range(4) for _ in range(int(row[i]))]
+        apart = [(i, j) for i in drawn for j in drawn if i != j]
+        same = np.mean([k[i, j] + k[4 + i, 4 + j] for i, j in apart])
+        across = np.mean([k[i, 4 + j] for i, j in apart + [(i, i) for i in drawn]])
+        assert float(found) == pytest.approx(same - 2 * across)
+    subsets, _ = kernel_distance(*sets, subset_size=4)
+    assert float(kernel_distances(*sets, weights)[0]) == pytest.approx(subsets)
+    assert kernel_distances(*sets, weights)[2].isnan() and np.isfinite(interval(kernel_distances(*sets, weights))).all()
+
+
+def test_color_deviation_is_that_of_pillows_planes():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    planes = np.asarray(Image.fromarray(pixels).convert("YCbCr"), np.float64)[..., 1:]
+    found = color_deviation(from_uint8(pixels))[0]
+    assert found.tolist() == pytest.approx(planes.std((0, 1)).tolist(), abs=0.05)  # Pillow rounds
+    values, spread = Metrics(["color_std"]).over_the_set([(torch.zeros(2, 3, 8, 8), scene(2, 8, 8), None)])
+    assert (values["cb_std"], values["cr_std"], spread["cb_std"]) == (0, 0, [0, 0])
+    assert spread["cr_std_real"][0] <= values["cr_std_real"] <= spread["cr_std_real"][1] and values["cb_std_real"] > 0
+
+
+def test_swd_is_among_the_measures_of_a_set():
+    original, measures = scene(6, 32, 48), Metrics(["swd"])
+    noisy = original + 0.1 * torch.randn(original.shape, generator=torch.Generator().manual_seed(1))
+    values, spread = measures.over_the_set([(noisy[:4], original[:4], None), (noisy[4:], original[4:], None)])
+    assert [*values] == [*spread] == ["swd_32", "swd_16"] and values["swd_32"] > values["swd_16"] > 0
+    assert values == measures.over_the_set([(noisy, original, None)])[0]  # whatever the batches
+    assert all(low < values[name] < high for name, (low, high) in spread.items())
+    assert measures.over_the_set([(original, original, None)])[0] == {"swd_32": 0, "swd_16": 0}
+    assert measures.over_the_set([(original[..., :6], original[..., :6], None)]) == ({}, {})
+    assert measures.notes == {"pictures are smaller than the 7-pixel patches of swd: left out"}
 
 
 def test_metrics_per_picture_do_not_depend_on_the_batch(alexnet):
     a, b = scene(3, 64, 80), scene(3, 64, 80, seed=1)
     measures = Metrics(["lpips", "psnr", "ssim", "ms_ssim"], lpips_weights=alexnet)
     values = measures.per_picture(a, b)
-    assert list(values) == ["psnr", "ssim", "ms_ssim", "lpips"] and measures.over_the_set([]) == {}
+    assert list(values) == ["psnr", "ssim", "ms_ssim", "lpips"] and measures.over_the_set([]) == ({}, {})
     for k in range(3):
         alone = measures.per_picture(a[k : k + 1], b[k : k + 1])
         assert all(float(alone[name][0]) == pytest.approx(float(values[name][k]), rel=1e-4) for name in values)

@@ -58,12 +58,12 @@ def brightness(images):
 
 def test_whole_set_measures_the_files(results):
     folder, rows = results
-    assert measures().whole_set(folder, rows) == {}
+    assert measures().whole_set(folder, rows) == {"set": {}, "set_interval_95": {}}
     features = {"features": lambda images: images.mean((2, 3))}
-    found = measures("fid,kid,miou", **features, segmenter=brightness).whole_set(folder, rows)
+    found = measures("fid,kid,miou", **features, segmenter=brightness).whole_set(folder, rows)["set"]
     assert found["miou_real"] == 1.0 and 0.5 < found["miou"] < 1
     assert 0 < found["fid_features"] < 0.01 and "kid_features" in found
-    same = measures("fid", **features).whole_set(folder, rows, "images")
+    same = measures("fid", **features).whole_set(folder, rows, "images")["set"]
     assert same["fid_features"] == pytest.approx(0, abs=1e-6)
 
 
@@ -75,7 +75,8 @@ def test_summarise_writes_what_it_returns(results):
     assert json.loads((folder.path / "summary.json").read_text()) == summary
     assert (summary["link"], summary["pictures"], summary["with_problems"]) == ("ideal", 3, 1)
     assert summary["mean"] == {"bits_total": 8 * 600, "psnr_db": 21} and summary["set"]["miou_real"] == 1
-    assert "baselines" not in summary
+    low, high = summary["set_interval_95"]["miou"]
+    assert low < summary["set"]["miou"] < high and "baselines" not in summary
 
 
 def test_compare_keeps_within_the_messages_bits(results):
@@ -116,17 +117,18 @@ def test_compare_shows_grey_where_no_file_fits(results):
     assert measures(codecs=["jpeg"]).compare(folder, [{"path": "p9", "name": "labels alone"}], None, stream) == []
 
 
+@pytest.mark.parametrize("codec", ["jpeg", "webp-bare"])
 @pytest.mark.parametrize("snr, problem", [(30, None), (-20, "picture")])
-def test_compare_takes_the_messages_channel(results, snr, problem):
+def test_compare_takes_the_messages_channel(results, snr, problem, codec):
     pytest.importorskip("sionna")
     from guided_diffusion.link.channel_coding import DigitalLink
 
     folder, rows = results
     link = DigitalLink(snr)
-    row = measures("psnr", codecs=["jpeg"]).compare(folder, rows[2:], link, stream)[0]
+    row = measures("psnr", codecs=[codec]).compare(folder, rows[2:], link, stream)[0]
     assert row.get("problems") == problem
     assert row["channel_uses"] == link.segments("picture", row["bits"] // 8).uses > 0
-    grey = np.unique(np.asarray(Image.open(folder.file("baseline_jpeg", "n2")))).tolist() == [128]
+    grey = np.unique(np.asarray(Image.open(folder.file(f"baseline_{codec}", "n2")))).tolist() == [128]
     assert grey == (problem is not None)
 
 
@@ -154,6 +156,12 @@ def test_write_curves_as_a_table(tmp_path):
         '"digital, jpeg",5.0,15.0,,0.5',
         "ideal,inf,21.0,0.5,0.0",
     ]
+
+
+def test_write_curves_has_every_band_of_swd(tmp_path):
+    write_curves(tmp_path, [("ideal", "None", 1.0, point(21.0) | {"set": {"swd_32": 58.0, "swd_16": 9.0}})])
+    lines = (tmp_path / "curves.csv").read_text().splitlines()
+    assert lines == ["line,snr_db,psnr_db,bad_pictures,swd_32,swd_16", "ideal,1.0,21.0,0.0,58.0,9.0"]
 
 
 def test_write_curves_as_a_figure_or_hints_at_matplotlib(tmp_path, monkeypatch):

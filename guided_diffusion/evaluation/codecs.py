@@ -1,7 +1,12 @@
-"""Classical picture codecs under a byte budget: what generation is compared with."""
+"""Classical picture codecs under a byte budget: what generation is compared with.
+
+"jpeg", "webp" and "avif" count the whole file; "jpeg-bare", "webp-bare" and "avif-bare" what `payload` leaves of it,
+for links whose two ends have agreed on the rest. A JPEG XL file is a bare codestream already.
+"""
 
 import functools
 import io
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -13,22 +18,25 @@ from ..link.source_coding import pillow_jxl
 SCALES = (1, 2, 4, 8)  # the picture is coded at 1/scale of its size and enlarged by the receiver
 NEAR = 12  # qualities around the best so far among which slow settings look
 _JPEG = {"optimize": True, "subsampling": "4:2:0"}
+_STANDARD = {"optimize": False, "subsampling": "4:2:0"}  # Huffman tables of the standard, which need not be sent
 _AVIF = {"subsampling": "4:2:0", "max_threads": 1}
 _JXL = {"num_threads": 1, "use_container": False}
 # Pillow's options: what is tried at every scale, and what has a last word at the best scale because it is slow. Higher
 # efforts of JPEG XL are tuned for the eye: on street scenes of 64x128, effort 3 beats 7 by 0.3-0.9 dB at equal bytes.
 SEARCHED = {
     "jpeg": (_JPEG, _JPEG | {"progressive": True}, _JPEG | {"subsampling": "4:4:4"}),
+    "jpeg-bare": (_STANDARD, _JPEG, _JPEG | {"progressive": True}, _JPEG | {"subsampling": "4:4:4"}),
     "webp": ({"method": 6},),
     "avif": (_AVIF | {"speed": 6},),
     "jxl": (_JXL | {"effort": 3},),
 }
 LAST_WORD = {"avif": _AVIF | {"speed": 4}, "jxl": _JXL | {"effort": 9}}
 QUALITIES = {"jpeg": (1, 95), "webp": (0, 100), "avif": (0, 99), "jxl": (0, 99)}  # above, pictures are lossless
+_HUFFMAN, _SCAN, _END = 0xC4, 0xDA, 0xD9  # JPEG markers
 
 
 class Coded(NamedTuple):
-    """A picture within a budget: the file, at 1/scale of its size, and what the receiver sees: (H, W, 3) uint8."""
+    """A picture within a budget: the bytes that are sent and counted, and what the receiver sees: (H, W, 3) uint8."""
 
     data: bytes
     scale: int
@@ -36,9 +44,14 @@ class Coded(NamedTuple):
     picture: np.ndarray
 
 
+def base(codec):
+    """Return the name of a codec of `CODECS` without "-bare"."""
+    return codec.partition("-")[0]
+
+
 def available(codec):
     """Tell whether a codec of `CODECS` is installed; AVIF and WebP come with Pillow, JPEG XL with pillow-jxl-plugin."""
-    return bool(pillow_jxl) if codec == "jxl" else codec == "jpeg" or bool(features.check(codec))
+    return bool(pillow_jxl) if codec == "jxl" else base(codec) == "jpeg" or bool(features.check(base(codec)))
 
 
 def check_installed(codec):
@@ -51,8 +64,50 @@ def check_installed(codec):
 def encode(codec, picture, quality, options):
     """Return the file of a Pillow picture."""
     buffer = io.BytesIO()
-    picture.save(buffer, codec.upper(), quality=quality, **options)
+    picture.save(buffer, base(codec).upper(), quality=quality, **options)
     return buffer.getvalue()
+
+
+def payload(codec, data):
+    """Return what is sent of a codec's file: all of it, or of a bare one what follows from nothing agreed before.
+
+    - webp-bare: the VP8 frame (RFC 6386), with its own 10 bytes of tag and size; 20 of RIFF are left out.
+    - avif-bare: the payload of the box "mdat", an AV1 stream that a decoder takes as it is: 2 bytes of temporal
+      delimiter and 11 of sequence header stay. The other boxes, 275 bytes, are left out: av1C repeats the sequence
+      header, ispe and pixi follow from it, the rest is the same in every file.
+    - jpeg-bare: entropy-coded data and Huffman tables (DHT segments), but for those of the standard, which the receiver
+      has. Quantisation tables, size and scan headers are left out: they follow from quality, scale and mode, which are
+      not counted (3 bytes at most, in the codec's favour).
+    """
+    if codec == "webp-bare":
+        return data[20 : 20 + int.from_bytes(data[16:20], "little")]
+    if codec == "avif-bare":
+        place = 0
+        while data[place + 4 : place + 8] != b"mdat":
+            place += int.from_bytes(data[place : place + 4], "big")
+        return data[place + 8 : place + int.from_bytes(data[place : place + 4], "big")]
+    if codec == "jpeg-bare":
+        kept = (part for marker, part in _jpeg_parts(data) if marker in (None, _HUFFMAN))
+        return b"".join(part for part in kept if part not in _standard_tables())
+    return data
+
+
+def _jpeg_parts(data):
+    """Yield (marker, bytes) of each segment of a JPEG file, and after a scan's header (None, entropy-coded data)."""
+    place = 2
+    while (marker := data[place + 1]) != _END:
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        yield marker, data[place:end]
+        place = end
+        if marker == _SCAN:  # 0xff is followed by 0, or by a restart marker, inside of the data
+            place = re.compile(b"\xff[^\x00\xd0-\xd7]", re.DOTALL).search(data, end).start()
+            yield None, data[end:place]
+
+
+@functools.cache
+def _standard_tables():
+    data = encode("jpeg", Image.new("RGB", (8, 8)), 50, _STANDARD)
+    return {part for marker, part in _jpeg_parts(data) if marker == _HUFFMAN}
 
 
 def decode(data, height, width):
@@ -63,9 +118,9 @@ def decode(data, height, width):
 
 @functools.lru_cache
 def container_bytes(codec):
-    """Return what a file costs before it says anything: the bytes of a flat grey 8x8 picture at the lowest quality."""
+    """Return what a codec costs before it says anything: the bytes of a flat grey 8x8 picture at the lowest quality."""
     flat = Image.new("RGB", (8, 8), (128, 128, 128))
-    return len(encode(codec, flat, QUALITIES[codec][0], SEARCHED[codec][0]))
+    return len(payload(codec, encode(codec, flat, QUALITIES[base(codec)][0], SEARCHED[base(codec)][0])))
 
 
 def _error(picture, original):
@@ -73,14 +128,14 @@ def _error(picture, original):
 
 
 def _fitting(codec, small, budget, options, low, high):
-    """Return (quality, data) of the highest quality in low...high that fits, by bisection; None where none does.
+    """Return (quality, file) of the highest quality in low...high that fits, by bisection; None where none does.
 
     Size grows with quality but for a few bytes, so a step off the true best is possible, a file over budget is not.
     """
     best, quality = None, low  # where the lowest does not fit, none does
     while low <= high:
         data = encode(codec, small, quality, options)
-        if len(data) <= budget:
+        if len(payload(codec, data)) <= budget:
             low, best = quality + 1, (quality, data)
         else:
             high = quality - 1
@@ -89,14 +144,14 @@ def _fitting(codec, small, budget, options, low, high):
 
 
 def best_within(codec, picture, budget_bytes):
-    """Return the `Coded` with the best PSNR whose whole file fits a budget, or None where not even the smallest does.
+    """Return the `Coded` with the best PSNR whose `payload` fits a budget, or None where not even the smallest does.
 
     Searches every scale of `SCALES` (Lanczos down, bicubic up) and the quality; slow settings at the best scale only.
 
     :param codec: of `CODECS`, installed.
     :param picture: (H, W, 3) uint8.
     """
-    (height, width), (low, high) = picture.shape[:2], QUALITIES[codec]
+    (height, width), (low, high) = picture.shape[:2], QUALITIES[base(codec)]
     smaller, best, least = {}, None, np.inf
 
     def consider(scale, options):
@@ -106,17 +161,17 @@ def best_within(codec, picture, budget_bytes):
             shown = decode(found[1], height, width)
             error = _error(shown, picture)
             if error < least:
-                best, least = Coded(found[1], scale, found[0], shown), error
+                best, least = Coded(payload(codec, found[1]), scale, found[0], shown), error
 
     for scale in SCALES:
         size = max(1, round(width / scale)), max(1, round(height / scale))
         smaller[scale] = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
         # What this scale would give without any coding loss: where that is beaten already, coding it is in vain.
         if _error(smaller[scale].resize((width, height), Image.Resampling.BICUBIC), picture) < least:
-            for options in SEARCHED[codec]:
+            for options in SEARCHED.get(codec, SEARCHED[base(codec)]):
                 consider(scale, options)
     if best:
         low, high = max(low, best.quality - NEAR), min(high, best.quality + NEAR)
-    if codec in LAST_WORD:
-        consider(best.scale if best else SCALES[-1], LAST_WORD[codec])  # it may fit where no other did
+    if base(codec) in LAST_WORD:
+        consider(best.scale if best else SCALES[-1], LAST_WORD[base(codec)])  # it may fit where no other did
     return best

@@ -5,6 +5,7 @@ torchmetrics, which has most of them, is imported when it is needed: it takes se
 
 import functools
 import re
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ import torch
 from ..console import InputError
 from ..flags import METRICS
 from ..link.selection import mse
+from .sliced_wasserstein import PATCH, descriptors, sliced_wasserstein
+
+OVER_THE_SET = {"fid", "kid", "miou", "swd", "color_std"}  # of METRICS; the others are per picture
+SWD_RESAMPLES = 50  # of 200: they take a second each hundred pictures
 
 
 def psnr(regenerated, original):
@@ -113,22 +118,62 @@ def kernel_distance(first, second, subset_size):
     return float(np.mean(values)), float(np.std(values))
 
 
-def confusion_matrix(predicted, label, num_classes):
-    """Count pixels by (true class, predicted class): (K, K) int64; ids (N, 1, H, W) are in 0..K-1, K = num_classes."""
-    pairs = label.flatten().long() * num_classes + predicted.flatten().long()
-    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+def resamples(n, count=200):
+    """Return how often each of n pictures is drawn in `count` seeded bootstrap resamples: (count, n) float64."""
+    return torch.from_numpy(np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), count)).double()
 
 
-def accuracy_and_iou(confusion):
-    """Return (pixel accuracy, mean intersection over union) of a confusion matrix.
+def interval(values):
+    """Return [low, high]: the 95 % percentile interval of a measure's values (R,) on resampled pictures."""
+    return np.nanquantile(np.asarray(values), [0.025, 0.975]).tolist()
+
+
+def kernel_distances(first, second, weights):
+    """Return the kernel distance of paired feature sets (n, D) for each row of `weights` (R, n): (R,).
+
+    With weights of 1 it is what the subsets of `kernel_distance` estimate: the unbiased MMD of the whole sets. A
+    picture that a resample holds w times is never compared with its own copies, which would be a bias; it counts w
+    times beside its counterpart. NaN where a resample holds a single picture.
+    """
+    a, b, total = first.double(), second.double(), 0
+    for x, y in ((a, a), (b, b), (a, b), (b, a)):
+        kernel = (x @ y.T / x.shape[1] + 1) ** 3  # (n, n)
+        apart = ((weights @ kernel) * weights).sum(1) - weights.square() @ kernel.diag()
+        pairs = weights.sum(1).square() - weights.square().sum(1)
+        if x is y:
+            total = total + apart / pairs
+        else:
+            total = total - (apart + weights @ kernel.diag()) / (pairs + weights.sum(1))
+    return total
+
+
+def class_counts(predicted, label, num_classes):
+    """Count pixels of each picture by class: (N, 3, K) int64 of those rightly predicted, there, and predicted.
+
+    :param predicted, label: ids (N, 1, H, W) in 0..K-1, K = num_classes.
+    """
+    triples = [(y[p == y], y, p) for p, y in zip(predicted.long(), label.long(), strict=True)]
+    counts = [[torch.bincount(ids.flatten(), minlength=num_classes) for ids in triple] for triple in triples]
+    return torch.stack([torch.stack(each) for each in counts])
+
+
+def accuracy_and_iou(counts):
+    """Return (pixel accuracy, mean intersection over union), each (...), of summed `class_counts` (..., 3, K).
 
     The mean is over the classes that the ground truth has: a class seen nowhere says nothing.
     """
-    confusion = confusion.double()
-    hits, true, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
+    hits, true, predicted = counts.double().unbind(-2)
     present = true > 0
-    iou = hits[present] / (true + predicted - hits)[present]
-    return float(hits.sum() / true.sum()), float(iou.mean())
+    iou = (hits / (true + predicted - hits)).where(present, 0).sum(-1) / present.sum(-1)
+    return hits.sum(-1) / true.sum(-1), iou
+
+
+def color_deviation(images):
+    """Return the standard deviation of Cb and of Cr over each picture: (N, 2), in 8-bit steps (BT.601, as in JPEG)."""
+    red, green, blue = images.float().unbind(1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    planes = torch.stack([(blue - luma) / 1.772, (red - luma) / 1.402], 1)  # (N, 2, H, W)
+    return 127.5 * planes.std((2, 3), correction=0)
 
 
 class Metrics:
@@ -165,42 +210,82 @@ class Metrics:
         return {name: functions[name](regenerated, original).cpu() for name in self.names if name in functions}
 
     def over_the_set(self, batches):
-        """Measure a set of pictures: a dict of floats, empty where nothing such was asked for.
+        """Measure a set of pictures: (values, 95 % intervals), dicts that are empty where nothing such was asked for.
 
         fid, kid and kid_std (over subsets of 50 pictures, at most half of all), from 2 pictures on; miou and
-        pixel_accuracy of the regenerated pictures against the label maps, and with _real of the originals: the ceiling.
+        pixel_accuracy of the regenerated pictures against the label maps, and with _real of the originals: the ceiling;
+        swd_128, swd_64, ... by the band's short side (see `sliced_wasserstein`); cb_std and cr_std, the mean over
+        pictures of `color_deviation`, and with _real of the originals. Intervals are of bootstrapped pictures; fid,
+        whose bias depends on their number, has none.
 
         :param batches: iterable of regenerated, original (N, 3, H, W) in [-1, 1] and label maps (N, 1, H, W).
         """
-        distances, classes = {"fid", "kid"} & {*self.names}, "miou" in self.names
-        features, confusions = ([], []), torch.zeros(2, self.num_classes, self.num_classes).long()
-        for *pair, label in batches if distances or classes else ():
-            for kept, confusion, images in zip(features, confusions, pair, strict=True):
-                images = images.float().clamp(-1, 1).to(self.device)
-                if distances:
-                    kept.append(self._features(images).float().cpu())
-                if classes:
-                    confusion += confusion_matrix(self.segmenter(images).cpu(), label.cpu(), self.num_classes)
-        n, values = sum(map(len, features[0])), {}
-        if n > 1:
-            values = self._set_distances(*map(torch.cat, features))
-        elif distances:
-            self.notes.add(f"fid and kid are left out: they need 2 pictures, and there is {n}")
-        if confusions[0].any():
-            for suffix, confusion in zip(("", "_real"), confusions, strict=True):
-                values[f"pixel_accuracy{suffix}"], values[f"miou{suffix}"] = accuracy_and_iou(confusion)
-        return values
+        sets, n = (defaultdict(list), defaultdict(list)), 0
+        for *pair, label in batches if OVER_THE_SET & {*self.names} else ():
+            for facts, images in zip(sets, pair, strict=True):
+                for name, values in self._facts(images.float().clamp(-1, 1), label, n).items():
+                    facts[name].append(values)
+            n += len(pair[0])
+        if not n:
+            return {}, {}
+        (made, real), weights = ({k: torch.cat(v) for k, v in facts.items()} for facts in sets), resamples(n)
+        found = self._set_distances(made, real, weights)
+        for suffix, facts in (("", made), ("_real", real)):
+            found |= {name + suffix: pair for name, pair in _of_one_set(facts, weights).items()}
+        values = {name: float(value) for name, (value, _) in found.items()}
+        return values, {name: interval(drawn) for name, (_, drawn) in found.items() if drawn is not None}
 
-    def _set_distances(self, regenerated, original):
-        (n, dimension), fid, kid, values = original.shape, f"fid{self._suffix}", f"kid{self._suffix}", {}
-        if "fid" in self.names:
-            values[fid] = frechet_distance(regenerated, original)
-            if n <= dimension:
-                self.notes.add(f"{fid} is unreliable: {n} pictures for {dimension} features; {kid} copes with few")
-        if "kid" in self.names:
-            subset = max(2, min(50, n // 2))  # half of the pictures at most: subsets of all would not differ
-            values[kid], values[f"{kid}_std"] = kernel_distance(regenerated, original, subset)
-        return values
+    def _facts(self, images, label, first):
+        """Return what the set's measures need to know of a batch of pictures: name -> (N, ...)."""
+        facts = {}
+        if {"fid", "kid"} & {*self.names}:
+            facts["features"] = self._features(images.to(self.device)).float().cpu()
+        if "miou" in self.names:
+            ids = self.segmenter(images.to(self.device)).cpu()
+            facts["classes"] = class_counts(ids, label.cpu(), self.num_classes)
+        if "color_std" in self.names:
+            facts["color"] = color_deviation(images).double().cpu()
+        if "swd" in self.names and min(images.shape[2:]) >= PATCH:
+            facts |= {f"swd_{short}": found for short, found in descriptors(images.cpu(), first).items()}
+        elif "swd" in self.names:
+            self.notes.add(f"pictures are smaller than the {PATCH}-pixel patches of swd: left out")
+        return facts
+
+    def _set_distances(self, made, real, weights):
+        """Compare the facts of two sets: dict from measure to (value, values (R,) on resampled pictures or None)."""
+        n, fid, kid, found = weights.shape[1], f"fid{self._suffix}", f"kid{self._suffix}", {}
+        features = made.get("features"), real.get("features")
+        if features[0] is not None and n < 2:
+            self.notes.add(f"fid and kid are left out: they need 2 pictures, and there is {n}")
+        elif features[0] is not None:
+            if "fid" in self.names:
+                found[fid] = frechet_distance(*features), None
+                if n <= (dimension := features[0].shape[1]):
+                    self.notes.add(f"{fid} is unreliable: {n} pictures for {dimension} features; {kid} copes with few")
+            if "kid" in self.names:
+                subset = max(2, min(50, n // 2))  # half of the pictures at most: subsets of all would not differ
+                mean, deviation = kernel_distance(*features, subset)
+                found |= {kid: (mean, kernel_distances(*features, weights)), f"{kid}_std": (deviation, None)}
+        for name in [name for name, facts in made.items() if name.startswith("swd_") and len(facts) == n]:
+            rows = torch.cat([torch.ones(1, n), weights[:SWD_RESAMPLES].float()])
+            value, *drawn = sliced_wasserstein(made[name], real[name], rows)
+            # Copies in a resample make sets look farther apart (26 to 37 for two sets of originals): centred again.
+            found[name] = value, torch.stack(drawn) - torch.stack(drawn).mean() + value
+        return found
+
+
+def _of_one_set(facts, weights):
+    """Measure one set of pictures by its facts: dict from measure to (value, values (R,) on resampled pictures)."""
+    found = {}
+    if "classes" in facts:
+        counts = weights @ facts["classes"].flatten(1).double()  # (R, 3 K)
+        resampled = accuracy_and_iou(counts.unflatten(1, (3, -1)))
+        pairs = zip(accuracy_and_iou(facts["classes"].sum(0)), resampled, strict=True)
+        found |= zip(("pixel_accuracy", "miou"), pairs, strict=True)
+    if "color" in facts:
+        means = (weights @ facts["color"] / weights.shape[1]).T  # (2, R)
+        found |= zip(("cb_std", "cr_std"), zip(facts["color"].mean(0), means, strict=True), strict=True)
+    return found
 
 
 def lpips_network(path="", device="cpu"):

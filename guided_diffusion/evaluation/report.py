@@ -65,7 +65,7 @@ class Measures:
         return lacking
 
     def whole_set(self, results, rows, kind="samples"):
-        """Return the measures over all pictures of a results folder (FID, KID, mIoU, as asked for)."""
+        """Return "set", the measures over all pictures of a results folder, and "set_interval_95", their intervals."""
 
         def batches():
             names = [row["name"] for row in rows if results.file("images", row["name"]).exists()]
@@ -77,7 +77,7 @@ class Measures:
                     labels = torch.from_numpy(np.stack(labels))[:, None]  # (N, 1, H, W)
                     yield torch.cat([*map(from_uint8, made)]), torch.cat([*map(from_uint8, originals)]), labels
 
-        return self.metrics.over_the_set(batches())
+        return dict(zip(("set", "set_interval_95"), self.metrics.over_the_set(batches()), strict=True))
 
     def compare(self, results, rows, link, stream_of):
         """Code every picture with each classical codec within its message's bits; write baselines.csv and the pictures.
@@ -130,13 +130,13 @@ class Measures:
         summary = {**facts, "pictures": len(rows), "with_problems": _problems(rows)}
         if any(row.get("mismatch_db") for row in rows):
             summary["equal_pictures"] = sum(row.get("mismatch_db") == "inf" for row in rows)
-        summary |= means(rows) | {"set": self.whole_set(results, rows, kind)}
+        summary |= means(rows) | self.whole_set(results, rows, kind)
         for codec in self.codecs if baseline_rows else ():
             from .codecs import container_bytes
 
             own = [row for row in baseline_rows if row["codec"] == codec]
             found = {"container_bytes": container_bytes(codec), "without_picture": _problems(own), **means(own)}
-            found["set"] = self.whole_set(results, own, f"baseline_{codec}")
+            found |= self.whole_set(results, own, f"baseline_{codec}")
             summary.setdefault("baselines", {})[codec] = found
         results.write_json("summary.json", summary)
         return summary
@@ -201,7 +201,8 @@ def write_curves(folder, summaries):
         for name, own in found.items():
             bad = own["without_picture" if "without_picture" in own else "with_problems"] / summary["pictures"]
             lines.setdefault(name, []).append((snr, {**own["mean"], **own["set"], "bad_pictures": bad}))
-    measures = [name for name in CURVES if any(name in own for line in lines.values() for _, own in line)]
+    found = dict.fromkeys(name for line in lines.values() for _, own in line for name in own)
+    measures = [name for name in CURVES if name in found] + [name for name in found if name.startswith("swd_")]
     with atomic_write(folder / "curves.csv") as f:
         writer = csv.writer(f)
         writer.writerow(["line", "snr_db", *measures])
