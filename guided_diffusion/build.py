@@ -10,11 +10,12 @@ from .config import NETWORK_FLAGS, check_flag, model_and_diffusion_defaults, num
 from .console import InputError
 from .data.datasets import SceneDataset
 from .data.pictures import to_uint8
-from .data.semantics import SemanticCoding, conditioning_channels
+from .data.semantics import SemanticCoding, conditioning_channels, describe
 from .diffusion.gaussian_diffusion import create_gaussian_diffusion
 from .diffusion.unet import DEFAULT_CHANNEL_MULT, UNetModel, check_size
 from .link.channel import snr_to_sigma
 from .link.color_layer import ColorPrior
+from .link.label_prior import LabelPrior
 from .link.noise_bank import FreshNoise, NoiseBank
 from .random_streams import stream_seed
 from .training.checkpoint import resume_point
@@ -61,6 +62,7 @@ def create_model(flags):
     )
     if flags["color_layer"]:
         model.register_buffer("color_prior", torch.zeros(3, 10))  # whole numbers, see `ColorPrior`
+        model.register_buffer("label_prior", torch.zeros(LabelPrior.shape(flags["num_classes"]), dtype=torch.int32))
     return model
 
 
@@ -146,7 +148,7 @@ def noise_bank(config, height, width, purpose="picture noise"):
 
 def semantic_coding(config):
     """Return the `SemanticCoding` of a configuration."""
-    return SemanticCoding(config.label_scale, config.edge_levels, config.edge_threshold, config.edge_scale)
+    return SemanticCoding(*(getattr(config, field.name) for field in dataclasses.fields(SemanticCoding)))
 
 
 def picture_size(dataset, model):
@@ -198,8 +200,10 @@ def training_loop(config, given, log, group=None, device=None):
     asked = config.checkpoint_dir, config.resume_checkpoint, config.resume_partial
     start = group.gather(group.run_on_main(lambda: resume_point(*asked, log)))[0]
     if config.color_layer:
-        weights = group.gather(group.run_on_main(lambda: _color_prior(pictures)))[0].weights
-        model.color_prior.copy_(torch.tensor(weights))
+        log("fitting the priors of colour layers and label maps to the training pictures")
+        priors = group.gather(group.run_on_main(lambda: _priors(config, pictures, labels=start is None)))[0]
+        for name, weights in priors.items():
+            model.get_buffer(name).copy_(torch.as_tensor(weights))
     model = placed(model, device)
     diffusion = diffusion_from(config).to(device)
     inputs = dataclasses.replace(_training_inputs(config, given, height, width), color_prior=ColorPrior.of(model))
@@ -229,10 +233,15 @@ def training_loop(config, given, log, group=None, device=None):
     return loop
 
 
-def _color_prior(pictures):
-    """Fit the prior of the colour layer to at most 200 pictures of a data set, spread over it."""
-    numbers = range(0, len(pictures), -(-len(pictures) // 200))
-    return ColorPrior.fit(to_uint8(pictures.batch([k])["image"])[0] for k in numbers)
+def _priors(config, pictures, labels):
+    """Fit the priors of colour layers and, if asked for, label maps to at most 300 scenes: {buffer: values}."""
+    coding, colors, maps = dataclasses.replace(semantic_coding(config), label_scale=1, edge_levels=0), [], []
+    for k in range(0, len(pictures), -(-len(pictures) // 300)):
+        scene = pictures.batch([k])
+        colors.append(to_uint8(scene["image"])[0])
+        maps.append(describe(scene["label"], None, None, coding)[0][0, 0].numpy().astype("uint8"))
+    priors = {"color_prior": ColorPrior.fit(colors).weights}
+    return priors | ({"label_prior": LabelPrior.fit(maps, config.num_classes).weights} if labels else {})
 
 
 def _training_inputs(config, given, height, width):

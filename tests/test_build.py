@@ -7,6 +7,7 @@ from conftest import TINY, TRAIN, as_arguments
 from guided_diffusion import build, create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.config import TrainConfig, parse_config
 from guided_diffusion.console import InputError
+from guided_diffusion.link.label_prior import LabelPrior
 
 SMALL = {"image_size": 32, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1}
 
@@ -99,3 +100,14 @@ def test_training_loop_logs_the_global_batch(scenes, tmp_path, flags, line):
     lines = []
     build.training_loop(config, given, lines.append)
     assert line in lines
+
+
+def test_training_loop_carries_both_priors_in_all_its_weights(make_loop):
+    fitted = make_loop(color_layer=True, no_instance=True, total_steps=2, save_interval=2)
+    prior = fitted.model.label_prior.clone()
+    assert prior.dtype == torch.int32 and prior.shape == LabelPrior.shape(35) and prior.any()
+    assert fitted.model.color_prior.any()
+    fitted.run()
+    resumed = make_loop(color_layer=True, no_instance=True, resume_checkpoint="auto", label_smooth=9)
+    for weights in (fitted.model.state_dict(), fitted.slowest, resumed.model.state_dict(), resumed.slowest):
+        assert torch.equal(weights["label_prior"], prior)  # not the one that smooth maps would give

@@ -159,7 +159,7 @@ def test_only_devices_names_cuda():
     assert {name for name, tree in MODULES.items() if names_cuda(tree)} == {"training.devices"}
 
 
-@pytest.mark.parametrize("script, most", [("image_train", 42), ("image_sample", 46)])
+@pytest.mark.parametrize("script, most", [("image_train", 43), ("image_sample", 47)])
 def test_run_imports_few_modules(script, most, trained, scenes, tmp_path):
     """What a reader crosses: modules of the package that a small run of a script has loaded at its end."""
     from conftest import TINY, TRAIN, as_arguments

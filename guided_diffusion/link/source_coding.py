@@ -21,14 +21,18 @@ try:
 except ImportError:
     pillow_jxl = None
 
-CONSTANT, CONTEXT, JXL, LZMA, PACKED = 0, 1, 2, 3, 11  # containers; PACKED: LZMA of symbols of 1, 2 or 4 bits
+CONSTANT, CONTEXT, JXL, LZMA, LEARNED, PACKED = 0, 1, 2, 3, 9, 11  # containers
+# LEARNED: by a `LabelPrior`, without palette. PACKED: LZMA of symbols of 1, 2 or 4 bits.
 LISTED = 4  # bit beside the container's: the palette is a list, not a bitmap
 MAX_CANDIDATES, MAX_ATOMS = 2**13, 2**8  # of per-step selection: bound the work of unranking
 MAX_SIDE, MAX_PIXELS = 2**13, 2**24
 
 
-def encode_map(ids, num_values):
-    """Code an id map (h, w), uint8 (or bool) below num_values = 1...256, without loss in the smallest container."""
+def encode_map(ids, num_values, prior=None):
+    """Code an id map (h, w), uint8 (or bool) below num_values = 1...256, without loss in the smallest container.
+
+    :param prior: the `LabelPrior` of both ends, or None.
+    """
     ids = np.ascontiguousarray(ids, np.uint8)
     values = np.unique(ids)
     if values[-1] >= num_values:
@@ -37,16 +41,21 @@ def encode_map(ids, num_values):
         return bytes([CONSTANT, values[0]])
     table = np.zeros(256, np.uint8)
     table[values] = np.arange(len(values))
-    return min(_coded(table[ids], values, num_values), key=len)
+    coded, learned = _coded(table[ids], values, num_values), prior and prior.encode(ids)
+    return min(coded if learned is None else [*coded, bytes([LEARNED]) + learned], key=len)
 
 
-def decode_map(data, height, width, num_values):
+def decode_map(data, height, width, num_values, prior=None):
     """Undo `encode_map`: return (height, width) uint8 below num_values. Raises InputError for damaged bytes."""
     if len(data) < 2:
         raise InputError(f"a coded map of {len(data)} bytes: it is cut off; send it again")
     container = data[0] & ~LISTED
     if data[0] == CONSTANT and len(data) == 2 and data[1] < num_values:
         return np.full((height, width), data[1], np.uint8)
+    if container == LEARNED and prior is None:
+        raise InputError("the message's label map needs the label prior of its network's weights, and these have none")
+    if container == LEARNED and not data[0] & LISTED:
+        return prior.decode(data[1:], height, width)
     values, body = _read_palette(data[1:], data[0] & LISTED, num_values)
     if container == CONTEXT:
         symbols = entropy_coding.decode(body, height, width, len(values))

@@ -139,11 +139,11 @@ class TrainLoop:
         return rate * (1 - self.step / s.lr_anneal_steps) if s.lr_anneal_steps else rate
 
     def _update_emas(self):
-        own = list(self.model.state_dict().values())
+        own = _floats(self.model.state_dict())
         for rate, ema in self.emas.items():
             # A young average would still be mostly the initial weights.
             decay = min(float(rate), (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(list(ema.values()), own, 1 - decay)
+            torch._foreach_lerp_(_floats(ema), own, 1 - decay)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -307,6 +307,10 @@ class TrainLoop:
         self.newest_score = state["newest_score"]
         self.skipped.fill_(state["skipped"])
         self.skipped_now.fill_(state["skipped_now"])
+
+
+def _floats(weights):
+    return [value for value in weights.values() if value.is_floating_point()]  # integers do not change
 
 
 class _Weights:
