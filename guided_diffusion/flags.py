@@ -164,6 +164,7 @@ class ChannelFlags:
     """Source coding (training uses what the link will send) and channel"""
 
     label_scale: int = by_source(1, "one label for so many pixels in each direction; 0: varies", choices=(0, *SCALES))
+    label_smooth: int = by_source(0, "smooth label maps, to regions of at least so many pixels; 0: do not", low=0)
     edge_levels: int = by_source(0, "values of an image-edge pixel: 0 (none sent), 2 ... 256 (GESCO)", needs=EDGES)
     edge_threshold: float = by_source(0.3, "image edges from here on are sent as 1", needs=f"{EDGES} edge_levels=2")
     edge_scale: int = by_source(1, "send one edge pixel for so many", choices=SCALES, needs=f"{EDGES} edge_levels")

@@ -13,6 +13,8 @@ from guided_diffusion.data.semantics import (
     encode_semantics,
     received_semantics,
     restore,
+    shrink_labels,
+    smooth_labels,
 )
 
 K = 6
@@ -149,3 +151,75 @@ def test_received_semantics_edges_not_sent_leave_boundaries_alone():
 def test_semantic_coding_bad_source_coding_names_the_flag(bad):
     with pytest.raises(InputError, match=f"--{next(iter(bad))}"):
         SemanticCoding(**bad)
+
+
+def naive_regions(label):
+    """4-connected regions of one map (H, W), by flood fill: lists of (row, column)."""
+    height, width = label.shape
+    left, found = {(i, j) for i in range(height) for j in range(width)}, []
+    while left:
+        stack, region = [left.pop()], []
+        while stack:
+            i, j = stack.pop()
+            region.append((i, j))
+            for near in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+                if near in left and label[near] == label[i, j]:
+                    left.remove(near)
+                    stack.append(near)
+        found.append(region)
+    return found
+
+
+def naive_smooth(label, least):
+    """`smooth_labels` of one map (H, W)."""
+    height, width = label.shape
+    around = [(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]
+    voted = label.clone()
+    for i in range(height):
+        for j in range(width):
+            places = [(min(max(i + a, 0), height - 1), min(max(j + b, 0), width - 1)) for a, b in around]
+            near = [int(label[place]) for place in places]
+            voted[i, j] = max(dict.fromkeys(near), key=near.count)
+    small = {place for region in naive_regions(voted) if len(region) < least for place in region}
+    if len(small) == voted.numel():
+        return voted
+    while small:
+        ring = {}
+        for i, j in small:
+            for near in ((i, j - 1), (i, j + 1), (i - 1, j), (i + 1, j)):
+                if near not in small and 0 <= near[0] < height and 0 <= near[1] < width:
+                    ring[i, j] = int(voted[near])
+                    break
+        for place, value in ring.items():
+            voted[place] = value
+        small -= {*ring}
+    return voted
+
+
+@pytest.mark.parametrize("least", [1, 4, 9, 1000])
+def test_smooth_labels_against_loops_and_flood_fill(least):
+    label = torch.cat([grown()[0], torch.randint(3, (2, 1, 13, 18), generator=torch.Generator().manual_seed(0))])
+    label = label.repeat_interleave(2, 3)
+    found = smooth_labels(label, least)
+    for own, smooth in zip(label[:, 0], found[:, 0], strict=True):
+        assert torch.equal(smooth, naive_smooth(own, least))
+        assert least == 1000 or min(map(len, naive_regions(smooth))) >= least
+
+
+def test_smooth_labels_follows_a_region_that_winds():
+    label = torch.zeros(1, 1, 40, 41, dtype=torch.int64)
+    for row in range(0, 40, 8):  # bars of four rows, joined alternately on the right and on the left
+        label[..., row : row + 4, :] = 1
+        label[..., row + 4 : row + 8, -4:] = 1 if row % 16 == 0 else 0
+        label[..., row + 4 : row + 8, :4] = 1 if row % 16 else 0
+    sizes = sorted(len(region) for region in naive_regions(smooth_labels(label, 1)[0, 0]))
+    assert torch.equal(smooth_labels(label, sizes[-1])[0, 0] == 1, torch.ones(40, 41, dtype=torch.bool))
+    assert (smooth_labels(label, sizes[0]) == 0).any()
+
+
+def test_describe_smooths_before_it_shrinks():
+    label = grown()[0]
+    coding = SemanticCoding(label_scale=2, label_smooth=9)
+    assert torch.equal(describe(label, None, None, coding)[0], shrink_labels(smooth_labels(label, 9), 2))
+    y = received_semantics(label, None, None, K, coding=coding)
+    assert torch.equal(y, received_semantics(smooth_labels(label, 9), None, None, K, coding=SemanticCoding(2)))

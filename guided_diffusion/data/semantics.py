@@ -17,12 +17,14 @@ class SemanticCoding:
     :param edge_levels: values of an image-edge pixel: 0 (not sent), 2 (a threshold decides) ... 256 (as it is).
     :param edge_threshold: with 2 levels: image edges from here on are 1.
     :param edge_scale: 1, 2, 4 or 8: one pixel of the sent edges for so many, the strongest of them.
+    :param label_smooth: the label map goes through `smooth_labels` first, to regions of so many pixels; 0: as it is.
     """
 
     label_scale: int = 1
     edge_levels: int = 256
     edge_threshold: float = 0.3
     edge_scale: int = 1
+    label_smooth: int = 0
 
     def __post_init__(self):
         for name, scale in (("label_scale", self.label_scale or 1), ("edge_scale", self.edge_scale)):
@@ -38,6 +40,38 @@ def shrink_labels(label, scale):
     """Downsample (N, 1, H, W) to (N, 1, ceil(H/scale), ceil(W/scale)) by nearest: the middle pixel of each block."""
     rows, columns = ((torch.arange(0, side, scale) + scale // 2).clamp(max=side - 1) for side in label.shape[2:])
     return label[:, :, rows][:, :, :, columns]
+
+
+def _neighbours(maps, count=5):
+    """Return (count, N, 1, H, W) of (N, 1, H, W): each pixel, its 4 neighbours, the 4 diagonal ones; frames repeat."""
+    rows, columns = (torch.arange(-1, side + 1).clamp(0, side - 1) for side in maps.shape[2:])
+    padded, (height, width) = maps[:, :, rows][:, :, :, columns], maps.shape[2:]
+    places = ((1, 1), (1, 0), (1, 2), (0, 1), (2, 1), (0, 0), (0, 2), (2, 0), (2, 2))
+    return torch.stack([padded[:, :, y : y + height, x : x + width] for y, x in places[:count]])
+
+
+def smooth_labels(label, least):
+    """Smooth label maps (N, 1, H, W): the majority of 3x3 pixels, then no 4-connected region below `least` pixels.
+
+    Smaller regions go, ring by ring, to those beside them; a map without any region of that size keeps all.
+    """
+    near = _neighbours(label, 9)
+    votes = torch.stack([(near == each).sum(0) for each in near])
+    label = near.gather(0, votes.argmax(0, keepdim=True))[0]  # of equal votes the pixel's own
+    same, region = _neighbours(label) == label, torch.arange(label.numel()).view_as(label)
+    while True:  # the lowest number of each region spreads: to neighbours, to all that have one number, by jumps
+        lowest = torch.where(same, _neighbours(region), region).amin(0)
+        if torch.equal(lowest, region):
+            break
+        joined = region.flatten().scatter_reduce(0, region.flatten(), lowest.flatten(), "amin")
+        region = joined[joined][lowest]
+    kept = region.flatten().bincount()[region] >= least
+    kept |= ~kept.flatten(1).any(1)[:, None, None, None]
+    while not kept.all():
+        sure = _neighbours(kept)
+        label = _neighbours(label).gather(0, sure.int().argmax(0, keepdim=True))[0]
+        kept = sure.any(0)
+    return label
 
 
 def enlarge(small, scale, height, width):
@@ -76,6 +110,7 @@ def describe(label, instance, image_edge, coding):
     """
     boundary = None if instance is None else boundaries(instance, label)
     symbols = None if image_edge is None else edge_symbols(image_edge.float(), coding)
+    label = smooth_labels(label, coding.label_smooth) if coding.label_smooth else label
     return shrink_labels(label, coding.label_scale), boundary, symbols
 
 
