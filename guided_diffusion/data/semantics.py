@@ -44,21 +44,12 @@ def shrink_labels(label, scale):
     return label[:, :, rows][:, :, :, columns]
 
 
-<<<<<<< HEAD
-def _neighbours(maps):
-    """Return (9, N, 1, H, W) of (N, 1, H, W): each pixel, its four neighbours, the diagonal ones; frames repeat."""
-    rows, columns = (torch.arange(-1, side + 1).clamp(0, side - 1) for side in maps.shape[2:])
-    padded, (height, width) = maps[:, :, rows][:, :, :, columns], maps.shape[2:]
-    places = ((1, 1), (1, 0), (1, 2), (0, 1), (2, 1), (0, 0), (0, 2), (2, 0), (2, 2))
-    return torch.stack([padded[:, :, y : y + height, x : x + width] for y, x in places])
-=======
 def _neighbours(maps, count=5):
     """Return (count, N, 1, H, W) of (N, 1, H, W): each pixel, its 4 neighbours, the 4 diagonal ones; frames repeat."""
     rows, columns = (torch.arange(-1, side + 1).clamp(0, side - 1) for side in maps.shape[2:])
     padded, (height, width) = maps[:, :, rows][:, :, :, columns], maps.shape[2:]
     places = ((1, 1), (1, 0), (1, 2), (0, 1), (2, 1), (0, 0), (0, 2), (2, 0), (2, 2))
     return torch.stack([padded[:, :, y : y + height, x : x + width] for y, x in places[:count]])
->>>>>>> i11-label
 
 
 def smooth_labels(label, least):
@@ -66,23 +57,6 @@ def smooth_labels(label, least):
 
     Smaller regions go, ring by ring, to those beside them; a map without any region of that size keeps all.
     """
-<<<<<<< HEAD
-    near = _neighbours(label)
-    votes = torch.stack([(near == each).sum(0) for each in near])
-    label = near.gather(0, votes.argmax(0, keepdim=True))[0]  # of equal votes the pixel's own
-    same, region = _neighbours(label)[:5] == label, torch.arange(label.numel()).view_as(label)
-    while True:  # the lowest number of each region spreads, by neighbours and by jumps
-        lowest = torch.where(same, _neighbours(region)[:5], region).amin(0)
-        lowest = lowest.flatten()[lowest]
-        if torch.equal(lowest, region):
-            break
-        region = lowest
-    kept = region.flatten().bincount()[region] >= least
-    kept |= ~kept.flatten(1).any(1)[:, None, None, None]
-    while not kept.all():
-        sure = _neighbours(kept)[:5]
-        label = _neighbours(label)[:5].gather(0, sure.int().argmax(0, keepdim=True))[0]
-=======
     near = _neighbours(label, 9)
     votes = torch.stack([(near == each).sum(0) for each in near])
     label = near.gather(0, votes.argmax(0, keepdim=True))[0]  # of equal votes the pixel's own
@@ -98,7 +72,6 @@ def smooth_labels(label, least):
     while not kept.all():
         sure = _neighbours(kept)
         label = _neighbours(label).gather(0, sure.int().argmax(0, keepdim=True))[0]
->>>>>>> i11-label
         kept = sure.any(0)
     return label
 
