@@ -72,8 +72,8 @@ class Transmitter:
     :param sent: which of "labels" and "color" are sent; the latter where the session has a prior for it.
     :param color_step: of the colour layer (see `encode_color`).
     :param target: function (H, W) -> bytes that a message never exceeds; None: no limit. It decides the label scale and
-        the colour step that are 0: the finest label map that takes at most `LABEL_SHARE` of the bytes, else the
-        coarsest, and then the finest colour layer that fits.
+        the colour step that are 0: the finest label map that takes at most `LABEL_SHARE` of the bytes (all, without
+        a layer), else the coarsest, and then the finest colour layer that fits.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class Transmitter:
     def _spend(self, scene, target):
         """Return the `SemanticCoding` of a picture, and how many of the target's bytes are left for its layer."""
         template, found = self.session.template, None
+        share = LABEL_SHARE if self.session.color_prior and "color" in self.sent else 1
         choice = tuple(range(template.step_atoms)), (1,) * template.step_atoms  # any: all take the same bits
         for scale in [self.coding.label_scale] if self.coding.label_scale else reversed(LABEL_SCALES):
             coding = replace(self.coding, label_scale=scale)
@@ -108,7 +109,7 @@ class Transmitter:
             if self.chain and self.chain.early_stop:
                 message = replace(message, header=replace(message.header, stop_step=len(self.chain.diffusion.kept)))
             parts = self.session.encode(message)
-            if found and len(parts["labels"]) > LABEL_SHARE * target:
+            if found and (len(parts["labels"]) > share * target or len(to_bytes(parts)) > target):
                 break
             found = coding, target - len(to_bytes(parts))
         if found[1] < 0:
