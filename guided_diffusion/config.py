@@ -12,9 +12,10 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 
 from .console import InputError
-from .files import atomic_write
+from .files import CONFIG, atomic_write, is_archive, read_archive
 from .flags import PRESETS, DiffusionFlags, ModelFlags, SampleConfig, SharedFlags, TrainConfig
 
 NETWORK_FLAGS = (*dataclasses.fields(ModelFlags), *dataclasses.fields(DiffusionFlags))
@@ -303,10 +304,12 @@ def save_config(config, path):
 
 
 def load_config(path):
-    """Read a config.json, a dict. Raises InputError unless it is as `save_config` wrote it, or has no SHA-256."""
+    """Read a config.json, or an archive's, as a dict.
+
+    :raises InputError: it is not as `save_config` wrote it, nor without a SHA-256.
+    """
     try:
-        with open(path) as f:
-            values = dict(json.load(f))
+        values = dict(json.loads(read_archive(path, CONFIG) if is_archive(path) else Path(path).read_bytes()))
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as a configuration ({error}); restore it or move it away") from None
     if values.pop("sha256", None) not in (None, _sha256(values)):

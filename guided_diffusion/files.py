@@ -1,12 +1,16 @@
-"""Atomic writes, output folders, and the SHA-256 of files."""
+"""Atomic writes, output folders, archives of weights, and the SHA-256 of files."""
 
 import functools
 import hashlib
 import os
 import secrets
+import zipfile
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from .console import InputError
+
+WEIGHTS, CONFIG = "weights.pt", "config.json"  # of an archive that docs/export_weights.py writes
 
 
 @contextmanager
@@ -48,14 +52,32 @@ def check_folder(path, flag):
         raise InputError(f"--{flag} {path}: {probe} is a file, not a folder; choose another place")
 
 
+def is_archive(path):
+    """Tell whether a path is that of an archive of weights, by its ending."""
+    return Path(path).suffix == ".zip"
+
+
+def read_archive(path, name):
+    """Return the bytes of one file of an archive, checked by its CRC-32. Raises InputError, which does not name it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(name)
+    except KeyError:
+        raise InputError(f"the archive has no {name}; write it by docs/export_weights.py") from None
+    except Exception as error:  # damaged files raise many kinds
+        raise InputError(f"no whole zip archive: {error}") from None
+
+
 def file_digest(path):
-    """SHA-256 of a file, as bytes; it is read once in this process, unless it changes."""
+    """SHA-256, as bytes, of a file, or of an archive's weights; read once in this process, unless the file changes."""
     s = os.stat(path)
     return _digest(os.fspath(path), s.st_ino, s.st_size, s.st_ctime_ns)  # nobody can set the change time
 
 
 @functools.cache
 def _digest(path, *state):
+    if is_archive(path):
+        return hashlib.sha256(read_archive(path, WEIGHTS)).digest()
     found = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(2**20):

@@ -213,7 +213,9 @@ class TrainFlags:
 class SampleFlags:
     """Sampling"""
 
-    model_path: str = flag("", "weights (.pt), or a checkpoint folder: its newest EMA file", free="sampling")
+    model_path: str = flag(
+        "", "weights (.pt), a checkpoint folder (its newest EMA file), or an archive (.zip)", free="sampling"
+    )
     results_path: str = anyhow("", "where pictures, panel and results.csv go")
     num_samples: int = anyhow(10000, "at most so many pictures; each picture of the split once", low=1)
     batch_size: int = anyhow(1, "pictures per batch", low=1, needs=SENDS)

@@ -6,6 +6,7 @@ A checkpoint of step N is model{N}.pt, ema_{rate}_{N}.pt (plain state dicts, as 
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import torch
 from ..config import load_config
 from ..console import InputError
 from ..diffusion.unet import ResBlock, SPADEGroupNorm, SPADEResBlock
-from ..files import atomic_write, file_digest
+from ..files import WEIGHTS, atomic_write, file_digest, is_archive, read_archive
 
 # GESCO and Diff-GO-n files carry an unused SPADE over 3 label channels in every encoder block.
 LEGACY_KEY = re.compile(r"input_blocks\.\d+\.\d+\.spade_norm\.")
@@ -167,7 +168,8 @@ def load_file(path, listed=None):
     if problem:
         raise InputError(f"it is damaged: {problem}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        source = io.BytesIO(read_archive(path, WEIGHTS)) if is_archive(path) else path
+        return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and refused files raise many kinds
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise InputError(f"it cannot be read as a checkpoint of plain tensors ({reason})") from None
@@ -326,5 +328,5 @@ def _newest_average(directory, log):
 
 def trained_config(weights):
     """Return the flags that a weights file was trained with, and the file that says so: config.json, or {} without."""
-    beside = os.path.join(os.path.dirname(weights), "config.json")
+    beside = weights if is_archive(weights) else os.path.join(os.path.dirname(weights), "config.json")
     return (load_config(beside) if os.path.exists(beside) else {}), beside
