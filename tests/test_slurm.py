@@ -104,7 +104,9 @@ def test_job_by_signals(cluster, project):
         assert log.count("saved") == tasks, log
         again = state == "COMPLETED"
         assert facts["Restarts"] == str(int(again)) and log.count("resumed 3") == tasks * again, log
-        assert facts["ExitCode"] == ("0:0" if again else f"{code}:0")
+        # 138: USR1 reached srun as it ended, which job.sh takes as it takes 75.
+        ends = {"0:0"} if again else {f"{code}:0", "138:0" if code == 75 else ""}
+        assert facts["ExitCode"] in ends
         assert ("is back in the queue" in log) == again and ("not requeued" in log) == (name == "cancelled"), log
         assert ("submit it again" in log) == (name == "single-shot"), log
     assert cluster.facts(jobs["other"])["JobState"] == "RUNNING"
