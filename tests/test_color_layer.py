@@ -72,6 +72,11 @@ def test_decode_color_gives_what_coarse_says(pictures, prior, step):
     assert np.array_equal(decode_color(data, step, (32, 64), prior), coarse(pictures[9], step, prior))
 
 
+def test_layer_of_the_smallest_step_is_decoded(prior):
+    white = np.full((128, 256, 3), 255, np.uint8)
+    assert decode_color(encode_color(white, 1, prior), 1, (128, 256), prior).shape == white.shape
+
+
 def test_smaller_steps_cost_more_and_come_nearer(pictures, prior):
     cases = itertools.product(pictures[8:], (128, 152, 176))
     found = [(encode_color(p, step, prior), psnr(coarse(p, step, prior), p)) for p, step in cases]

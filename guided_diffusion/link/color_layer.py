@@ -110,7 +110,8 @@ def _coded(levels):
 def _quantise(values, step, levels):
     """Return the coefficients in whole steps, (3, H, W) int64."""
     steps = values / 2.0 ** (_exponent(step, *values.shape[1:]) / 16)
-    return np.where(_coded(levels), np.sign(steps) * np.floor(np.abs(steps) + 1 - _THRESHOLD), 0).astype(np.int64)
+    sizes = np.floor(np.abs(steps) + 1 - _THRESHOLD).clip(max=_MOST)
+    return np.where(_coded(levels), np.sign(steps) * sizes, 0).astype(np.int64)
 
 
 def _restore(numbers, step, levels):
