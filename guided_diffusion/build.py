@@ -14,7 +14,7 @@ from .data.semantics import SemanticCoding, conditioning_channels, describe
 from .diffusion.gaussian_diffusion import create_gaussian_diffusion
 from .diffusion.unet import DEFAULT_CHANNEL_MULT, UNetModel, check_size
 from .link.channel import snr_to_sigma
-from .link.color_layer import ColorPrior
+from .link.color_layer import PLANES, ColorPrior
 from .link.label_prior import LabelPrior
 from .link.noise_bank import FreshNoise, NoiseBank
 from .random_streams import stream_seed
@@ -57,7 +57,7 @@ def create_model(flags):
         attention_strides={size // resolution for resolution in resolutions},
         channel_mult=channel_mult,
         places=flags["unet_model"],
-        layer_channels=4 if flags["color_layer"] else 0,
+        layer_channels=PLANES if flags["color_layer"] else 0,
         **{name: flags[name] for name in same},
     )
     if flags["color_layer"]:
@@ -200,14 +200,14 @@ def training_loop(config, given, log, group=None, device=None):
         check_crop(config.crop, height, width, model)
     asked = config.checkpoint_dir, config.resume_checkpoint, config.resume_partial
     start = group.gather(group.run_on_main(lambda: resume_point(*asked, log)))[0]
-    if config.color_layer:
+    if config.color_layer and start is None:
         log("fitting the priors of colour layers and label maps to the training pictures")
-        priors = group.gather(group.run_on_main(lambda: _priors(config, pictures, labels=start is None)))[0]
+        priors = group.gather(group.run_on_main(lambda: _priors(config, pictures)))[0]
         for name, weights in priors.items():
             model.get_buffer(name).copy_(torch.as_tensor(weights))
     model = placed(model, device)
     diffusion = diffusion_from(config).to(device)
-    inputs = dataclasses.replace(_training_inputs(config, given, height, width), color_prior=ColorPrior.of(model))
+    inputs = _training_inputs(config, given, height, width, ColorPrior.of(model))
     loading = {"batch_size": config.batch_size, "num_workers": config.num_workers, "pin_memory": pins_memory(device)}
     loading |= {"rank": group.rank, "world_size": group.world_size}
     loop = TrainLoop(
@@ -222,7 +222,9 @@ def training_loop(config, given, log, group=None, device=None):
     )
     if start is not None:
         missing = loop.resume(*start, partial=config.resume_partial)
-        loop.inputs = dataclasses.replace(inputs, color_prior=ColorPrior.of(model))  # which the checkpoint has
+        prior = ColorPrior.of(model)  # the checkpoint's
+        for user in filter(None, (loop, loop.validation)):
+            user.inputs = dataclasses.replace(user.inputs, color_prior=prior)
         log(f"resumed from step {start[1]} in {start[0]}" + (f", without {', '.join(missing)}" if missing else ""))
     elif config.resume_checkpoint:
         log(f"no checkpoint in {config.checkpoint_dir} yet: starting afresh")
@@ -234,26 +236,27 @@ def training_loop(config, given, log, group=None, device=None):
     return loop
 
 
-def _priors(config, pictures, labels):
-    """Fit the priors of colour layers and, if asked for, label maps to at most 300 scenes: {buffer: values}."""
+def _priors(config, pictures):
+    """Fit the priors of colour layers and label maps to at most 300 scenes: {buffer: values}."""
     coding, colors, maps = dataclasses.replace(semantic_coding(config), label_scale=1, edge_levels=0), [], []
     for k in range(0, len(pictures), -(-len(pictures) // 300)):
         scene = pictures.batch([k])
         colors.append(to_uint8(scene["image"])[0])
         maps.append(describe(scene["label"], None, None, coding)[0][0, 0].numpy().astype("uint8"))
-    priors = {"color_prior": ColorPrior.fit(colors).weights}
-    return priors | ({"label_prior": LabelPrior.fit(maps, config.num_classes).weights} if labels else {})
+    return {
+        "color_prior": ColorPrior.fit(colors).weights,
+        "label_prior": LabelPrior.fit(maps, config.num_classes).weights,
+    }
 
 
-def _training_inputs(config, given, height, width):
+def _training_inputs(config, given, height, width, color_prior):
     from .training.inputs import TrainingInputs
 
     bank = noise_bank(config, height, width, "noise")
     sigma = snr_to_sigma(config.snr) if "snr" in given else None
     form = config.num_classes, config.one_hot_label, not config.no_instance
     channel = config.add_noise, sigma, config.noise_to, config.seed
-    coded = TrainingInputs(*form, bank, semantic_coding(config), config.drop_rate, *channel)
-    return dataclasses.replace(coded, crop=config.crop)
+    return TrainingInputs(*form, bank, semantic_coding(config), config.drop_rate, *channel, color_prior, config.crop)
 
 
 def pass_size(config, device):

@@ -179,9 +179,11 @@ class ChainMaker:
         precision = functools.partial(devices.autocast, self.device, header.precision)
         memory = int(self.config.label_memory * 2**30)
         fixed = self.model_of(header.precision), diffusion, self.bank, header.sampler
-        whole = diffusion_from(self.config, timestep_respacing="", start_time=0).to(self.device)
-        blend = {"realism": self.config.realism, "whole": whole} if self.config.color_layer else {}
-        return Chain(*fixed, rule, header.selected_steps, self.device, precision, memory, **blend)
+        options = {}
+        if self.config.color_layer and self.config.realism < 1:
+            whole = diffusion_from(self.config, timestep_respacing="", start_time=0)
+            options = {"realism": self.config.realism, "whole": whole.to(self.device)}
+        return Chain(*fixed, rule, header.selected_steps, self.device, precision, memory, **options)
 
 
 def _header(config, precision, height, width, fingerprint):

@@ -103,11 +103,14 @@ def test_training_loop_logs_the_global_batch(scenes, tmp_path, flags, line):
 
 
 def test_training_loop_carries_both_priors_in_all_its_weights(make_loop):
-    fitted = make_loop(color_layer=True, no_instance=True, total_steps=2, save_interval=2)
+    flags = {"color_layer": True, "no_instance": True, "preview_items": 1}
+    fitted = make_loop(**flags, total_steps=2, save_interval=2)
     prior = fitted.model.label_prior.clone()
     assert prior.dtype == torch.int32 and prior.shape == LabelPrior.shape(35) and prior.any()
     assert fitted.model.color_prior.any()
     fitted.run()
-    resumed = make_loop(color_layer=True, no_instance=True, resume_checkpoint="auto", label_smooth=9)
+    flags["only"] = fitted.recent[-1][0].split("leftImg8bit/train/")[1].removesuffix("_leftImg8bit.png")
+    resumed = make_loop(**flags, resume_checkpoint="auto", label_smooth=9)  # on other scenes
+    assert resumed.inputs.color_prior == resumed.validation.inputs.color_prior == fitted.inputs.color_prior
     for weights in (fitted.model.state_dict(), fitted.slowest, resumed.model.state_dict(), resumed.slowest):
         assert torch.equal(weights["label_prior"], prior)  # not the one that smooth maps would give

@@ -94,8 +94,7 @@ def test_message_spends_its_target_and_never_more(target):
     session = Session(template, color_prior=prior)
     transmitter = Transmitter(session, SemanticCoding(0, 0), None, target=lambda *size: target)
     message, y = transmitter.describe(found)
-    codeword = (0, 1), (1, -1)
-    parts = session.encode(replace(message, codewords=(codeword,) * 3))
+    parts = session.encode(replace(message, codewords=(((0, 1), (1, -1)),) * 3))
     size = len(to_bytes(parts))
     assert size <= target and y.shape == (1, 39, 32, 64)
     assert len(parts["labels"]) <= target / 3 or message.header.label_scale == 4

@@ -4,6 +4,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.pictures import save_picture, to_uint8
+from ..link.color_layer import PLANES
 from .metrics import colour_error
 
 # Colours of the Cityscapes ids 0...34, as rrggbb (as the data set's own tools show them).
@@ -31,7 +32,7 @@ def show_semantics(y, num_classes, one_hot=True):
     y, classes = y.detach().float().cpu(), num_classes if one_hot else 1
     label = y[:, :classes].argmax(1) if one_hot else y[:, 0].round().long().clamp(0, num_classes - 1)  # (N, H, W)
     colours = palette(num_classes)[label.numpy()].astype(np.float32)
-    if y.shape[1] - classes in (1, 5):  # an edge plane, and perhaps the four planes of a colour layer
+    if y.shape[1] - classes in (1, 1 + PLANES):  # an edge plane, and perhaps those of a colour layer
         edge = y[:, classes].clamp(0, 1).numpy()[..., None]  # (N, H, W, 1)
         colours = colours + (255 - colours) * edge
     return colours.round().astype(np.uint8)

@@ -14,6 +14,7 @@ import torch
 from ..console import InputError
 from .entropy_coding import ONE, coder
 
+PLANES = 4  # of a layer, the last ones of the conditioning
 RESIDUAL = 0.2  # of the range [-1, 1]: about the standard deviation of what a layer lacks
 STEPS = 256  # numbers n of quantiser steps 2^(n/16), in grey levels of the transform at 128x256
 TRAINED = range(88, 176)  # steps that networks are trained for: at 128x256 from 2 kB to 5 bytes
@@ -134,18 +135,21 @@ def layer_planes(picture, step):
 def received_planes(body, size, prior):
     """Return the planes (1, 4, H, W) of a message's colour part: the step's number and coded layer, or nothing."""
     if not body:
-        return torch.zeros(1, 4, *size)
+        return torch.zeros(1, PLANES, *size)
     return layer_planes(decode_color(body[1:], body[0], size, prior), body[0])[None]
 
 
-def residual(image, planes):
-    """Return what the network makes of a picture (N, 3, H, W): what its layer (N, 4, H, W) lacks, at unit scale."""
-    return (image - planes[:, :3]) / RESIDUAL
+def residual(image, y):
+    """Return what the network makes of a picture (N, 3, H, W): what its layer lacks, at unit scale.
+
+    :param y: (N, C, H, W) conditioning, whose last planes are the layer's, or these alone.
+    """
+    return (image - y[:, -PLANES:-1]) / RESIDUAL
 
 
-def from_residual(values, planes):
+def from_residual(values, y):
     """Undo `residual`, within the valid range."""
-    return (planes[:, :3] + RESIDUAL * values).clamp(-1, 1)
+    return (y[:, -PLANES:-1] + RESIDUAL * values).clamp(-1, 1)
 
 
 def coarse(picture, step, prior):

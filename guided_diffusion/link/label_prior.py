@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from ..console import InputError
+from ..data.semantics import LABEL_SCALES
 from .entropy_coding import MAX_PIXELS, ONE, coder
 
 HIDDEN = 32
@@ -24,7 +25,6 @@ _BANDS = 16  # parts of height and width
 _UNIT, _RANGE = 256, 11 * 256  # weights and logits are in 1/256; logits up to 11
 _TRUST = 64  # twice the count that the network's probability stands for
 _BATCH, _STEPS, _PASSES, _FLAT = 2048, (100, 3500), 3, 16  # of fitting; of flat windows, one in 16 is looked at
-_SCALES = (1, 2, 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class LabelPrior:
     @classmethod
     def fit(cls, maps, classes):
         """Fit a prior to an iterable of label maps (H, W) uint8, at all scales that are sent."""
-        small = (each[s // 2 :: s, s // 2 :: s] for each in maps for s in _SCALES if min(each.shape) > s // 2)
+        small = (each[s // 2 :: s, s // 2 :: s] for each in maps for s in LABEL_SCALES if min(each.shape) > s // 2)
         samples = (_samples(each, _outside(classes)) for each in small)
         keys, symbols, counts = (np.concatenate(part) for part in zip(*samples, strict=True))
         draws, split = torch.Generator().manual_seed(0), _inputs_in_all(classes)

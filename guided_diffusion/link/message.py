@@ -17,15 +17,15 @@ import numpy as np
 
 from ..console import InputError
 from ..diffusion.solvers import SamplerSettings
+from ..flags import SCALES
 from . import source_coding
 from .source_coding import choice_bits, decode_map, encode_map, pack_choices, unpack_choices
 
 SESSION = "session.dgo"  # beside the messages
 PARTS = ("header", "labels", "edges", "indices", "color")
 CRC_BYTES, _CRC, _RIGHT = 2, 0xFFFF, 0x1D0F  # CRC-16/GENIBUS: start and final exclusive or; result over data and CRC
-_SCALES = (1, 2, 4, 8)
 _CHOICES = {"precision": ("fp32", "bf16", "fp16"), "variance": ("model", "posterior")}
-_CHOICES |= dict.fromkeys(("label_scale", "edge_scale"), _SCALES)
+_CHOICES |= dict.fromkeys(("label_scale", "edge_scale"), SCALES)
 # Lowest and highest value, where no other object checks it
 _LIMITS = {"num_classes": (1, 256), "edge_levels": (0, 256), "bank_size": (1, 2**32 - 1), "s": (1, 1e6)}
 _LIMITS |= {"step_candidates": (0, source_coding.MAX_CANDIDATES), "step_atoms": (0, source_coding.MAX_ATOMS)}
@@ -165,7 +165,7 @@ class Session:
             labels = encode_map(message.label, header.num_classes, self.label_prior)
         edges = _encode_edges(header, message.boundary, message.edges)
         choices = message.start_index, header.bank_size, message.codewords, header.step_candidates, header.step_atoms
-        flags = _SCALES.index(header.label_scale) | header.boundaries << 2 | (header.edge_levels > 0) << 3
+        flags = SCALES.index(header.label_scale) | header.boundaries << 2 | (header.edge_levels > 0) << 3
         flags, numbers = flags | bool(edges) << 4, [len(labels), len(edges)] if edges else [len(labels)]
         for bit, names in enumerate(_OWN, 5):
             values = [getattr(header, name) for name in names]
@@ -210,7 +210,7 @@ class Session:
         if tag != self.tag:
             found = f"the message is of session {tag.hex()}, {SESSION} is {self.tag.hex()}"
             raise InputError(f"{found}; take both from one transmitter's folder")
-        own = {"label_scale": _SCALES[flags & 3], "boundaries": flags & 4 > 0}
+        own = {"label_scale": SCALES[flags & 3], "boundaries": flags & 4 > 0}
         own["edge_levels"] = self.template.edge_levels if flags & 8 else 0
         edges = _number(file) if flags & 16 else 0
         for bit, names in enumerate(_OWN, 5):

@@ -107,7 +107,7 @@ class Chain:
         if mean is not None:
             result.images = torch.lerp(mean, result.images, self.realism)
         if self.has_layer:
-            result.images = from_residual(result.images, conditioning.y[:, -4:])
+            result.images = from_residual(result.images, conditioning.y)
         return result
 
     @torch.no_grad()
@@ -250,7 +250,7 @@ def select_per_step(chain, y, image, start, codebook, distance=mse, on_step=None
     """
     bank, kept = chain.bank.sized(3, *y.shape[2:]), chain.diffusion.kept
     image, codewords = image.to(chain.device), []
-    target = residual(image, y[:, -4:].to(image)) if chain.has_layer else image
+    target = residual(image, y.to(image)) if chain.has_layer else image
 
     def choose(t, x, out):
         if t not in chain.selected:

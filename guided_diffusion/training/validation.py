@@ -66,7 +66,7 @@ class Validation:
                 clip = not self.inputs.color_prior
                 made = sample(model, self.preview_diffusion, y, noise, "ddim", clip_denoised=clip).images
                 if self.inputs.color_prior:
-                    x_start, made, y = from_residual(x_start, y[:, -4:]), from_residual(made, y[:, -4:]), y[:, :-4]
+                    x_start, made = (from_residual(values, y) for values in (x_start, made))
                 pictures.append(made.cpu())
                 images.append(x_start.cpu())
                 ys.append(y.cpu())
