@@ -288,5 +288,5 @@ def _validation(config, pictures, inputs, diffusion, device, precision):
     steps = min(config.preview_steps, diffusion.num_timesteps)
     preview = diffusion_from(config, timestep_respacing=str(steps)).to(device)
     panel = functools.partial(preview_panel, num_classes=config.num_classes, one_hot=config.one_hot_label)
-    clean = dataclasses.replace(inputs, add_noise=False, drop_rate=0.0, crop=0)
+    clean = dataclasses.replace(inputs, add_noise=False, drop_rate=0.0, crop=0, color_drop=0.0)
     return Validation(items, clean, diffusion, preview, panel, device, precision)

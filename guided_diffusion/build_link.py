@@ -180,7 +180,7 @@ class ChainMaker:
         memory = int(self.config.label_memory * 2**30)
         fixed = self.model_of(header.precision), diffusion, self.bank, header.sampler
         options = {}
-        if self.config.color_layer and self.config.realism < 1:
+        if self.config.color_layer:
             whole = diffusion_from(self.config, timestep_respacing="", start_time=0)
             options = {"realism": self.config.realism, "whole": whole.to(self.device)}
         return Chain(*fixed, rule, header.selected_steps, self.device, precision, memory, **options)
@@ -213,9 +213,6 @@ def _target(config):
         return lambda height, width: config.target_bytes
     if config.target_bpp:
         return lambda height, width: int(config.target_bpp * height * width / 8)
-    for name, used in (("label_scale", True), ("color_step", config.color_layer)):
-        if used and getattr(config, name) == 0:
-            raise InputError(f"--{name} 0: a target decides; give --target_bpp or --target_bytes, or another --{name}")
     return None
 
 

@@ -115,11 +115,15 @@ def validate(config):
     """Refuse values that cannot be meant, by InputError."""
     for f in dataclasses.fields(config):
         check_flag(f, getattr(config, f.name))
-    for name in {"ema_rate", "link", "pool", "snr"} & vars(config).keys():
+    for name in {"ema_rate", "link", "pool", "snr", "send"} & vars(config).keys():
         if not parts_of(getattr(config, name)):
             raise InputError(f"--{name} {getattr(config, name)}: give at least one")
+    if config.color_layer and (config.prediction == "eps" or config.learn_sigma):
+        found = f"--prediction {config.prediction} --learn_sigma {config.learn_sigma}"
+        raise InputError(f"--color_layer True needs --prediction v or x0 and --learn_sigma False (now {found})")
     if isinstance(config, SampleConfig):
         _validate_link(config)
+        _validate_target(config)
         _validate_selection(config)
 
 
@@ -132,6 +136,21 @@ def _validate_link(config):
     if config.role != "link" and len(sweep(config)) > 1:
         found = f"--role {config.role}: one run makes one set of messages"
         raise InputError(f"{found}; drop the lists of --link, --pool and --snr")
+
+
+def _validate_target(config):
+    if config.start_time > config.diffusion_steps:
+        raise InputError(f"--start_time {config.start_time}: there are {config.diffusion_steps} --diffusion_steps")
+    if config.role == "receive":
+        return
+    if config.target_bpp and config.target_bytes:
+        raise InputError(f"--target_bpp {config.target_bpp:g} and --target_bytes {config.target_bytes}: give one")
+    if config.send == "color" and not config.color_layer:
+        raise InputError("--send color: this network has no colour layer; send labels")
+    zeros = {"label_scale": "labels", "color_step": "color"} if not config.target_bpp + config.target_bytes else {}
+    for name, part in zeros.items():
+        if part in config.send and getattr(config, name) == 0 and (part == "labels" or config.color_layer):
+            raise InputError(f"--{name} 0: a target decides; give --target_bpp or --target_bytes, or another --{name}")
 
 
 def _validate_selection(config):

@@ -76,7 +76,9 @@ RESPACING = '"250", "10,20,30" (sections), "ddim50", "logsnr20" (dpm++)'
 SCENES_HELP = "{} scenes of the split whose path in its folder begins with one of these: aachen,bonn/bonn_0000"
 LINK_HELP = "analog (noise on the planes, GESCO), digital (coded bits, by sionna-no-rt), ideal (bits arrive)"
 POOL_HELP = "filter on received planes: None, med (3x3 median), mean (3x3), max (mean, then 3x3 maximum)"
-COLOR_HELP = "quantiser step 2^(n/16) of the colour layer at 128x256, 88 to 175 in training; 0: by the target"
+COLOR_HELP = (
+    "step 2^(n/16) of the colour layer at 128x256, 88 to 175 in training; a target may enlarge it; 0: it decides"
+)
 WEIGHT_HELP = "rare: each pixel's error counts by its class's inverse share of the picture"
 FEEDBACK_HELP = "compare all candidates by so many NFE, the best quarter by more, and so on; 0: by whole chains"
 BASELINE_HELP = "codecs to compare with, at the message's bits; -bare: their containers are not counted"
@@ -240,8 +242,8 @@ class LinkFlags:
 
     send: str = by_message("labels,color", "parts that are sent", choices=("labels", "color"), each=str, needs=SENDS)
     color_step: int = by_message(120, COLOR_HELP, low=0, high=255, needs="color_layer")
-    target_bpp: float = by_message(0.0, "bits per pixel that no message exceeds; 0: none", low=0, needs=CODED)
-    target_bytes: int = by_message(0, "the same, in bytes", low=0, needs=CODED)
+    target_bpp: float = by_message(0.0, "bits per pixel that no message exceeds; 0: none", low=0, high=1e3, needs=SENDS)
+    target_bytes: int = by_message(0, "the same, in bytes", low=0, needs=SENDS)
     role: str = flag("link", "both ends, write messages, or read them", choices=("link", "transmit", "receive"))
     link: str = flag("analog", LINK_HELP, choices=LINKS, each=str, needs="role=link")
     pool: str = flag("None", POOL_HELP, choices=POOLS, each=str, needs=ANALOG)

@@ -17,7 +17,7 @@ from guided_diffusion import build_link
 from guided_diffusion.config import SampleConfig, parse_config
 from guided_diffusion.console import InputError
 from guided_diffusion.evaluation.run import _log_first_step, run_pictures
-from guided_diffusion.link.message import SESSION
+from guided_diffusion.link.message import SESSION, to_bytes
 from guided_diffusion.training.checkpoint import find_weights
 from guided_diffusion.training.distributed import Share
 
@@ -128,6 +128,10 @@ def test_run_with_a_colour_layer_is_the_same_at_both_ends(sample, receive, layer
     assert all(48 < color < total for color, total in sizes)
     sample("sent", role="transmit", **flags)
     receive(model_path=layered, color_layer=True)
+    bad = next((tmp_path / "sent" / "messages").glob("toytown*"))
+    bad.write_bytes(to_bytes({"all": bad.read_bytes()[:-8] + b"\xff" * 6}))  # its CRC is right
+    with pytest.raises(InputError, match=f"{bad.name}: its color part is damaged; send it again"):
+        receive(model_path=layered, color_layer=True)
     for name in ("picture_sha256", "bits_color", "bits_total"):
         assert column(tmp_path / "received", name) == column(tmp_path / "sent", name)
     assert column(tmp_path / "here", "picture_sha256") == column(tmp_path / "sent", "picture_sha256")

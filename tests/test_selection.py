@@ -211,21 +211,25 @@ def layered():
 PLANES = torch.cat([Y, normals(1, 3, *SIZE, seed=3).clamp(-1, 1), torch.full((1, 1, *SIZE), 0.5)], dim=1)
 
 
-def test_late_start_is_ddim_from_noise_of_that_step_alone(layered):
+@pytest.mark.parametrize("sent", [True, False])
+def test_late_start_is_ddim_from_the_noised_layer_or_without_one_from_the_noised_mean(layered, sent):
     model, late, whole = layered
+    planes = torch.cat([PLANES[:, :-4], PLANES[:, -4:] * sent], dim=1)
     chain = Chain(model, late, BANK, SamplerSettings("ddim", clip_denoised=False, start_time=600), whole=whole)
     x, alpha = BANK[4][None], [*whole.alphas_cumprod[[0, 200, 399, 599]].tolist()]
     assert late.kept == [0, 200, 399, 599]
-    x = math.sqrt(1 - alpha[3]) * x
+    last = float(whole.alphas_cumprod[-1])
+    mean = math.sqrt(last) * x - math.sqrt(1 - last) * model(x, torch.tensor([999.0]), planes)
+    x = math.sqrt(1 - alpha[3]) * x + math.sqrt(alpha[3]) * mean * (not sent)
     for k in (3, 2, 1, 0):
-        v = model(x, torch.tensor([float(late.kept[k])]), PLANES)
+        v = model(x, torch.tensor([float(late.kept[k])]), planes)
         x_start = math.sqrt(alpha[k]) * x - math.sqrt(1 - alpha[k]) * v
         eps = (x - math.sqrt(alpha[k]) * x_start) / math.sqrt(1 - alpha[k])
         below = alpha[k - 1] if k else 1.0
         x = math.sqrt(below) * x_start + math.sqrt(1 - below) * eps
-    result = chain.run(PLANES, [4])
-    assert torch.allclose(result.images, (PLANES[:, -4:-1] + 0.2 * x).clamp(-1, 1), atol=1e-5)
-    assert result.steps.tolist() == [4] and chain.evaluations(result) == 4
+    result = chain.run(planes, [4])
+    assert torch.allclose(result.images, (planes[:, -4:-1] + 0.2 * x).clamp(-1, 1), atol=1e-5)
+    assert result.steps.tolist() == [4] and chain.evaluations(result) == 4 + (not sent)
 
 
 def test_realism_is_the_share_of_the_sample_beside_the_mean(layered):
@@ -239,7 +243,9 @@ def test_realism_is_the_share_of_the_sample_beside_the_mean(layered):
     assert torch.allclose(mean, (dim[:, 5:8] + 0.2 * expected).clamp(-1, 1), atol=1e-5)
     inside = (mean.abs() < 1) & (sample.abs() < 1)
     assert inside.any() and torch.allclose(some[inside], (0.7 * mean + 0.3 * sample)[inside], atol=1e-5)
-    assert chains[0.3].evaluations(chains[0.3].run(dim, [2])) == 5
+    assert [chain.evaluations(chain.run(dim, [2])) for chain in chains.values()] == [1, 5, 4]
+    first, last = (select_initial(chains[r], dim, IMAGE, range(6)) for r in (0.0, 1.0))
+    assert first.index == last.index and torch.equal(first.picture, chains[0.0].run(dim, [first.index]).images[0])
 
 
 def test_weight_moves_the_choice_of_noise_to_where_it_is(layered):

@@ -84,15 +84,15 @@ def test_both_ends_build_equal_conditioning(coding, missing, form):
         assert torch.equal(y, encode_semantics(*planes, CLASSES))
 
 
-@pytest.mark.parametrize("target", [110, 130, 200, 400])
-def test_message_spends_its_target_and_never_more(target):
+@pytest.mark.parametrize(("target", "color_step"), [(110, 0), (130, 0), (200, 0), (400, 0), (200, 120), (400, 150)])
+def test_message_spends_its_target_and_never_more(target, color_step):
     template = replace(TEMPLATE, height=32, width=64, num_classes=35, edge_plane=False, **STEPS)
     street = draw_scene(3, 32, 64)
     found = {"image": torch.from_numpy(street[0]).permute(2, 0, 1)[None] / 127.5 - 1, "path": ["street"]}
     found["label"] = torch.from_numpy(street[1].astype("int64"))[None, None]
     prior = ColorPrior.fit([draw_scene(seed, 32, 64)[0] for seed in range(4)])
     session = Session(template, color_prior=prior)
-    transmitter = Transmitter(session, SemanticCoding(0, 0), None, target=lambda *size: target)
+    transmitter = Transmitter(session, SemanticCoding(0, 0), None, color_step=color_step, target=lambda *size: target)
     message, y = transmitter.describe(found)
     parts = session.encode(replace(message, codewords=(((0, 1), (1, -1)),) * 3))
     size = len(to_bytes(parts))
@@ -100,7 +100,8 @@ def test_message_spends_its_target_and_never_more(target):
     assert len(parts["labels"]) <= target / 3 or message.header.label_scale == 4
     if message.color:
         finer = encode_color(street[0], message.color[0] - 1, prior)
-        assert size - len(message.color) + 1 + len(finer) > target or message.color[0] == TRAINED[0]
+        assert size - len(message.color) + 1 + len(finer) > target or message.color[0] == max(color_step, TRAINED[0])
+        assert message.color[0] >= color_step
     with pytest.raises(InputError, match="street: its smallest message without colours has"):
         Transmitter(session, SemanticCoding(0, 0), None, target=lambda *size: 20).describe(found)
 

@@ -30,10 +30,11 @@ class EarlyStop:
 
 @dataclass
 class SampleResult:
-    """Pictures (N, 3, H, W) in [-1, 1], and how many steps (N,) int64 each took."""
+    """Pictures (N, 3, H, W) in [-1, 1], how many steps (N,) int64 each took, and evaluations of each beside those."""
 
     images: torch.Tensor
     steps: torch.Tensor
+    further: int = 0
 
 
 def sample(model, diffusion, y, noise, method="ddpm", s=1.0, eta=0.0, clip_denoised=True, **options):

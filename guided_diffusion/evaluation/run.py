@@ -291,13 +291,16 @@ class MessageRun(Run):
             self._read(k)
 
     def _read(self, k):
-        """Return message k, and the bits of its parts. InputError names a file that cannot be received."""
+        """Return the `Arrival` of message k, and the bits of its parts; InputError names a file that is no message."""
         try:
             message, bits = self.receiver.session.from_bytes(self.data[k])
             self.receiver.make_chain(message.header)
+            arrival = self.receiver.accept(message)
+            if arrival.problems:
+                raise InputError(f"its {arrival.problems[0]} part is damaged; send it again")
         except InputError as error:
             raise InputError(f"{self.files[k]}: {error}") from None
-        return message, bits
+        return arrival, bits
 
     def identity(self, k):
         """Return the columns that tell whether a row is of message k, as it is."""
@@ -306,8 +309,8 @@ class MessageRun(Run):
     def make(self, numbers, on_step):
         """Make the picture of one message, write its files, and return its row in a list."""
         (k,), started = numbers, time.monotonic()
-        message, bits = self._read(k)
-        arrival, header = self.receiver.accept(message), message.header
+        arrival, bits = self._read(k)
+        header = arrival.header
         result = self.receiver.pictures([arrival], on_step)
         image = result.images.float().cpu()
         files = {"received": show_semantics(arrival.y, header.num_classes, header.one_hot)[0]}

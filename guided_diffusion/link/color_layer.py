@@ -68,7 +68,10 @@ class ColorPrior:
     @classmethod
     def fit(cls, pictures):
         """Fit a prior to an iterable of pictures (H, W, 3) uint8 of one size."""
-        mean = np.mean([np.abs(spectrum(picture)) for picture in pictures], axis=0)  # (3, H, W)
+        total = count = 0
+        for picture in pictures:
+            total, count = total + np.abs(spectrum(picture)), count + 1
+        mean = total / count  # (3, H, W)
         height, width = mean.shape[1:]
         # Low frequencies count most: of them the layer is made.
         trust = (1 + np.hypot(np.arange(height)[:, None], np.arange(width))).reshape(-1, 1) ** -0.5  # (HW, 1)
@@ -137,6 +140,11 @@ def received_planes(body, size, prior):
     if not body:
         return torch.zeros(1, PLANES, *size)
     return layer_planes(decode_color(body[1:], body[0], size, prior), body[0])[None]
+
+
+def is_sent(y):
+    """Tell of conditionings (N, C, H, W) whether their layers are there: bool (N, 1, 1, 1)."""
+    return y[:, -1:, :1, :1] > 0
 
 
 def residual(image, y):

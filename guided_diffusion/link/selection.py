@@ -15,10 +15,10 @@ import torch
 
 from ..console import InputError
 from ..diffusion.conditioning import CACHE_BYTES, Conditioning
-from ..diffusion.sampling import EarlyStop, fresh_noise, run_chain
+from ..diffusion.sampling import EarlyStop, SampleResult, fresh_noise, run_chain
 from ..diffusion.solvers import SamplerSettings, StepRule
 from ..random_streams import generator
-from .color_layer import from_residual, residual
+from .color_layer import from_residual, is_sent, residual
 
 CODEBOOK_BYTES = 2**30  # memory that a codebook may take; otherwise every step makes its entries again
 FINALISTS = 4  # candidates whose whole chains decide
@@ -62,7 +62,7 @@ class Chain:
     def evaluations(self, result, network_steps=None):
         """NFE: network function evaluations that a `SampleResult` of this chain took; a guided step counts twice."""
         steps = int(result.steps.sum()) if network_steps is None else network_steps * len(result.steps)
-        steps += len(result.steps) * (self.realism < 1)
+        steps += len(result.steps) * result.further
         return steps * (2 if self.sampler.s > 1 else 1)
 
     def choice(self, result, index, codewords=(), score=None, spent=0):
@@ -95,20 +95,28 @@ class Chain:
                     z[n] = codeword_noise(bank, codeword, self.diffusion.kept[t])
             return z
 
-        step_noise = replay if any(codewords) else step_noise
-        options = {"seeds": seeds, "step_noise": step_noise, "on_step": on_step, "network_steps": network_steps}
+        options = {"seeds": seeds, "on_step": on_step, "network_steps": network_steps}
+        options["step_noise"] = replay if any(codewords) else step_noise
         options["early_stop"] = self.early_stop if network_steps is None else None
         with self.precision():
-            mean = self._mean(conditioning, x) if self.realism < 1 else None
-            if self.sampler.start_time:  # where the layer's residual is nothing but noise
-                last = torch.full((len(x),), self.diffusion.num_timesteps - 1, device=x.device)
-                x = self.diffusion.q_sample(torch.zeros_like(x), last, x)
-            result = run_chain(self.model, self.diffusion, conditioning, x, self.sampler, **options)
-        if mean is not None:
-            result.images = torch.lerp(mean, result.images, self.realism)
-        if self.has_layer:
-            result.images = from_residual(result.images, conditioning.y)
-        return result
+            if not self.has_layer:
+                return run_chain(self.model, self.diffusion, conditioning, x, self.sampler, **options)
+            y, mean, further = conditioning.y, torch.zeros_like(x), 0
+            if self.realism < 1 or (self.sampler.start_time and not is_sent(y).all()):
+                mean, further = self._mean(conditioning, x), 1
+            if self.realism or step_noise or self.early_stop:
+                result = self._sample(conditioning, x, mean, options)
+            else:
+                result = SampleResult(mean, torch.zeros(len(x), dtype=torch.int64))
+        images = torch.lerp(mean, result.images, self.realism) if self.realism < 1 else result.images
+        return SampleResult(from_residual(images, y), result.steps, further)
+
+    def _sample(self, conditioning, x, mean, options):
+        """Run chains of what a layer lacks; a late start is at the noised layer, or without one at the noised mean."""
+        if self.sampler.start_time:
+            last = torch.full((len(x),), self.diffusion.num_timesteps - 1, device=x.device)
+            x = self.diffusion.q_sample(torch.where(is_sent(conditioning.y), 0.0, mean), last, x)
+        return run_chain(self.model, self.diffusion, conditioning, x, self.sampler, **options)
 
     @torch.no_grad()
     def _mean(self, conditioning, x):
@@ -151,18 +159,19 @@ def select_initial(chain, y, image, candidates, distance=mse, batch_size=8, feed
 
     :param y: (1, C, H, W) conditioning, as the receiver will have it.
     :param image: (1, 3, H, W) in [-1, 1], the original picture.
-    :param candidates, batch_size: bank indices, and how many of them run together.
+    :param candidates, batch_size: bank indices, and how many of them run together; samples are compared, whatever
+        the chain's realism.
     :param distance: function (pictures (N, 3, H, W), image) -> (N,), smaller is better.
     :param feedback_steps: 0 runs every candidate's whole chain; otherwise see `halving_rungs`.
     """
     alive = sorted(set(candidates))
-    image, prepared, evaluations = image.to(chain.device), chain.prepare(y), 0
+    image, prepared, evaluations, looks = image.to(chain.device), chain.prepare(y), 0, replace(chain, realism=1.0)
     for network_steps, keep in halving_rungs(len(alive), chain.diffusion.num_timesteps, feedback_steps):
         scores = {}
         for k in range(0, len(alive), batch_size):
             ids = alive[k : k + batch_size]
-            result = chain.run(prepared, ids, on_step=on_step, network_steps=network_steps)
-            evaluations += chain.evaluations(result, network_steps)
+            result = looks.run(prepared, ids, on_step=on_step, network_steps=network_steps)
+            evaluations += looks.evaluations(result, network_steps)
             scores |= zip(ids, distance(result.images, image).tolist(), strict=True)
         alive = sorted(sorted(alive, key=lambda i: (scores[i], i))[:keep])
     result = chain.run(prepared, alive, on_step=on_step)  # alone, as the receiver makes it

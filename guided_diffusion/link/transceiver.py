@@ -72,8 +72,8 @@ class Transmitter:
     :param sent: which of "labels" and "color" are sent; the latter where the session has a prior for it.
     :param color_step: of the colour layer (see `encode_color`).
     :param target: function (H, W) -> bytes that a message never exceeds; None: no limit. It decides the label scale and
-        the colour step that are 0: the finest label map that takes at most `LABEL_SHARE` of the bytes (all, without
-        a layer), else the coarsest, and then the finest colour layer that fits.
+        the label scale that is 0, and the colour step: the finest label map that takes at most `LABEL_SHARE` of the
+        bytes (all, without a layer), else the coarsest, and then the finest layer that fits, of `color_step` at most.
     """
 
     def __init__(
@@ -119,7 +119,8 @@ class Transmitter:
 
     def _layer(self, picture, left):
         """Return the colour part of a picture (H, W, 3) uint8; with so many bytes left the finest, or none."""
-        steps, best = [self.color_step] if self.color_step else TRAINED, b""
+        fixed, best = self.color_step, b""
+        steps = [fixed] if left is None else range(fixed or TRAINED[0], max(fixed, TRAINED[-1]) + 1)
         low, high = 0, len(steps) - 1
         while low <= high:
             middle = (low + high) // 2
@@ -192,7 +193,11 @@ class Receiver:
         """Make an `Arrival` of a `Message`, or of what arrived of one; None where the header is lost."""
         if message.header is None:
             return None
-        y = condition(message, self.session.color_prior)
+        try:
+            y = condition(message, self.session.color_prior)
+        except InputError:  # its layer is damaged
+            message = replace(message, color=b"", problems=(*message.problems, "color"))
+            y = condition(message, self.session.color_prior)
         return Arrival(message.header, y, message.start_index or 0, message.codewords, message.problems)
 
     def pictures(self, arrivals, on_step=None):
@@ -221,7 +226,9 @@ class AnalogChannel:
         form = {"num_classes": header.num_classes, "one_hot": header.one_hot}
         channels = conditioning_channels(header.num_classes, header.one_hot, not header.edge_plane)
         semantics, layer = sent.y[:, :channels], sent.y[:, channels:]  # a colour layer arrives as it is
-        received = transmit(semantics, self.sigma, generators=[stream], pool=self.pool, **form)
+        received = semantics
+        if message.label is not None:
+            received = transmit(semantics, self.sigma, generators=[stream], pool=self.pool, **form)
         received, facts = torch.cat([received, layer], dim=1), analog_facts(semantics, self.sigma, **form)
         return Arrival(header, received, message.start_index or 0, message.codewords), facts
 

@@ -11,8 +11,6 @@ from ..link.color_layer import TRAINED, ColorPrior, coarse, layer_planes, residu
 from ..link.noise_bank import FreshNoise, NoiseBank
 from ..random_streams import generator, integer, uniform
 
-COLOR_DROP = 0.1  # share of samples without one
-
 
 @dataclass(frozen=True)
 class TrainingInputs:
@@ -24,6 +22,7 @@ class TrainingInputs:
     :param drop_rate: share of samples whose conditioning is null.
     :param add_noise, noise_to: send the conditioning over the analog channel; see `transmit`.
     :param color_prior: of a network with a colour layer; the picture to learn is then what the layer lacks.
+    :param color_drop: share of samples without a layer.
     :param crop: rows of the random part of a picture that is learned, in the picture's aspect; 0: whole pictures.
     :param sigma: the channel's standard deviation; None draws one of GESCO's training values per sample.
     """
@@ -40,6 +39,7 @@ class TrainingInputs:
     seed: int = 0
     color_prior: ColorPrior | None = None
     crop: int = 0
+    color_drop: float = 0.1
 
     def __call__(self, batch):
         """Return a prepared batch, in host memory.
@@ -107,7 +107,7 @@ class TrainingInputs:
         """Return the colour layer's planes of one picture (H, W, 3) uint8, with a step of its own, or none."""
         step = TRAINED[integer(self.seed, "color step", len(TRAINED), position)]
         planes = layer_planes(coarse(picture, step, self.color_prior), step)
-        return planes * (uniform(self.seed, "color drop", position) >= COLOR_DROP)
+        return planes * (uniform(self.seed, "color drop", position) >= self.color_drop)
 
     def _received(self, y, positions):
         sigma = self.sigma
