@@ -4,10 +4,10 @@ indices.
 python docs/quality_study.py --data_dir D --model_path M --features F --s 2 --pictures 32 --runs 2 \\
     --samplers ddpm:1000,ddim:50,dpm++:20,dpm++:20:0.05 --output quality
 
-A sampler is METHOD:STEPS, with a third part for the tolerance of an early stop. Run r of picture k starts from bank
-entry r * pictures + k, whatever the sampler, so runs differ only in the noise index. It goes on where it was
-interrupted; output/METHOD_STEPS/ holds the pictures, output/pictures.csv their PSNR, SSIM and steps,
-output/quality.csv the tables' rows.
+It is for networks without a colour layer. A sampler is METHOD:STEPS, with a third part for the tolerance of an early
+stop. Run r of picture k starts from bank entry r * pictures + k, whatever the sampler, so runs differ only in the
+noise index. It goes on where it was interrupted; output/METHOD_STEPS/ holds the pictures, output/pictures.csv their
+PSNR, SSIM and steps, output/quality.csv the tables' rows.
 """
 
 import argparse

@@ -19,7 +19,7 @@ def line(caption, summary, extra=""):
     shown += [f"{mean['psnr_db']:.2f} ({float(low):.1f}…{float(high):.1f})", f"{mean['ssim']:.3f}"]
     for name, form in SET.items():
         name = next((found for found in whole if found.startswith(f"{name}_")), name) if name == "swd" else name
-        ends = summary["set_interval_95"].get(name)
+        ends = summary.get("set_interval_95", {}).get(name)
         ends = f" ({ends[0]:{form}}…{ends[1]:{form}})" if ends else ""
         shown.append(f"{whole[name]:{form}}{ends}" if name in whole else "")
     return "| " + " | ".join([caption, *parts, *shown]) + " |"

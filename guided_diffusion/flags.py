@@ -187,7 +187,7 @@ class TrainFlags:
     resume_checkpoint: str = anyhow("", "model file to go on from, or auto: the newest in checkpoint_dir, if any")
     resume_partial: bool = anyhow(False, "resume although parts are missing", needs="resume_checkpoint")
     batch_size: int = anyhow(1, "pictures per step in each process", low=1)
-    crop: int = flag(0, "train on random parts of so many rows, in the picture's aspect; 0: on whole pictures", low=0)
+    crop: int = flag(0, "train on random parts of so many rows, half of them mirrored; 0: on whole pictures", low=0)
     microbatch: int = flag(-1, "pictures per pass; -1: the batch, on a CPU two at a time", low=-1, needs="split_batch")
     lr: float = flag(1e-4, "learning rate of AdamW", low=0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", low=0)
@@ -225,7 +225,9 @@ class SampleFlags:
     sampler: str = by_message("", "dpm++: DPM-Solver++ 2M; empty: ddpm, or ddim with --use_ddim", choices=SAMPLERS)
     label_memory: float = anyhow(4.0, "GiB for cached SPADE modulation; beyond: computed every step", low=0, high=1e6)
     eta: float = by_message(0.0, "share of fresh noise in DDIM", low=0, high=1, needs="sampler=ddim")
-    clip_denoised: bool = by_message(True, "clip the predicted picture to the valid range at every step")
+    clip_denoised: bool = by_message(
+        True, "clip predicted pictures to the valid range at every step; not beside a colour layer"
+    )
     start_time: int = by_message(0, "begin below this step, at the layer; 0: at T", low=0, needs="color_layer")
     realism: float = flag(1.0, "0: the mean picture, 1: a sample, between: a mix", low=0, high=1, needs="color_layer")
     s: float = by_message(1.0, "guidance scale; above 1 doubles the cost", low=1)

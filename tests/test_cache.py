@@ -103,8 +103,9 @@ def test_cache_is_built_once_with_a_bar(city, tmp_path, monkeypatch, capsys):
         assert kept[3]["label"].shape == (1, 8, 16) and not seen and not capsys.readouterr().err
     opened(city, tmp_path / "cache", size=16)
     assert sorted(seen) == list(range(5))
-    names = {path.name for path in (tmp_path / "cache").iterdir()}
-    assert names == {"city_cityscapes_train_16", "city_cityscapes_train_8"}
+    opened(city, tmp_path / "cache", only="aachen")
+    names = {path.name.removeprefix("city_cityscapes_train_") for path in (tmp_path / "cache").iterdir()}
+    assert names == {"16", "8", "8_only_aachen"}
 
 
 def test_cache_of_other_contents_is_built_anew(city, tmp_path, monkeypatch, capsys):

@@ -51,6 +51,7 @@ def open_cache(dataset):
     root, split = os.fspath(dataset.data_dir), "train" if dataset.is_train else "val"
     name = f"{os.path.basename(os.path.abspath(root))}_{dataset.dataset_mode}_{split}_{dataset.image_size}"
     name += "_no_instance" if dataset.no_instance else ""
+    name += "".join(f"_{word}_{value}" for word in ("only", "leave_out") if (value := getattr(dataset, word)))
     folder = os.path.join(dataset.cache_dir, re.sub(r"[^\w.-]", "_", name))
     recipe = {"mode": dataset.dataset_mode, "split": split, "image_size": dataset.image_size, "Pillow": PIL.__version__}
     recipe["kinds"] = ["label"] + ["image", "edge"] * dataset.has_images + ["instance"] * dataset.has_instances
