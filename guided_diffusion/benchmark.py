@@ -25,22 +25,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from . import build
-from .config import TrainConfig, parse_config, parts_of
+from .config import SampleConfig, TrainConfig, parse_config, parts_of
 from .console import InputError, bar_options, log, run_script
 from .data.datasets import SceneDataset
+from .data.semantics import conditioning_channels
 from .data.toy_scenes import write_toy_scenes
 from .diffusion.conditioning import Conditioning
 from .diffusion.gaussian_diffusion import guided_denoiser
 from .diffusion.sampling import run_chain
 from .diffusion.solvers import SamplerSettings, ancestral_step
 from .files import atomic_write, check_folder
+from .link.color_layer import PLANES
 from .training import devices
 
-CONFIGURATIONS = {  # S: 64x128, a step takes a CPU less than a second; readme: 256x512, wants a GPU
+CONFIGURATIONS = {  # S: 64x128, a step takes a CPU less than a second; readme: 256x512, wants a GPU; camvid: 128x256
     "S": "--image_size 64 --num_channels 64 --num_head_channels 32 --resblock_updown True --learn_sigma True",
     "readme": "--preset cityscapes",
+    "camvid": "--preset camvid",
 }
-SAMPLERS = (("dpm++", "logsnr12"), ("dpm++", "logsnr20"), ("ddim", "50"))
+SAMPLERS = (("dpm++", "logsnr12"), ("dpm++", "logsnr20"), ("ddim", "50"))  # but with a colour layer the preset's alone
 CACHE_BYTES = 10 * 2**30  # --label_memory of the cityscapes preset
 GUIDANCE = 2.0  # the scale s
 ROUNDS = 3  # turns behind each median of a step
@@ -99,8 +102,9 @@ def network(bench, path, precision):
 
 def noise_and_labels(bench):
     """Return a noise (1, 3, H, W) and a conditioning (1, C, H, W)."""
-    size = bench.config.image_size, 2 * bench.config.image_size
-    y = torch.rand(1, bench.config.num_classes + 1, *size, device=bench.device)  # one plane for edges
+    config, size = bench.config, (bench.config.image_size, 2 * bench.config.image_size)
+    channels = conditioning_channels(config.num_classes, config.one_hot_label, config.no_instance)
+    y = torch.rand(1, channels + PLANES * config.color_layer, *size, device=bench.device)
     return torch.randn(1, 3, *size, device=bench.device), y
 
 
@@ -126,17 +130,26 @@ def reverse_steps(bench):
     return step_rows(bench, {case: reverse_step(bench, *case) for case in bench.cases}, 1)
 
 
+def chains(bench):
+    """Return the samplers whose pictures are timed: (method, steps), or (method, steps, guidance scale, start)."""
+    if bench.config.color_layer:
+        preset, _ = parse_config(SampleConfig, "", ["--preset", bench.config.preset])
+        return [(preset.sampler, preset.timestep_respacing, preset.s, preset.start_time)]
+    return SAMPLERS[:1] if bench.quick else SAMPLERS
+
+
 def pictures(bench):
     """One picture, the cached modulation included, against 1000 plain ancestral steps"""
     plain, (x, y) = 1000 * timer(reverse_step(bench, "plain", "fp32")).timeit(2).median, noise_and_labels(bench)
     for precision in bench.precisions:
         model = network(bench, "fast", precision)
-        for method, steps in SAMPLERS[:1] if bench.quick else SAMPLERS:
-            diffusion = build.diffusion_from(bench.config, timestep_respacing=steps).to(bench.device)
-            settings = SamplerSettings(method, steps, GUIDANCE)
+        for method, steps, *late in chains(bench):
+            guidance, start = late or (GUIDANCE, 0)
+            diffusion = build.diffusion_from(bench.config, timestep_respacing=steps, start_time=start).to(bench.device)
+            settings = SamplerSettings(method, steps, guidance)
 
             def run(model=model, diffusion=diffusion, settings=settings):
-                condition = Conditioning(model, y, GUIDANCE, CACHE_BYTES)
+                condition = Conditioning(model, y, settings.s, CACHE_BYTES)
                 run_chain(model, diffusion, condition, x, settings, seeds=[0])
 
             with devices.autocast(bench.device, precision):
@@ -238,7 +251,9 @@ PARTS = {  # name: (function, columns of its table)
 def prepare(arguments, folder):
     """Return the flags, checked, and beside them what the parts take: config, device, precisions, cases, rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configuration", default="S", choices=CONFIGURATIONS, help="S: 64x128; readme: 256x512")
+    parser.add_argument(
+        "--configuration", default="S", choices=CONFIGURATIONS, help="S: 64x128; readme: 256x512; camvid: 128x256"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer cases: some minutes on 2 cores")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to measure: %(default)s")
     parser.add_argument("--output", default="benchmark.json", help="where the figures go, after each part")

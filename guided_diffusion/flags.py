@@ -187,7 +187,7 @@ class TrainFlags:
     resume_checkpoint: str = anyhow("", "model file to go on from, or auto: the newest in checkpoint_dir, if any")
     resume_partial: bool = anyhow(False, "resume although parts are missing", needs="resume_checkpoint")
     batch_size: int = anyhow(1, "pictures per step in each process", low=1)
-    crop: int = flag(0, "train on random parts of so many rows, half of them mirrored; 0: on whole pictures", low=0)
+    crop: int = flag(0, "train on random parts of so many rows, in the picture's aspect; 0: on whole pictures", low=0)
     microbatch: int = flag(-1, "pictures per pass; -1: the batch, on a CPU two at a time", low=-1, needs="split_batch")
     lr: float = flag(1e-4, "learning rate of AdamW", low=0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", low=0)

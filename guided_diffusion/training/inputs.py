@@ -23,8 +23,7 @@ class TrainingInputs:
     :param add_noise, noise_to: send the conditioning over the analog channel; see `transmit`.
     :param color_prior: of a network with a colour layer; the picture to learn is then what the layer lacks.
     :param color_drop: share of samples without a layer.
-    :param crop: rows of the random part of a picture that is learned, in the picture's aspect and half the time
-        mirrored; 0: whole pictures.
+    :param crop: rows of the random part of a picture that is learned, in the picture's aspect; 0: whole pictures.
     :param sigma: the channel's standard deviation; None draws one of GESCO's training values per sample.
     """
 
@@ -62,9 +61,10 @@ class TrainingInputs:
         one_hot = self.one_hot and self.add_noise
         y = torch.cat([self._semantics(batch, k, one_hot) for k in range(len(positions))])
         if self.crop:
+            parts = [self._part(position, *shape[1:]) for position in positions]
             for name in {"image", "noise", "layer"} & {*prepared}:
-                prepared[name] = self._parts(prepared[name], positions, mirror=name != "noise")
-            y = self._parts(y, positions)
+                prepared[name] = torch.stack([value[part] for value, part in zip(prepared[name], parts, strict=True)])
+            y = torch.stack([value[part] for value, part in zip(y, parts, strict=True)])
         if self.add_noise:
             place = sent_planes(y, self.num_classes, one_hot).nonzero().T  # (2, K): sample and plane
             return prepared | {"planes": self._received(y, positions)[tuple(place)], "place": place}
@@ -94,17 +94,14 @@ class TrainingInputs:
         semantics = (batch[name][k : k + 1] if name in batch else None for name in names)
         return received_semantics(*semantics, self.num_classes, one_hot, self.edge_plane, coding)
 
-    def _parts(self, values, positions, mirror=True):
-        """Return random parts of values (N, C, H, W), half of them mirrored: what a bank's noise must not be."""
-        (height, width), parts = values.shape[2:], []
-        rows, columns = self.crop, width * self.crop // height
-        for value, position in zip(values, positions, strict=True):
-            top = integer(self.seed, "part_top", height - rows + 1, position)
-            left = integer(self.seed, "part_left", width - columns + 1, position)
-            part = value[:, top : top + rows, left : left + columns]
-            mirrored = mirror and uniform(self.seed, "mirror", position) < 0.5
-            parts.append(part.flip(2) if mirrored else part)
-        return torch.stack(parts)
+    def _part(self, position, height, width):
+        """Return the index of a random part in (C, H, W) tensors."""
+        sides = self.crop, width * self.crop // height
+        rows, columns = (
+            slice(start := integer(self.seed, purpose, whole - side + 1, position), start + side)
+            for purpose, whole, side in zip(("part_top", "part_left"), (height, width), sides, strict=True)
+        )
+        return slice(None), rows, columns
 
     def _layer(self, picture, position):
         """Return the colour layer's planes of one picture (H, W, 3) uint8, with a step of its own, or none."""
