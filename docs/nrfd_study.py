@@ -1,0 +1,284 @@
+"""What drawing the forward noise from a small bank does (NR-FD, arXiv 2412.06980): the study of docs/nrfd.md.
+
+python docs/nrfd_study.py --data_dir camvid --features features.pt --segmenter judge.pt --output nrfd --workers 2
+
+For each prediction, bank size and seed it trains a network by a plain run of image_train.py, into
+OUTPUT/PREDICTION_SIZE_SEED with its command in command.txt, and then measures it: the loss on entries of the bank, on
+entries that were never drawn and on fresh noise; pictures whose start and later noise come from either; what the
+choice of noise gains, by plain runs of image_sample.py. Each result is a file: run again, the study goes on where it
+was interrupted. nrfd.csv has a row for each figure; tables.md means over seeds with 95 % intervals (Student's t).
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from codec_study import measured
+from study import append, link_parts, rows_of
+from tqdm import tqdm
+
+from guided_diffusion import build
+from guided_diffusion.config import TrainConfig, load_config, parts_of
+from guided_diffusion.console import InputError, bar_options, log, run_script
+from guided_diffusion.files import atomic_write
+from guided_diffusion.link.noise_bank import FreshNoise, NoiseBank
+from guided_diffusion.link.selection import codeword_noise
+from guided_diffusion.random_streams import integer
+from guided_diffusion.training.checkpoint import load_weights
+from guided_diffusion.training.early_stopping import EarlyStopping
+from guided_diffusion.training.inputs import TrainingInputs
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = (
+    "--preset toy --color_layer False --add_noise False --drop_rate 0 --no_instance True --lr_anneal_steps 0"
+    " --ema_rate 0.99 --eval_interval 25 --eval_items 16 --preview_items 0 --log_interval 25 --lr 6e-4"
+)
+BANDS = {"high": (0.70, 0.98), "middle": (0.35, 0.65), "low": (0.02, 0.30)}  # of noise: shares of the time axis
+TIMES, ITEMS = 4, 24  # timesteps in a band, validation pictures: behind each loss
+CHAIN = {"sampler": "ddpm", "timestep_respacing": 50}
+CHOICES = {  # what is chosen: flags
+    "nothing": "--noise_index random --use_ddim True --timestep_respacing 20",
+    "start": "--noise_index best --candidates 16 --use_ddim True --timestep_respacing 20",
+    "no step": "--noise_index random --timestep_respacing 20",
+    "steps": "--selection per_step --step_candidates 256 --step_atoms 1 --timestep_respacing 20",
+}
+PATIENCE, MIN_DELTA = (2, 4, 8), (0.0, 0.003, 0.01)
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantiles, by the number of seeds
+
+
+# -- one network ------------------------------------------------------------------------------------------------------
+
+
+def train(run, options):
+    """Train one network with image_train.py, resumed where it was interrupted."""
+    prediction, size, seed = run
+    folder = folder_of(run, options)
+    words = [*TRAIN.split(), "--data_dir", options.data_dir, "--checkpoint_dir", str(folder), *options.flags.split()]
+    words += ["--prediction", prediction, "--noise_bank_size", str(size), "--seed", str(seed)]
+    words += ["--total_steps", str(options.steps), "--save_interval", str(options.steps // options.points)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "command.txt").write_text(shlex.join(["python", "image_train.py", *words]) + "\n")
+    script(folder / "train.log", "image_train.py", *words, "--resume_checkpoint", "auto")
+
+
+def script(path, *words):
+    """Run a script of the repository with its output in a file, whose end an error shows."""
+    with open(path, "a") as f:
+        code = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], stdout=f, stderr=f).returncode
+    if code:
+        raise InputError(f"{path}: exit code {code}: {path.read_text()[-300:]}")
+
+
+def losses(run, options):
+    """Return rows of the loss by bands of noise, at every checkpoint: on the bank, on entries never drawn, off it."""
+    folder, size = folder_of(run, options), run[1]
+    values = load_config(folder / "config.json")
+    config = TrainConfig(**{name: value for name, value in values.items() if name in TrainConfig.__dataclass_fields__})
+    pictures, model, diffusion = build.data_set(config, False), build.model_from(config), build.diffusion_from(config)
+    fresh = FreshNoise((3, *pictures.sample_size(0)), 0)
+    form = config.num_classes, config.one_hot_label, not config.no_instance
+    inputs = TrainingInputs(*form, fresh, build.semantic_coding(config))
+    noises = {"fresh": lambda n: fresh[n]}
+    if size:
+        entries = NoiseBank(fresh.shape, size + max(1, size // 10), config.noise_bank_seed)
+        noises["bank"] = lambda n: entries[integer(0, "drawn", size, n)]
+        noises["never drawn"] = lambda n: entries[size + integer(0, "never drawn", len(entries) - size, n)]
+    spread = np.linspace(0, len(pictures) - 1, ITEMS).round().astype(int)
+    batches = [inputs(pictures.batch([int(k)])) for k in spread]
+    rows = []
+    for weights in sorted(folder.glob("ema_*.pt")):
+        load_weights(model, weights)
+        for (noise, draw), (band, ends) in product(noises.items(), BANDS.items()):
+            t, found = torch.tensor(np.linspace(*ends, TIMES) * diffusion.num_timesteps).long(), []
+            for k, batch in enumerate(batches):
+                x, y = batch["image"].expand(TIMES, -1, -1, -1), inputs.conditioning(batch).expand(TIMES, -1, -1, -1)
+                z = torch.stack([draw(TIMES * k + j) for j in range(TIMES)])
+                with torch.no_grad():
+                    found.append(diffusion.training_losses(model.eval(), x, t, y=y, noise=z)["mse"])
+            rows.append({"step": step_of(weights), "what": f"{noise}, {band} noise", "loss": mean(found)})
+    return rows
+
+
+def mean(tensors):
+    """Return the mean of tensors (n,) as a number."""
+    return float(torch.cat(tensors).mean())
+
+
+def step_of(weights):
+    """Return the step of a weights file, from its name."""
+    return int(weights.stem.rpartition("_")[2])
+
+
+def pictures(run, options):
+    """Return rows of what is measured of pictures: at every checkpoint from an entry, at the last one four kinds."""
+    checkpoints, rows = sorted(folder_of(run, options).glob("ema_*.pt")), []
+    for weights in checkpoints:
+        place = SimpleNamespace(data_dir=options.data_dir, model_path=weights, output=options.output)
+        networks = {"features": options.features, "segmenter": options.segmenter, "metrics": "psnr,kid,miou"}
+        config, parts = link_parts(place, **networks, **CHAIN, link="analog")
+        chain, dataset = parts["transmitter"](config).chain, parts["dataset"]
+        fresh, bank = FreshNoise((3, *dataset.sample_size(0)), 1), chain.bank
+        numbers = range(min(options.pictures, len(dataset)))
+        scenes = [dataset.batch([k * len(dataset) // len(numbers)]) for k in numbers]
+        y = torch.cat([parts["transmitter"](config).describe(scene)[1] for scene in scenes])
+        original, label = (torch.cat([scene[name] for scene in scenes]) for name in ("image", "label"))
+        starts = {"entry": bank, "fresh": fresh} if bank.size else {"fresh": fresh}
+        kinds = [(start, later) for start in starts for later in ("fresh", *(["entries"] if bank.size else []))]
+        for start, later in kinds if weights == checkpoints[-1] else kinds[:1]:
+            made = []
+            for own in torch.tensor(numbers).split(8):
+                indices = [k % bank.size if start == "entry" else k for k in own.tolist()]
+                noise = partial(entry_noise, bank, chain.diffusion.kept, own.tolist()) if later == "entries" else None
+                made.append(replace(chain, bank=starts[start]).run(y[own], indices, step_noise=noise).images.cpu())
+            row = measured(parts["measures"].metrics, torch.cat(made), original, label)
+            rows.append({"step": step_of(weights), "what": f"start {start}, later {later}", **row})
+    return rows
+
+
+def entry_noise(bank, kept, numbers, t, x, out):
+    """Return a step's noise (n, 3, H, W) for pictures `numbers`: masked entries, as in selection, but drawn."""
+    drawn = [integer(0, "entry of a step", bank.size, 1000 * numbers[row] + t) for row in out["rows"].tolist()]
+    return torch.stack([codeword_noise(bank, ((k,), (1,)), kept[t]) for k in drawn]).to(x)
+
+
+def selection(run, options):
+    """Return rows of what the choice of noise gains, by runs of image_sample.py."""
+    rows, size = [], run[1]
+    for what, flags in CHOICES.items() if size > 1 else ():
+        folder = folder_of(run, options) / "selection" / what.replace(" ", "_")
+        words = [*flags.split(), "--data_dir", options.data_dir, "--model_path", str(folder_of(run, options))]
+        words += ["--num_samples", str(options.chosen), "--results_path", str(folder), "--metrics", "psnr"]
+        folder.mkdir(parents=True, exist_ok=True)
+        script(folder / "sample.log", "image_sample.py", *words, "--panel_items", "0", "--device", "cpu")
+        found = json.loads((folder / "summary.json").read_text())["mean"]["psnr_db"]
+        rows.append({"step": options.steps, "what": f"chosen: {what}", "psnr_db": found})
+    return rows
+
+
+def stopping(run, options):
+    """Return rows of where early stopping would have ended a training: steps, share of the seconds, the score there."""
+    rows, scores = [], [row for row in rows_of(folder_of(run, options) / "progress.csv") if row["val_score"]]
+    scores = [tuple(float(row[name]) for name in ("step", "val_score", "seconds")) for row in scores]
+    for patience, delta in product(PATIENCE, MIN_DELTA):
+        rule = EarlyStopping(patience, delta)
+        for step, score, _ in scores:
+            if not rule.exhausted:
+                rule.update(score, step)
+                waited = step
+        seconds = {step: seconds for step, _, seconds in scores}[waited]
+        row = {"step": waited, "what": f"patience {patience}, min_delta {delta:g}"}
+        row |= {"steps_saved": 1 - waited / scores[-1][0], "seconds_saved": 1 - seconds / scores[-1][2]}
+        rows.append(row | {"loss": rule.best, "loss_at_end": scores[-1][1]})
+    return rows
+
+
+# -- the study --------------------------------------------------------------------------------------------------------
+
+PARTS = {"losses": losses, "stopping": stopping, "pictures": pictures, "selection": selection}
+
+
+def folder_of(run, options):
+    """Return the folder of one network; a bank of size 0 is fresh noise."""
+    prediction, size, seed = run
+    return Path(options.output) / f"{prediction}_{size or 'fresh'}_{seed}"
+
+
+def cell(run, options):
+    """Do what is missing of one network: its training, and each part's rows in PART.json."""
+    torch.set_num_threads(1)
+    if not (folder_of(run, options) / f"model{options.steps:06d}.pt").exists():
+        train(run, options)
+    for part in parts_of(options.parts):
+        path = folder_of(run, options) / f"{part}.json"
+        if not path.exists():
+            rows = PARTS[part](run, options)
+            with atomic_write(path) as f:
+                json.dump(rows, f, indent=1)
+
+
+def interval(values):
+    """Return mean and half a 95 % interval of the mean over seeds; the latter NaN for a single one."""
+    spread = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return np.mean(values), STUDENT.get(len(values), 1.96) * spread
+
+
+def report(runs, options):
+    """Write nrfd.csv and tables.md from the cells that are there."""
+    output, table = Path(options.output), []
+    for prediction, size, seed in runs:
+        for part in PARTS:
+            path = folder_of((prediction, size, seed), options) / f"{part}.json"
+            for row in json.loads(path.read_text()) if path.exists() else ():
+                key = {"part": part, "prediction": prediction, "size": size or "fresh", "seed": seed}
+                table += [
+                    {**key, "step": row["step"], "what": row["what"], "measure": measure, "value": value}
+                    for measure, value in row.items()
+                    if measure not in ("step", "what") and not measure.endswith(("_low", "_high"))
+                ]
+    if not table:
+        return
+    (output / "nrfd.csv").unlink(missing_ok=True)
+    append(output / "nrfd.csv", table)
+    groups = {}
+    for row in table:
+        if row["part"] == "stopping" or row["step"] == options.steps:
+            key = row["part"], row["prediction"], row["what"], row["measure"]
+            groups.setdefault(key, {}).setdefault(row["size"], []).append(row["value"])
+    sizes = list(dict.fromkeys(row["size"] for row in table))
+    with atomic_write(output / "tables.md") as f:
+        for part in PARTS:
+            head = ["prediction", "what", "measure", *map(str, sizes)]
+            f.write(f"\n## {part}\n\n| {' | '.join(head)} |\n|{' --- |' * len(head)}\n")
+            for (own, prediction, what, measure), found in groups.items():
+                if own == part:
+                    cells = [interval(found[size]) if size in found else None for size in sizes]
+                    shown = [f"{each[0]:.4g} ± {each[1]:.2g}" if each else "" for each in cells]
+                    f.write(f"| {' | '.join([prediction, what, measure, *shown])} |\n")
+    log(f"nrfd.csv and tables.md are in {output}")
+
+
+def parse(arguments=None):
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data_dir", "output", "features", "segmenter"):
+        parser.add_argument(f"--{name}", required=True)
+    lists = {"sizes": "1,10,100,1000,10000,0", "predictions": "eps,x0", "seeds": "0,1,2", "parts": ",".join(PARTS)}
+    for name, default in lists.items():
+        parser.add_argument(f"--{name}", default=default, help="of %(default)s; size 0 is fresh noise")
+    numbers = {"steps": 800, "points": 8, "pictures": 64, "chosen": 16, "workers": 1}
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+    parser.add_argument("--flags", default="--leave_out 0006r0", help="of all trainings (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    for part in parts_of(options.parts):
+        if part not in PARTS:
+            raise InputError(f"--parts {part}: choose from {', '.join(PARTS)}")
+    return options
+
+
+def main():
+    """Do what is missing, a network in each worker at a time, then write the tables."""
+    options = parse()
+    sizes, seeds = (list(map(int, parts_of(text))) for text in (options.sizes, options.seeds))
+    # Seed by seed, so that the first tables are of all networks.
+    runs = [(prediction, size, seed) for seed, prediction, size in product(seeds, parts_of(options.predictions), sizes)]
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        cells = [pool.submit(cell, run, options) for run in runs]
+        for done in tqdm(as_completed(cells), total=len(cells), unit="network", **bar_options()):
+            done.result()
+            report(runs, options)
+
+
+if __name__ == "__main__":
+    run_script(main)
