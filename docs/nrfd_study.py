@@ -49,9 +49,9 @@ TIMES, ITEMS = 4, 24  # timesteps in a band, validation pictures: behind each lo
 CHAIN = {"sampler": "ddpm", "timestep_respacing": 50}
 CHOICES = {  # what is chosen: flags
     "nothing": "--noise_index random --use_ddim True --timestep_respacing 20",
-    "start": "--noise_index best --candidates 16 --use_ddim True --timestep_respacing 20",
+    "start": "--noise_index best --candidates {start} --use_ddim True --timestep_respacing 20",
     "no step": "--noise_index random --timestep_respacing 20",
-    "steps": "--selection per_step --step_candidates 256 --step_atoms 1 --timestep_respacing 20",
+    "steps": "--selection per_step --step_candidates {step} --step_atoms 1 --timestep_respacing 20",
 }
 PATIENCE, MIN_DELTA = (2, 4, 8), (0.0, 0.003, 0.01)
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantiles, by the number of seeds
@@ -126,7 +126,7 @@ def pictures(run, options):
     for weights in checkpoints:
         place = SimpleNamespace(data_dir=options.data_dir, model_path=weights, output=options.output)
         networks = {"features": options.features, "segmenter": options.segmenter, "metrics": "psnr,kid,miou"}
-        config, parts = link_parts(place, **networks, **CHAIN, link="analog")
+        config, parts = link_parts(place, lambda line: None, **networks, **CHAIN, link="analog")
         chain, dataset = parts["transmitter"](config).chain, parts["dataset"]
         fresh, bank = FreshNoise((3, *dataset.sample_size(0)), 1), chain.bank
         numbers = range(min(options.pictures, len(dataset)))
@@ -157,7 +157,8 @@ def selection(run, options):
     rows, size = [], run[1]
     for what, flags in CHOICES.items() if size > 1 else ():
         folder = folder_of(run, options) / "selection" / what.replace(" ", "_")
-        words = [*flags.split(), "--data_dir", options.data_dir, "--model_path", str(folder_of(run, options))]
+        words = flags.format(start=min(16, size), step=min(256, size)).split()
+        words += ["--data_dir", options.data_dir, "--model_path", str(folder_of(run, options))]
         words += ["--num_samples", str(options.chosen), "--results_path", str(folder), "--metrics", "psnr"]
         folder.mkdir(parents=True, exist_ok=True)
         script(folder / "sample.log", "image_sample.py", *words, "--panel_items", "0", "--device", "cpu")
@@ -222,9 +223,9 @@ def report(runs, options):
             for row in json.loads(path.read_text()) if path.exists() else ():
                 key = {"part": part, "prediction": prediction, "size": size or "fresh", "seed": seed}
                 table += [
-                    {**key, "step": row["step"], "what": row["what"], "measure": measure, "value": value}
+                    {**key, "step": row["step"], "what": row["what"], "measure": measure, "value": float(value)}
                     for measure, value in row.items()
-                    if measure not in ("step", "what") and not measure.endswith(("_low", "_high"))
+                    if measure not in ("step", "what") and not measure.endswith(("_low", "_high", "_std", "_real"))
                 ]
     if not table:
         return

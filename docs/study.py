@@ -8,11 +8,11 @@ from guided_diffusion.console import log
 from guided_diffusion.training.checkpoint import find_weights, trained_config
 
 
-def link_parts(options, **flags):
+def link_parts(options, log=log, **flags):
     """Return the config and the parts of a sampling run with the checkpoint's flags.
 
     :param options: names data_dir, model_path and output.
-    :param flags: further flags of image_sample.py.
+    :param log, flags: function of a line; further flags of image_sample.py.
     """
     flags = {
         "data_dir": options.data_dir,
