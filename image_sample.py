@@ -34,7 +34,7 @@ def regenerate(config, given, ranks):
     weights = find_weights(config.model_path, config.dry_run, log_main)
     trained, source = trained_config(weights)
     warnings = flags.adopt_training_config(config, given, trained, source) if trained else []
-    flags.check_bank(config, given)
+    flags.check_adopted(config, given)
     warnings += flags.unused_flags(config, given)
     if config.s > 1 and trained.get("drop_rate") == 0:
         warnings.append(f"--s {config.s:g} guides a model trained without --drop_rate, which never saw empty semantics")

@@ -6,7 +6,7 @@ Start small: python image_train.py --preset toy
 import os
 from pathlib import Path
 
-from guided_diffusion.config import TrainConfig, adopt_resumed, parse_config, save_config, unused_flags
+from guided_diffusion.config import TrainConfig, adopt_resumed, check_adopted, parse_config, save_config, unused_flags
 from guided_diffusion.console import Interrupts, log, run_script
 from guided_diffusion.files import check_folder
 
@@ -35,6 +35,7 @@ def train(config, given, group, device, interrupts):
     log_main = log if group.main else lambda line: None
     for line in [*adopt_resumed(config, given), *unused_flags(config, given)]:
         log_main(f"warning: {line}")
+    check_adopted(config)
     check_folder(config.checkpoint_dir, "checkpoint_dir")
     group.main_first(lambda: build.draw_toy_scenes(config, given, log))
     if config.dry_run:

@@ -1,6 +1,6 @@
-"""What drawing the forward noise from a small bank does (NR-FD, arXiv 2412.06980): the study of docs/nrfd.md.
+"""What drawing the forward noise from a small bank does (NR-FD, arXiv 2412.06980): tables and figures.
 
-python docs/nrfd_study.py --data_dir camvid --features features.pt --segmenter judge.pt --output nrfd --workers 2
+PYTHONPATH=. python docs/nrfd_study.py --data_dir camvid --features features.pt --segmenter judge.pt --output nrfd
 
 For each prediction, bank size and seed it trains a network by a plain run of image_train.py, into
 OUTPUT/PREDICTION_SIZE_SEED with its command in command.txt, and then measures it: the loss on entries of the bank, on
@@ -50,8 +50,9 @@ CHAIN = {"sampler": "ddpm", "timestep_respacing": 50}
 CHOICES = {  # what is chosen: flags
     "nothing": "--noise_index random --use_ddim True --timestep_respacing 20",
     "start": "--noise_index best --candidates {start} --use_ddim True --timestep_respacing 20",
-    "no step": "--noise_index random --timestep_respacing 20",
-    "steps": "--selection per_step --step_candidates {step} --step_atoms 1 --timestep_respacing 20",
+    "no step": "--sampler ddim --eta 1 --noise_index random --timestep_respacing 20",
+    "steps": "--sampler ddim --eta 1 --selection per_step --step_candidates {step} --step_atoms 1"
+    " --timestep_respacing 20",
 }
 PATIENCE, MIN_DELTA = (2, 4, 8), (0.0, 0.003, 0.01)
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantiles, by the number of seeds
@@ -168,18 +169,17 @@ def selection(run, options):
 
 
 def stopping(run, options):
-    """Return rows of where early stopping would have ended a training: steps, share of the seconds, the score there."""
+    """Return rows of where early stopping would have ended a training, and the score there."""
     rows, scores = [], [row for row in rows_of(folder_of(run, options) / "progress.csv") if row["val_score"]]
-    scores = [tuple(float(row[name]) for name in ("step", "val_score", "seconds")) for row in scores]
+    scores = [tuple(float(row[name]) for name in ("step", "val_score")) for row in scores]
     for patience, delta in product(PATIENCE, MIN_DELTA):
         rule = EarlyStopping(patience, delta)
-        for step, score, _ in scores:
+        for step, score in scores:
             if not rule.exhausted:
                 rule.update(score, step)
                 waited = step
-        seconds = {step: seconds for step, _, seconds in scores}[waited]
         row = {"step": waited, "what": f"patience {patience}, min_delta {delta:g}"}
-        row |= {"steps_saved": 1 - waited / scores[-1][0], "seconds_saved": 1 - seconds / scores[-1][2]}
+        row |= {"steps_saved": 1 - waited / scores[-1][0]}
         rows.append(row | {"loss": rule.best, "loss_at_end": scores[-1][1]})
     return rows
 

@@ -173,7 +173,7 @@ class ChainMaker:
     def _build(self, header, rule):
         steps = {"timestep_respacing": header.sampler.steps, "start_time": header.sampler.start_time}
         diffusion = diffusion_from(self.config, **steps).to(self.device)
-        if header.stop_step:
+        if header.stop_step and self.config.realism:
             # The answer is x_0's prediction at that step: every step counts as settled, and none before counts.
             rule = EarlyStop(float("inf"), 1, header.stop_step)
         precision = functools.partial(devices.autocast, self.device, header.precision)

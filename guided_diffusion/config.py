@@ -109,6 +109,9 @@ def resolve(config, given):
         setattr(config, old, chosen == value)
     if isinstance(config, SampleConfig) and config.selection == "both" and config.noise_index == "random":
         config.noise_index = "best"
+    for target, other in (("target_bpp", "target_bytes"), ("target_bytes", "target_bpp")):
+        if target in given and other not in given:  # but a preset's
+            setattr(config, other, type(getattr(config, other))())
 
 
 def validate(config):
@@ -118,12 +121,8 @@ def validate(config):
     for name in {"ema_rate", "link", "pool", "snr", "send"} & vars(config).keys():
         if not parts_of(getattr(config, name)):
             raise InputError(f"--{name} {getattr(config, name)}: give at least one")
-    if config.color_layer and (config.prediction == "eps" or config.learn_sigma):
-        found = f"--prediction {config.prediction} --learn_sigma {config.learn_sigma}"
-        raise InputError(f"--color_layer True needs --prediction v or x0 and --learn_sigma False (now {found})")
     if isinstance(config, SampleConfig):
         _validate_link(config)
-        _validate_target(config)
         _validate_selection(config)
 
 
@@ -138,7 +137,17 @@ def _validate_link(config):
         raise InputError(f"{found}; drop the lists of --link, --pool and --snr")
 
 
-def _validate_target(config):
+def check_adopted(config, given=()):
+    """Refuse flags that contradict what the network is, once a checkpoint's config.json has told."""
+    if config.color_layer and (config.prediction == "eps" or config.learn_sigma):
+        found = f"--prediction {config.prediction} --learn_sigma {config.learn_sigma}"
+        raise InputError(f"--color_layer True needs --prediction v or x0 and --learn_sigma False (now {found})")
+    if isinstance(config, SampleConfig):
+        _check_target(config)
+        _check_bank(config, given)
+
+
+def _check_target(config):
     if config.start_time > config.diffusion_steps:
         raise InputError(f"--start_time {config.start_time}: there are {config.diffusion_steps} --diffusion_steps")
     if config.role == "receive":
@@ -167,8 +176,7 @@ def _validate_selection(config):
         raise InputError(f"--selection {selection}: the steps to choose noise for are fixed; drop --stop_tol")
 
 
-def check_bank(config, given):
-    """Refuse flags that ask for more than the noise bank has, once its size is known."""
+def _check_bank(config, given):
     index, size = config.noise_index, config.noise_bank_size
     if size == 0:
         if index == "best" or config.selection != "initial":

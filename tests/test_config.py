@@ -14,7 +14,7 @@ from guided_diffusion.config import (
     TrainConfig,
     adopt_resumed,
     adopt_training_config,
-    check_bank,
+    check_adopted,
     check_flag,
     load_config,
     model_and_diffusion_defaults,
@@ -185,12 +185,6 @@ def test_resolve_gives_flags_of_one_meaning_one_value(config_class, line, name, 
         (SampleConfig, "--link radio", "--link radio: choose from analog, digital, ideal"),
         (SampleConfig, "--role receive", "--role receive needs --messages"),
         (SampleConfig, "--send ''", "--send : give at least one"),
-        (SampleConfig, "--send color", "--send color: this network has no colour layer"),
-        (SampleConfig, "--preset toy --color_step 0", "--color_step 0: a target decides"),
-        (SampleConfig, "--preset camvid --target_bpp 0", "--label_scale 0: a target decides"),
-        (SampleConfig, "--preset camvid --target_bytes 9", "--target_bpp 0.1 and --target_bytes 9: give one"),
-        (SampleConfig, "--start_time 1001", "--start_time 1001: there are 1000 --diffusion_steps"),
-        (TrainConfig, "--color_layer True", "--color_layer True needs --prediction v or x0 .*--prediction eps"),
         (SampleConfig, "--noise_index ²", "--noise_index ²: expected random, best or a number"),
         (SampleConfig, "--selection per_step --noise_index best", "--selection per_step starts from entry 0; .* both"),
         (SampleConfig, "--selection per_step --sampler dpm++ --eta 1", "per_step needs --sampler ddpm"),
@@ -209,10 +203,11 @@ def test_validate_names_flag_and_value(config_class, line, message):
         "--snr -3 --link digital",
         "--selection per_step --sampler ddim --eta 1",
         "--preset camvid --send labels --label_scale 1 --target_bpp 0",
+        "--preset camvid --target_bytes 400",
     ],
 )
 def test_validate_accepts_what_makes_sense(line):
-    parse(SampleConfig, line)
+    check_adopted(*parse(SampleConfig, line))
 
 
 @pytest.mark.parametrize(
@@ -222,21 +217,27 @@ def test_validate_accepts_what_makes_sense(line):
         ("--noise_index best --candidates 9 --noise_bank_size 8", "--candidates 9: the noise bank has 8"),
         ("--link digital --noise_bank_size 0", "--noise_bank_size 0: .* only --link analog"),
         ("--selection per_step --noise_bank_size 4 --step_atoms 5", "--step_atoms 5: there are 4"),
+        ("--send color", "--send color: this network has no colour layer"),
+        ("--preset toy --color_step 0", "--color_step 0: a target decides"),
+        ("--preset camvid --target_bpp 0", "--label_scale 0: a target decides"),
+        ("--target_bpp 0.1 --target_bytes 9", "--target_bpp 0.1 and --target_bytes 9: give one"),
+        ("--start_time 1001", "--start_time 1001: there are 1000 --diffusion_steps"),
+        ("--color_layer True", "--color_layer True needs --prediction v or x0 .*--prediction eps"),
     ],
 )
-def test_check_bank_names_flag_and_value(line, message):
+def test_check_adopted_names_flag_and_value(line, message):
     with pytest.raises(InputError, match=message):
-        check_bank(*parse(SampleConfig, line))
+        check_adopted(*parse(SampleConfig, line))
 
 
-def test_check_bank_follows_the_size_that_training_fixed():
-    config, given = parse(SampleConfig, "--noise_index best --candidates 2000")
-    adopt_training_config(config, given, trained("--noise_bank_size 5000"), "config.json")
-    check_bank(config, given)
+def test_check_adopted_follows_what_training_fixed():
+    config, given = parse(SampleConfig, "--noise_index best --candidates 2000 --send color --color_layer True")
+    adopt_training_config(config, given, trained("--preset toy --noise_bank_size 5000"), "config.json")
+    check_adopted(config, given)
     assert config.candidates == 2000
     config, given = parse(SampleConfig, "--noise_index best")
     config.noise_bank_size = 8
-    check_bank(config, given)
+    check_adopted(config, given)
     assert (config.candidates, config.step_candidates) == (8, 8)
 
 
@@ -251,7 +252,6 @@ def test_check_bank_follows_the_size_that_training_fixed():
         (TrainConfig, "--patience 3 --eval_items 4", "patience eval_items"),
         (TrainConfig, "--patience 3 --eval_interval 10 --min_delta 0.1 --snr 10 --add_noise True", ""),
         (TrainConfig, "--microbatch 2 --batch_size 2", "microbatch"),
-        (TrainConfig, "--total_steps 900 --preset toy", "total_steps"),
         (TrainConfig, "--num_heads 2 --num_head_channels 32", "num_heads"),
         (TrainConfig, "--rescale_learned_sigmas True --learn_sigma True --use_kl True", "rescale_learned_sigmas"),
         (TrainConfig, "--edge_threshold 0.2 --edge_scale 2", "edge_threshold edge_scale"),
@@ -259,7 +259,6 @@ def test_check_bank_follows_the_size_that_training_fixed():
         (TrainConfig, "--cache_dir c --dataset_mode coco", "cache_dir"),
         (SampleConfig, "--preset cityscapes", ""),
         (SampleConfig, "--add_noise True --noise_to label --snr 10", "add_noise noise_to"),
-        (SampleConfig, "--eta 0.5 --sampler dpm++", "eta"),
         (SampleConfig, "--use_checkpoint True --dropout 0.1 --use_kl True", "use_checkpoint dropout use_kl"),
         (SampleConfig, "--link ideal --snr 10 --pool med", "snr pool"),
         (SampleConfig, "--candidates 4 --distance ssim --feedback_steps 3", "candidates distance feedback_steps"),

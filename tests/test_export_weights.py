@@ -27,7 +27,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 @pytest.fixture(scope="module")
 def checkpoint(scenes, tmp_path_factory):
     """The checkpoint folder of a tiny network with a colour layer."""
-    return train_into(tmp_path_factory.mktemp("layered"), scenes, color_layer=True, no_instance=True)
+    return train_into(tmp_path_factory.mktemp("layered"), scenes, color_layer=True, no_instance=True, label_scale=0)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def sample(scenes, tmp_path):
 
     def run(model_path, name, **flags):
         plain = {"data_dir": scenes, "timestep_respacing": 3, "num_samples": 2, "link": "ideal", "metrics": "psnr"}
-        flags = {**plain, "model_path": model_path, "results_path": tmp_path / name, **flags}
+        flags = {**plain, "label_scale": 1, "model_path": model_path, "results_path": tmp_path / name, **flags}
         config, given = parse_config(SampleConfig, "", as_arguments(flags))
         weights = find_weights(config.model_path)
         adopt_training_config(config, given, *trained_config(weights))

@@ -142,6 +142,9 @@ def test_run_with_a_colour_layer_over_lossy_channels(sample, layered, tmp_path):
     sample("analog", snr=5, pool="med", **flags)
     sample("grey", snr=5, pool="med", **{**flags, "color_step": 255})
     assert all(row["bits_color"] != "0" for row in table(tmp_path / "analog"))
+    sample("color", snr=5, send="color", **flags)
+    row = table(tmp_path / "color")[0]
+    assert (row["channel_uses"], row["bits_labels"]) == ("0", "0") and float(row["psnr_db"]) > 0
     sample("digital", link="digital", snr=2, **flags)
     lost = [row["problems"].split() for row in table(tmp_path / "digital")]
     assert any("color" in names for names in lost) and column(tmp_path / "digital", "steps")[0]

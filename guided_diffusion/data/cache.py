@@ -5,6 +5,7 @@ and with recipe.json: what the arrays were made from, and where each scene begin
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -51,7 +52,8 @@ def open_cache(dataset):
     root, split = os.fspath(dataset.data_dir), "train" if dataset.is_train else "val"
     name = f"{os.path.basename(os.path.abspath(root))}_{dataset.dataset_mode}_{split}_{dataset.image_size}"
     name += "_no_instance" if dataset.no_instance else ""
-    name += "".join(f"_{word}_{value}" for word in ("only", "leave_out") if (value := getattr(dataset, word)))
+    chosen = f"{dataset.only} {dataset.leave_out}"
+    name += "" if chosen == " " else f"_{hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
     folder = os.path.join(dataset.cache_dir, re.sub(r"[^\w.-]", "_", name))
     recipe = {"mode": dataset.dataset_mode, "split": split, "image_size": dataset.image_size, "Pillow": PIL.__version__}
     recipe["kinds"] = ["label"] + ["image", "edge"] * dataset.has_images + ["instance"] * dataset.has_instances

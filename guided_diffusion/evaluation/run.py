@@ -184,7 +184,7 @@ class SceneRun(Run):
             # The planes cross as they are; besides the indices, bits say which classes those are of.
             candidates = config.step_candidates, config.step_atoms
             indices = pack_choices(message.start_index, self.bank.size, message.codewords, *candidates)
-            classes = config.num_classes if config.one_hot_label else 0
+            classes = config.num_classes if config.one_hot_label and message.label is not None else 0
             bits = {"header": 0, "labels": classes, "edges": 0, "indices": 8 * len(indices)}
             bits["color"] = 8 * len(message.color)
         else:

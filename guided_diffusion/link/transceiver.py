@@ -71,9 +71,9 @@ class Transmitter:
     :param local: make the local picture even where nothing is chosen.
     :param sent: which of "labels" and "color" are sent; the latter where the session has a prior for it.
     :param color_step: of the colour layer (see `encode_color`).
-    :param target: function (H, W) -> bytes that a message never exceeds; None: no limit. It decides the label scale and
-        the label scale that is 0, and the colour step: the finest label map that takes at most `LABEL_SHARE` of the
-        bytes (all, without a layer), else the coarsest, and then the finest layer that fits, of `color_step` at most.
+    :param target: function (H, W) -> bytes that a message never exceeds; None: no limit. Where the
+        label scale is 0, the finest map that takes at most `LABEL_SHARE` of the bytes (all, without a layer) is sent,
+        else the coarsest; and then the finest layer that fits, but none finer than `color_step`.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Transmitter:
     def _layer(self, picture, left):
         """Return the colour part of a picture (H, W, 3) uint8; with so many bytes left the finest, or none."""
         fixed, best = self.color_step, b""
-        steps = [fixed] if left is None else range(fixed or TRAINED[0], max(fixed, TRAINED[-1]) + 1)
+        steps = [fixed or TRAINED[0]] if left is None else range(fixed or TRAINED[0], max(fixed, TRAINED[-1]) + 1)
         low, high = 0, len(steps) - 1
         while low <= high:
             middle = (low + high) // 2
@@ -226,9 +226,10 @@ class AnalogChannel:
         form = {"num_classes": header.num_classes, "one_hot": header.one_hot}
         channels = conditioning_channels(header.num_classes, header.one_hot, not header.edge_plane)
         semantics, layer = sent.y[:, :channels], sent.y[:, channels:]  # a colour layer arrives as it is
-        received = semantics
-        if message.label is not None:
-            received = transmit(semantics, self.sigma, generators=[stream], pool=self.pool, **form)
+        if message.label is None:  # no plane is sent
+            facts = {"channel_uses": 0, "bandwidth_ratio": 0, "realised_snr_db": math.inf}
+            return receiver.accept(message), facts
+        received = transmit(semantics, self.sigma, generators=[stream], pool=self.pool, **form)
         received, facts = torch.cat([received, layer], dim=1), analog_facts(semantics, self.sigma, **form)
         return Arrival(header, received, message.start_index or 0, message.codewords), facts
 
