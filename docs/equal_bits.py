@@ -33,26 +33,24 @@ SHARED = (
     "--preset {preset} --data_dir {data_dir} --model_path {model_path} --num_samples {num_samples} --link ideal"
     " --target_bpp 0.10 --metrics psnr,ssim,kid,miou,swd,color_std --features {features} --segmenter {segmenter}"
 )
-WHOLE = "--start_time 0 --timestep_respacing 12"  # chains from T
-SELECT = "--sampler ddpm --selection per_step --step_candidates 256 --step_atoms 1"
+PLAIN = "--sampler ddim --selection initial"  # no noise is chosen
 DIGITAL = "--link digital --modulation 16qam --code_rate 0.5 --baseline {bare}"
 CELLS = {  # part: name: flags; what they leave open is the preset's, the default of the table
     "rates": {f"{bpp} bpp": f"--target_bpp {bpp} --baseline {{codecs}}" for bpp in ("0.05", "0.10", "0.20", "0.40")},
-    "realism": {f"realism {realism}": f"--realism {realism}" for realism in ("0", "0.5", "1")},
+    "realism": {f"realism {realism}": f"--realism {realism}" for realism in ("0", "0.5")},
     "ablation": {
-        "map alone": f"{WHOLE} --send labels",
-        "layer alone": f"{WHOLE} --send color",
-        "map and layer": WHOLE,
-        "and selection": f"{WHOLE} {SELECT}",
-        "and late start": f"{SELECT} --start_time 800 --timestep_respacing 8",
-        "and rare classes": f"{SELECT} --start_time 800 --timestep_respacing 8 --selection_weight rare",
-        "default, guidance 1": "--s 1",
-        "default, guidance 1.5": "--s 1.5",
+        "map alone": f"{PLAIN} --send labels",
+        "layer alone": f"{PLAIN} --send color",
+        "map and layer, no selection": PLAIN,
+        "late start": "--start_time 800 --timestep_respacing 8",
+        "late start, no selection": f"{PLAIN} --start_time 800 --timestep_respacing 8",
+        "rare classes": "--selection_weight rare",
+        "guidance 1.5": "--s 1.5",
     },
     "extractor": {"label maps of a segmenter": "--extractor {extractor}"},
     "link": {
-        "awgn": f"{DIGITAL} --fading awgn --snr 0,2,4,5,6,7,8,10,14",
-        "rayleigh": f"{DIGITAL} --fading rayleigh --snr 0,4,8,12,16,20,24,28",
+        "awgn": f"{DIGITAL} --fading awgn --snr 2,4,5,6,7,10",
+        "rayleigh": f"{DIGITAL} --fading rayleigh --snr 4,10,16,22,28",
     },
     "panel": {},
 }

@@ -49,9 +49,9 @@ PRESETS = {  # starting values for whole runs: of both scripts, of training, of 
         " --num_res_blocks 1 --attention_resolutions 16 --resblock_updown True --noise_schedule cosine --prediction v"
         " --spade_channels 32 --no_instance True --color_layer True --label_scale 0",
         "--checkpoint_dir ./checkpoints/camvid --batch_size 4 --crop 64 --lr 6e-4 --lr_warmup_steps 100"
-        " --lr_anneal_steps 4200 --ema_rate 0.998 --drop_rate 0.1 --save_interval 500",
+        " --lr_anneal_steps 9700 --ema_rate 0.998 --drop_rate 0.1 --save_interval 500",
         "--model_path ./checkpoints/camvid --results_path ./results/camvid --link ideal --color_step 0 --target_bpp 0.1"
-        " --use_ddim True --timestep_respacing 8 --start_time 800",
+        " --selection per_step --timestep_respacing 12",
     ),
 }
 

@@ -132,7 +132,7 @@ def test_presets_agree_between_the_scripts(preset):
     fixed = [f.name for f in dataclasses.fields(TrainConfig) if "training" in f.metadata["fixed_by"]]
     assert [getattr(train, name) for name in fixed] == [getattr(sample, name) for name in fixed]
     assert given == {"preset"} and train.checkpoint_dir == sample.model_path
-    assert train.drop_rate == 0.1 and train.add_noise == (preset != "camvid") and sample.use_ddim
+    assert train.drop_rate == 0.1 and train.add_noise == (preset != "camvid") == sample.use_ddim
 
 
 def test_presets_give_way_to_explicit_flags():
