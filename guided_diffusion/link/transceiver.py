@@ -114,7 +114,7 @@ class Transmitter:
             found = coding, target - len(to_bytes(parts))
         if found[1] < 0:
             size = f"{scene['path'][0]}: its smallest message without colours has {target - found[1]} bytes"
-            raise InputError(f"{size}, the target is {target}; raise --target_bpp, or give a larger --label_scale")
+            raise InputError(f"{size}, the target is {target}; raise it, --label_scale or lower --step_atoms")
         return found
 
     def _layer(self, picture, left):
