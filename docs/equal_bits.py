@@ -36,9 +36,9 @@ SHARED = (
 PLAIN = "--sampler ddim --selection initial"  # no noise is chosen
 DIGITAL = "--link digital --modulation 16qam --code_rate 0.5 --baseline {bare}"
 CELLS = {  # part: name: flags; what they leave open is the preset's, the default of the table
-    "rates": {  # at the lowest, chosen noises take the bytes of the layer
-        f"{bpp} bpp": f"--target_bpp {bpp} --step_atoms {atoms} --baseline {{codecs}}"
-        for bpp, atoms in (("0.05", 1), ("0.10", 4), ("0.20", 4), ("0.40", 4))
+    "rates": {
+        f"{bpp} bpp": f"--target_bpp {bpp} {lower} --baseline {{codecs}}"
+        for bpp, lower in (("0.05", "--step_atoms 1 --label_smooth 8"), ("0.10", ""), ("0.20", ""), ("0.40", ""))
     },
     "realism": {f"realism {realism}": f"--realism {realism}" for realism in ("0", "0.5")},
     "ablation": {
