@@ -128,11 +128,11 @@ def pictures(run, options):
         place = SimpleNamespace(data_dir=options.data_dir, model_path=weights, output=options.output)
         networks = {"features": options.features, "segmenter": options.segmenter, "metrics": "psnr,kid,miou"}
         config, parts = link_parts(place, lambda line: None, **networks, **CHAIN, link="analog")
-        chain, dataset = parts["transmitter"](config).chain, parts["dataset"]
-        fresh, bank = FreshNoise((3, *dataset.sample_size(0)), 1), chain.bank
+        transmitter, dataset = parts["transmitter"](config), parts["dataset"]
+        chain, fresh, bank = transmitter.chain, FreshNoise((3, *dataset.sample_size(0)), 1), transmitter.chain.bank
         numbers = range(min(options.pictures, len(dataset)))
         scenes = [dataset.batch([k * len(dataset) // len(numbers)]) for k in numbers]
-        y = torch.cat([parts["transmitter"](config).describe(scene)[1] for scene in scenes])
+        y = torch.cat([transmitter.describe(scene)[1] for scene in scenes])
         original, label = (torch.cat([scene[name] for scene in scenes]) for name in ("image", "label"))
         starts = {"entry": bank, "fresh": fresh} if bank.size else {"fresh": fresh}
         kinds = [(start, later) for start in starts for later in ("fresh", *(["entries"] if bank.size else []))]

@@ -72,7 +72,7 @@ class Transmitter:
     :param sent: which of "labels" and "color" are sent; the latter where the session has a prior for it.
     :param color_step: of the colour layer (see `encode_color`).
     :param target: function (H, W) -> bytes that a message never exceeds; None: no limit. Where the
-        label scale is 0, the finest map that takes at most `LABEL_SHARE` of the bytes (all, without a layer) is sent,
+        label scale is 0, it sends the finest map that takes at most `LABEL_SHARE` of the bytes (all, without a layer),
         else the coarsest; and then the finest layer that fits, but none finer than `color_step`.
     """
 
@@ -119,8 +119,8 @@ class Transmitter:
 
     def _layer(self, picture, left):
         """Return the colour part of a picture (H, W, 3) uint8; with so many bytes left the finest, or none."""
-        fixed, best = self.color_step, b""
-        steps = [fixed or TRAINED[0]] if left is None else range(fixed or TRAINED[0], max(fixed, TRAINED[-1]) + 1)
+        finest, best = self.color_step or TRAINED[0], b""
+        steps = [finest] if left is None else range(finest, max(finest, TRAINED[-1]) + 1)
         low, high = 0, len(steps) - 1
         while low <= high:
             middle = (low + high) // 2
@@ -223,12 +223,11 @@ class AnalogChannel:
 
     def send(self, sent, receiver, stream):
         message, header = sent.message, sent.message.header
+        if message.label is None:  # no plane is sent
+            return receiver.accept(message), {"channel_uses": 0, "bandwidth_ratio": 0, "realised_snr_db": math.inf}
         form = {"num_classes": header.num_classes, "one_hot": header.one_hot}
         channels = conditioning_channels(header.num_classes, header.one_hot, not header.edge_plane)
         semantics, layer = sent.y[:, :channels], sent.y[:, channels:]  # a colour layer arrives as it is
-        if message.label is None:  # no plane is sent
-            facts = {"channel_uses": 0, "bandwidth_ratio": 0, "realised_snr_db": math.inf}
-            return receiver.accept(message), facts
         received = transmit(semantics, self.sigma, generators=[stream], pool=self.pool, **form)
         received, facts = torch.cat([received, layer], dim=1), analog_facts(semantics, self.sigma, **form)
         return Arrival(header, received, message.start_index or 0, message.codewords), facts
