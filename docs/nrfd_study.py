@@ -31,6 +31,7 @@ from tqdm import tqdm
 from guided_diffusion import build
 from guided_diffusion.config import TrainConfig, load_config, parts_of
 from guided_diffusion.console import InputError, bar_options, log, run_script
+from guided_diffusion.diffusion.sampling import EarlyStop
 from guided_diffusion.files import atomic_write
 from guided_diffusion.link.noise_bank import FreshNoise, NoiseBank
 from guided_diffusion.link.selection import codeword_noise
@@ -41,19 +42,26 @@ from guided_diffusion.training.inputs import TrainingInputs
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = (
-    "--preset toy --color_layer False --add_noise False --drop_rate 0 --no_instance True --lr_anneal_steps 0"
-    " --ema_rate 0.99 --eval_interval 25 --eval_items 16 --preview_items 0 --log_interval 25 --lr 6e-4"
+    "--preset toy --spade_channels 16 --color_layer False --add_noise False --drop_rate 0 --no_instance True"
+    " --lr 6e-4 --lr_anneal_steps 0 --ema_rate 0.99 --eval_interval 25 --eval_items 16 --preview_items 0"
+    " --log_interval 25"
 )
 BANDS = {"high": (0.70, 0.98), "middle": (0.35, 0.65), "low": (0.02, 0.30)}  # of noise: shares of the time axis
-TIMES, ITEMS = 4, 24  # timesteps in a band, validation pictures: behind each loss
-CHAIN = {"sampler": "ddpm", "timestep_respacing": 50}
-CHOICES = {  # what is chosen: flags
-    "nothing": "--noise_index random --use_ddim True --timestep_respacing 20",
-    "start": "--noise_index best --candidates {start} --use_ddim True --timestep_respacing 20",
-    "no step": "--sampler ddim --eta 1 --noise_index random --timestep_respacing 20",
-    "steps": "--sampler ddim --eta 1 --selection per_step --step_candidates {step} --step_atoms 1"
-    " --timestep_respacing 20",
+TIMES, ITEMS = 3, 12  # timesteps in a band, validation pictures: behind each loss
+CHAIN = {"sampler": "ddpm", "timestep_respacing": 20}
+KINDS = {  # of the start: of the later noise
+    "entry": ("fresh", "entries", "none"),
+    "fresh": ("fresh", "none"),
 }
+CHOICES = {  # what is chosen: flags
+    "nothing": "--noise_index random --use_ddim True --timestep_respacing 12",
+    "start": "--noise_index best --candidates {start} --use_ddim True --timestep_respacing 12",
+    "no step": "--sampler ddim --eta 1 --noise_index random --timestep_respacing 12",
+    "steps": "--sampler ddim --eta 1 --selection per_step --step_candidates {step} --step_atoms 1"
+    " --timestep_respacing 12",
+}
+CHAINS = [(sampler, steps) for sampler in ("ddpm", "ddim", "dpm++") for steps in (50, 35, 25)]
+TOLERANCES = 0.003, 0.01, 0.03
 PATIENCE, MIN_DELTA = (2, 4, 8), (0.0, 0.003, 0.01)
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantiles, by the number of seeds
 
@@ -122,35 +130,84 @@ def step_of(weights):
 
 
 def pictures(run, options):
-    """Return rows of what is measured of pictures: at every checkpoint from an entry, at the last one four kinds."""
+    """Return rows of what is measured of pictures: at some checkpoints from an entry, at the last one all `KINDS`."""
     checkpoints, rows = sorted(folder_of(run, options).glob("ema_*.pt")), []
-    for weights in checkpoints:
-        place = SimpleNamespace(data_dir=options.data_dir, model_path=weights, output=options.output)
-        networks = {"features": options.features, "segmenter": options.segmenter, "metrics": "psnr,kid,miou"}
-        config, parts = link_parts(place, lambda line: None, **networks, **CHAIN, link="analog")
-        transmitter, dataset = parts["transmitter"](config), parts["dataset"]
-        chain, fresh, bank = transmitter.chain, FreshNoise((3, *dataset.sample_size(0)), 1), transmitter.chain.bank
-        numbers = range(min(options.pictures, len(dataset)))
-        scenes = [dataset.batch([k * len(dataset) // len(numbers)]) for k in numbers]
-        y = torch.cat([transmitter.describe(scene)[1] for scene in scenes])
-        original, label = (torch.cat([scene[name] for scene in scenes]) for name in ("image", "label"))
-        starts = {"entry": bank, "fresh": fresh} if bank.size else {"fresh": fresh}
-        kinds = [(start, later) for start in starts for later in ("fresh", *(["entries"] if bank.size else []))]
+    chain, y, numbers, measure = sampled(checkpoints[-1], options, **CHAIN)
+    starts = {"entry": chain.bank} if chain.bank.size else {}
+    starts["fresh"] = FreshNoise(chain.bank.shape, 1)
+    for weights in checkpoints[3::2]:
+        load_weights(chain.model, weights)
+        kinds = [(start, later) for start in starts for later in KINDS[start]]
         for start, later in kinds if weights == checkpoints[-1] else kinds[:1]:
+            method = "ddim" if later == "none" else chain.sampler.method
+            own = replace(chain, bank=starts[start], sampler=replace(chain.sampler, method=method))
             made = []
-            for own in torch.tensor(numbers).split(8):
-                indices = [k % bank.size if start == "entry" else k for k in own.tolist()]
-                noise = partial(entry_noise, bank, chain.diffusion.kept, own.tolist()) if later == "entries" else None
-                made.append(replace(chain, bank=starts[start]).run(y[own], indices, step_noise=noise).images.cpu())
-            row = measured(parts["measures"].metrics, torch.cat(made), original, label)
-            rows.append({"step": step_of(weights), "what": f"start {start}, later {later}", **row})
+            for part in numbers.split(8):
+                indices = [k % chain.bank.size if start == "entry" else k for k in part.tolist()]
+                noise = partial(entry_noise, chain.bank, chain.diffusion.kept, part.tolist())
+                noise = noise if later == "entries" else None
+                made.append(own.run(y[part], indices, step_noise=noise).images.cpu())
+            rows.append({"step": step_of(weights), "what": f"start {start}, later {later}", **measure(torch.cat(made))})
     return rows
+
+
+def sampled(weights, options, **flags):
+    """Return chain, conditioning (N, C, H, W), numbers (N,) of validation pictures, and their measure."""
+    place = SimpleNamespace(data_dir=options.data_dir, model_path=weights, output=options.output)
+    networks = {"features": options.features, "segmenter": options.segmenter, "metrics": "psnr,kid,miou"}
+    config, parts = link_parts(place, lambda line: None, **networks, **flags, link="analog")
+    transmitter, dataset = parts["transmitter"](config), parts["dataset"]
+    numbers = torch.arange(min(options.pictures, len(dataset)))
+    scenes = [dataset.batch([int(k) * len(dataset) // len(numbers)]) for k in numbers]
+    y = torch.cat([transmitter.describe(scene)[1] for scene in scenes])
+    original, label = (torch.cat([scene[name] for scene in scenes]) for name in ("image", "label"))
+    return transmitter.chain, y, numbers, lambda made: measured(parts["measures"].metrics, made, original, label)
 
 
 def entry_noise(bank, kept, numbers, t, x, out):
     """Return a step's noise (n, 3, H, W) for pictures `numbers`: masked entries, as in selection, but drawn."""
     drawn = [integer(0, "entry of a step", bank.size, 1000 * numbers[row] + t) for row in out["rows"].tolist()]
     return torch.stack([codeword_noise(bank, ((k,), (1,)), kept[t]) for k in drawn]).to(x)
+
+
+def chains(run, options):
+    """Return rows of what early stopping of a chain saves and costs, beside asking for fewer steps (fresh noise only).
+
+    A rule's value, per picture and step: "change" is today's, the root-mean-square change of the predicted x_0;
+    "change to come" scales it by the log SNR that is left over that of the step. A chain stops when it has been below
+    the tolerance `EarlyStop.patience` times in a row.
+    """
+    rows, weights = [], folder_of(run, options) / f"ema_0.99_{options.steps:06d}.pt"
+    for sampler, respacing in CHAINS if not run[1] else ():
+        chain, y, numbers, measure = sampled(weights, options, sampler=sampler, timestep_respacing=respacing)
+        trace = []
+        for part in numbers.split(8):
+            steps = []
+            chain.run(y[part], part.tolist(), on_step=lambda t, x, out, own=steps: own.append(out["pred_xstart"].cpu()))
+            trace.append(torch.stack(steps))
+        trace = torch.cat(trace, 1)  # (T, N, 3, H, W)
+        row = {"step": options.steps, "what": f"{sampler}, {respacing} steps"}
+        rows.append(row | {"steps_saved": 0.0, **measure(trace[-1])})
+        if respacing != 50:
+            continue
+        abar = chain.diffusion.alphas_cumprod.double().flip(0)
+        level = (abar / (1 - abar)).log()
+        moved = (trace[1:] - trace[:-1]).flatten(2).square().mean(2).sqrt()  # (T - 1, N)
+        left = (level[-1] - level[1:]) / (level[1:] - level[:-1])
+        for (rule, value), tol in product((("change", moved), ("change to come", moved * left[:, None])), TOLERANCES):
+            ends = [settled(each) for each in (value < tol).T.tolist()]
+            made = torch.stack([trace[end, k] for k, end in enumerate(ends)])
+            saved = 1 - (np.mean(ends) + 1) / len(trace)
+            rows.append(row | {"what": f"{row['what']}, {rule} below {tol}", "steps_saved": saved, **measure(made)})
+    return rows
+
+
+def settled(calm):
+    """Return the step at which a chain stops; calm (T - 1,): whether each step but the first was below tolerance."""
+    for k in range(EarlyStop.patience, len(calm) + 1):
+        if all(calm[k - EarlyStop.patience : k]):
+            return k
+    return len(calm)
 
 
 def selection(run, options):
@@ -186,7 +243,7 @@ def stopping(run, options):
 
 # -- the study --------------------------------------------------------------------------------------------------------
 
-PARTS = {"losses": losses, "stopping": stopping, "pictures": pictures, "selection": selection}
+PARTS = {"losses": losses, "stopping": stopping, "pictures": pictures, "selection": selection, "chains": chains}
 
 
 def folder_of(run, options):
@@ -257,7 +314,7 @@ def parse(arguments=None):
     lists = {"sizes": "1,10,100,1000,10000,0", "predictions": "eps,x0", "seeds": "0,1,2", "parts": ",".join(PARTS)}
     for name, default in lists.items():
         parser.add_argument(f"--{name}", default=default, help="of %(default)s; size 0 is fresh noise")
-    numbers = {"steps": 800, "points": 8, "pictures": 64, "chosen": 16, "workers": 1}
+    numbers = {"steps": 500, "points": 10, "pictures": 40, "chosen": 8, "workers": 1}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     parser.add_argument("--flags", default="--leave_out 0006r0", help="of all trainings (default: %(default)s)")
