@@ -165,17 +165,30 @@ def draw_link(path, rows):
     figure.savefig(path, dpi=100)
 
 
-def write_panel(path, folder, count=6):
-    """Show pictures spread over those of a cell: the original, WebP, AVIF (without containers, if made), ours."""
-    results, kinds = ResultsFolder(folder), {"original": "images"}
+def write_panels(output, folder, shown, count=6):
+    """Write two panels of a cell's pictures: panel.png of `count` spread over all, beside WebP and AVIF at their bits.
+
+    shown.png has those whose names hold one of the texts `shown`, and their label maps in place of WebP. The codecs
+    are those without containers, if these were made.
+    """
+    results, rows, columns = ResultsFolder(folder), rows_of(folder / "results.csv"), {"original": "images"}
     for codec in ("webp", "avif"):
         made = [kind for kind in (f"{codec}-bare", codec) if (folder / f"baseline_{kind}").exists()]
-        kinds |= {f"{kind}, same bits": f"baseline_{kind}" for kind in made[:1]}
-    names = [row["name"] for row in rows_of(folder / "results.csv")]
-    names = [names[k] for k in np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int)]
-    kinds["ours"] = "samples"
-    pictures = [[results.pixels(kind, name) for kind in kinds.values()] for name in names]
-    save_picture(picture_grid(pictures, list(kinds)), path)
+        columns |= {f"{codec.upper()}, same bytes": f"baseline_{kind}" for kind in made[:1]}
+    columns["ours"] = "samples"
+    spread = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    _write_panel(output / "panel.png", results, [rows[k] for k in spread], columns)
+    rows = [row for row in rows if any(text in row["name"] for text in shown)]
+    if rows:
+        size = np.mean([int(row["bits_total"]) for row in rows]) / 8
+        columns = {"original": "images", f"label map, of {size:.0f} bytes sent": "received", **columns}
+        columns.pop("WEBP, same bytes", None)
+        _write_panel(output / "shown.png", results, rows, columns)
+
+
+def _write_panel(path, results, rows, columns):
+    pictures = [[results.pixels(kind, row["name"]) for kind in columns.values()] for row in rows]
+    save_picture(picture_grid(pictures, list(columns)), path)
 
 
 def report(options):
@@ -198,7 +211,7 @@ def report(options):
     if air:
         draw_link(output / "link.png", air)
     if SHOWN in done:
-        write_panel(output / "panel.png", done[SHOWN])
+        write_panels(output, done[SHOWN], parts_of(options.shown))
     log(f"{len(done)} cells: equal_bits.csv, tables.md and figures are in {output}")
 
 
@@ -213,6 +226,7 @@ def parse(arguments=None):
     parser.add_argument("--codecs", default="jpeg,webp,avif,jxl,jpeg-bare,webp-bare,avif-bare")
     parser.add_argument("--preset", default="camvid")
     parser.add_argument("--flags", default="--is_train True --only 0006r0", help="of all cells (default: %(default)s)")
+    parser.add_argument("--shown", default="", help="parts of picture names, for shown.png")
     options = parser.parse_args(arguments)
     for part in parts_of(options.parts):
         if part not in CELLS:
