@@ -12,6 +12,7 @@ import torch
 
 from ..console import InputError
 from ..flags import METRICS
+from ..link.color_layer import YCBCR
 from ..link.selection import mse
 from .sliced_wasserstein import PATCH, descriptors, sliced_wasserstein
 
@@ -170,9 +171,7 @@ def accuracy_and_iou(counts):
 
 def color_deviation(images):
     """Return the standard deviation of Cb and of Cr over each picture: (N, 2), in 8-bit steps (BT.601, as in JPEG)."""
-    red, green, blue = images.float().unbind(1)
-    luma = 0.299 * red + 0.587 * green + 0.114 * blue
-    planes = torch.stack([(blue - luma) / 1.772, (red - luma) / 1.402], 1)  # (N, 2, H, W)
+    planes = torch.einsum("ck,nkhw->nchw", torch.from_numpy(YCBCR[1:]).float(), images.float())
     return 127.5 * planes.std((2, 3), correction=0)
 
 

@@ -19,7 +19,7 @@ RESIDUAL = 0.2  # of the range [-1, 1]: about the standard deviation of what a l
 STEPS = 256  # numbers n of quantiser steps 2^(n/16), in grey levels of the transform at 128x256
 TRAINED = range(88, 176)  # steps that networks are trained for: at 128x256 from 2 kB to 5 bytes
 # Rows: Y, Cb and Cr of RGB (ITU-T T.871).
-_YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
 _POWERS = [(i, j) for i in range(4) for j in range(4 - i)]  # of the prior's ten terms u^i v^j
 _UNIT, _WEIGHT = 64, 4096  # integers stand for 1/64 octave, and for 1/4096 in a prior
 _THRESHOLD = 0.83  # steps from which on a coefficient is not zero: a dead zone of 1.66 steps
@@ -38,14 +38,14 @@ def _cosines(n):
 
 def spectrum(picture):
     """Return the transform (3, H, W) of a picture (H, W, 3) uint8: Y, Cb, Cr by vertical and horizontal frequency."""
-    planes = np.moveaxis((picture.astype(np.float64) - 128) @ _YCBCR.T, 2, 0)  # (3, H, W)
+    planes = np.moveaxis((picture.astype(np.float64) - 128) @ YCBCR.T, 2, 0)  # (3, H, W)
     return _cosines(planes.shape[1]) @ planes @ _cosines(planes.shape[2]).T
 
 
 def from_spectrum(values):
     """Undo `spectrum`: return (H, W, 3) uint8."""
     planes = _cosines(values.shape[1]).T @ values @ _cosines(values.shape[2])
-    picture = np.moveaxis(planes, 0, 2) @ np.linalg.inv(_YCBCR).T + 128
+    picture = np.moveaxis(planes, 0, 2) @ np.linalg.inv(YCBCR).T + 128
     return picture.round().clip(0, 255).astype(np.uint8)
 
 
