@@ -6,7 +6,7 @@ For each prediction, bank size and seed it trains a network by a plain run of im
 OUTPUT/PREDICTION_SIZE_SEED with its command in command.txt, and then measures it: the loss on entries of the bank, on
 entries that were never drawn and on fresh noise; pictures whose start and later noise come from either; what the
 choice of noise gains, by plain runs of image_sample.py. Each result is a file: run again, the study goes on where it
-was interrupted. nrfd.csv has a row for each figure; tables.md means over seeds with 95 % intervals (Student's t).
+was interrupted. Tables and figures are those of docs/nrfd_report.py.
 """
 
 import argparse
@@ -22,15 +22,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
+import nrfd_report
 import numpy as np
 import torch
 from codec_study import measured
-from study import append, link_parts, rows_of
+from study import link_parts, rows_of
 from tqdm import tqdm
 
 from guided_diffusion import build
 from guided_diffusion.config import TrainConfig, load_config, parts_of
-from guided_diffusion.console import InputError, bar_options, log, run_script
+from guided_diffusion.console import InputError, bar_options, run_script
 from guided_diffusion.diffusion.sampling import EarlyStop
 from guided_diffusion.files import atomic_write
 from guided_diffusion.link.noise_bank import FreshNoise, NoiseBank
@@ -63,7 +64,6 @@ CHOICES = {  # what is chosen: flags
 CHAINS = [(sampler, steps) for sampler in ("ddpm", "ddim", "dpm++") for steps in (50, 35, 25)]
 TOLERANCES = 0.003, 0.01, 0.03
 PATIENCE, MIN_DELTA = (2, 4, 8), (0.0, 0.003, 0.01)
-STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantiles, by the number of seeds
 
 
 # -- one network ------------------------------------------------------------------------------------------------------
@@ -257,53 +257,14 @@ def cell(run, options):
     torch.set_num_threads(1)
     if not (folder_of(run, options) / f"model{options.steps:06d}.pt").exists():
         train(run, options)
+        for path in sorted(folder_of(run, options).glob("opt*.pt"))[:-1]:
+            path.unlink()  # a third of the disk; the averages are what is measured
     for part in parts_of(options.parts):
         path = folder_of(run, options) / f"{part}.json"
         if not path.exists():
             rows = PARTS[part](run, options)
             with atomic_write(path) as f:
                 json.dump(rows, f, indent=1)
-
-
-def interval(values):
-    """Return mean and half a 95 % interval of the mean over seeds; the latter NaN for a single one."""
-    spread = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return np.mean(values), STUDENT.get(len(values), 1.96) * spread
-
-
-def report(runs, options):
-    """Write nrfd.csv and tables.md from the cells that are there."""
-    output, table = Path(options.output), []
-    for prediction, size, seed in runs:
-        for part in PARTS:
-            path = folder_of((prediction, size, seed), options) / f"{part}.json"
-            for row in json.loads(path.read_text()) if path.exists() else ():
-                key = {"part": part, "prediction": prediction, "size": size or "fresh", "seed": seed}
-                table += [
-                    {**key, "step": row["step"], "what": row["what"], "measure": measure, "value": float(value)}
-                    for measure, value in row.items()
-                    if measure not in ("step", "what") and not measure.endswith(("_low", "_high", "_std", "_real"))
-                ]
-    if not table:
-        return
-    (output / "nrfd.csv").unlink(missing_ok=True)
-    append(output / "nrfd.csv", table)
-    groups = {}
-    for row in table:
-        if row["part"] == "stopping" or row["step"] == options.steps:
-            key = row["part"], row["prediction"], row["what"], row["measure"]
-            groups.setdefault(key, {}).setdefault(row["size"], []).append(row["value"])
-    sizes = list(dict.fromkeys(row["size"] for row in table))
-    with atomic_write(output / "tables.md") as f:
-        for part in PARTS:
-            head = ["prediction", "what", "measure", *map(str, sizes)]
-            f.write(f"\n## {part}\n\n| {' | '.join(head)} |\n|{' --- |' * len(head)}\n")
-            for (own, prediction, what, measure), found in groups.items():
-                if own == part:
-                    cells = [interval(found[size]) if size in found else None for size in sizes]
-                    shown = [f"{each[0]:.4g} ± {each[1]:.2g}" if each else "" for each in cells]
-                    f.write(f"| {' | '.join([prediction, what, measure, *shown])} |\n")
-    log(f"nrfd.csv and tables.md are in {output}")
 
 
 def parse(arguments=None):
@@ -335,7 +296,7 @@ def main():
         cells = [pool.submit(cell, run, options) for run in runs]
         for done in tqdm(as_completed(cells), total=len(cells), unit="network", **bar_options()):
             done.result()
-            report(runs, options)
+            nrfd_report.main(options.output)
 
 
 if __name__ == "__main__":
