@@ -13,6 +13,9 @@ from guided_diffusion.files import check_folder
 def main():
     """Parse flags, take the architecture from the checkpoint, build, regenerate; a signal ends it at once."""
     config, given = flags.parse_config(flags.SampleConfig, __doc__)
+    if not config.results_path and not config.dry_run:
+        raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
+    check_folder(config.results_path, "results_path")
     from guided_diffusion.training.distributed import find_ranks  # with torch
 
     with Interrupts(at_once=True):  # what is done is on the disk already
@@ -45,10 +48,6 @@ def regenerate(config, given, ranks):
         log_main(f"warning: {line}")
     if config.role != "receive":
         build.draw_toy_scenes(config, given, log)
-    if not config.results_path and not config.dry_run:
-        raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
-    check_folder(config.results_path, "results_path")
-
     if config.dry_run:
         from guided_diffusion.dry_run import dry_run
 

@@ -14,6 +14,7 @@ from guided_diffusion.files import check_folder
 def main():
     """Parse flags, meet the other processes, train."""
     config, given = parse_config(TrainConfig, __doc__)
+    check_folder(config.checkpoint_dir, "checkpoint_dir")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost connection is a page of C++ frames
     from guided_diffusion.training.devices import select_device  # with torch
     from guided_diffusion.training.distributed import Group, find_ranks
@@ -36,7 +37,6 @@ def train(config, given, group, device, interrupts):
     for line in [*adopt_resumed(config, given), *unused_flags(config, given)]:
         log_main(f"warning: {line}")
     check_adopted(config)
-    check_folder(config.checkpoint_dir, "checkpoint_dir")
     group.main_first(lambda: build.draw_toy_scenes(config, given, log))
     if config.dry_run:
         if group.main:

@@ -55,7 +55,7 @@ def run_script(main):
     try:
         return main()
     except (InputError, OSError) as error:
-        text, code = f"error: {error}", 2 if isinstance(error, InputError) else 1
+        text, code = f"error: {error}{_flag_of(error)}", 2 if isinstance(error, InputError) else 1
     except RuntimeError as error:
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory", "killed by signal")):
             raise
@@ -66,6 +66,13 @@ def run_script(main):
         text = "interrupted" if code == 130 else f"ended as told; exit code {code}"
     log(f"{os.path.basename(sys.argv[0])}: {' '.join(text.split())}")
     sys.exit(code)
+
+
+def _flag_of(error):
+    """Return in brackets the flag whose value is where an OSError happened; "" where none is."""
+    place = str(getattr(error, "filename", None) or "")
+    named = [name for name, value in zip(sys.argv, sys.argv[1:], strict=False) if value and place.startswith(value)]
+    return f" ({named[0]})" if named and named[0].startswith("--") else ""
 
 
 class Interrupted(KeyboardInterrupt):

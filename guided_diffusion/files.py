@@ -44,12 +44,14 @@ def atomic_write(path, mode="w"):
 
 
 def check_folder(path, flag):
-    """Raise InputError where an output folder's path, or one of its parents, is a file."""
+    """Raise InputError where an output folder's path, or one of its parents, is a file or may not be written."""
     probe = os.path.abspath(path)
     while not os.path.exists(probe):
         probe = os.path.dirname(probe)
     if not os.path.isdir(probe):
         raise InputError(f"--{flag} {path}: {probe} is a file, not a folder; choose another place")
+    if not os.access(probe, os.W_OK):
+        raise InputError(f"--{flag} {path}: no right to write in {probe}; choose another place")
 
 
 def is_archive(path):

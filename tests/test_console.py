@@ -16,6 +16,11 @@ from guided_diffusion.console import REQUEUE, InputError, Interrupted, Interrupt
     [
         (InputError("a.png: bad\n  really"), 2, "train.py: error: a.png: bad really\n"),
         (OSError("disk full"), 1, "train.py: error: disk full\n"),
+        (
+            OSError(28, "No space", "out/a/b.png"),
+            1,
+            "train.py: error: [Errno 28] No space: 'out/a/b.png' (--results_path)\n",
+        ),
         (RuntimeError("CUDA out of memory.\nmore"), 1, "train.py: error: CUDA out of memory. (out of memory? "),
         (KeyboardInterrupt(), 130, "train.py: interrupted\n"),
         (Interrupted(signal.SIGINT), 130, "train.py: interrupted\n"),
@@ -26,7 +31,7 @@ def test_run_script_ends_with_one_line(monkeypatch, capsys, error, code, text):
     def main():
         raise error
 
-    monkeypatch.setattr(sys, "argv", ["/some/where/train.py"])
+    monkeypatch.setattr(sys, "argv", ["/some/where/train.py", "--seed", "1", "--results_path", "out/a"])
     with pytest.raises(SystemExit) as stopped:
         run_script(main)
     assert stopped.value.code == code

@@ -56,13 +56,16 @@ def test_atomic_write_syncs_the_file_before_its_name_and_the_name_before_the_end
     assert done == ["file", "rename", "folder"]
 
 
-def test_check_folder_names_a_file_in_a_folders_place(tmp_path):
+def test_check_folder_names_a_file_in_a_folders_place(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     check_folder(tmp_path / "a" / "b", "results_path")
     check_folder(tmp_path, "results_path")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match=r"--results_path .*file is a file"):
             check_folder(path, "results_path")
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))  # root may write everywhere
+    with pytest.raises(InputError, match=f"--results_path .*: no right to write in {tmp_path}"):
+        check_folder(tmp_path / "a", "results_path")
 
 
 def test_file_digest_reads_a_file_once_and_one_that_changed_again(tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ pictures out without speaking to each other, and whoever finds all rows there jo
 
 import functools
 import hashlib
-import itertools
 import os
 import time
 from pathlib import Path
@@ -71,15 +70,15 @@ class Run:
         self.find_done()
         batches = share_out(self.count, self.batch_size, share)
         todo = [left for batch in batches if (left := [k for k in batch if k not in self.done])]
-        total, left, steps = sum(map(len, batches)), sum(map(len, todo)), itertools.count(1)
+        total, left = sum(map(len, batches)), sum(map(len, todo))
         if left < total:
             log(f"{total - left} of {total} pictures are done already")
         with tqdm(total=left, unit="picture", **bar_options(), disable=quiet) as bar:
 
-            def on_step(*_):  # of searches, too
+            def on_step(t, *_):  # of searches, too
                 if not quiet:
                     _log_first_step()
-                bar.set_postfix_str(f"{next(steps)} steps")
+                bar.set_postfix_str(f"{t} steps left of the chain")
 
             for numbers in todo:
                 for k, row in zip(numbers, self.make(numbers, on_step), strict=True):
