@@ -11,7 +11,9 @@ was interrupted. Tables and figures are those of docs/nrfd_report.py.
 
 import argparse
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,7 +33,7 @@ from tqdm import tqdm
 
 from guided_diffusion import build
 from guided_diffusion.config import TrainConfig, load_config, parts_of
-from guided_diffusion.console import InputError, bar_options, run_script
+from guided_diffusion.console import InputError, Interrupts, bar_options, run_script
 from guided_diffusion.diffusion.sampling import EarlyStop
 from guided_diffusion.files import atomic_write
 from guided_diffusion.link.noise_bank import FreshNoise, NoiseBank
@@ -90,7 +92,7 @@ def script(path, *words):
 
 
 def losses(run, options):
-    """Return rows of the loss by bands of noise, at every checkpoint: on the bank, on entries never drawn, off it."""
+    """Return rows of the loss by bands of noise, at every other checkpoint: bank, entries never drawn, fresh."""
     folder, size = folder_of(run, options), run[1]
     values = load_config(folder / "config.json")
     config = TrainConfig(**{name: value for name, value in values.items() if name in TrainConfig.__dataclass_fields__})
@@ -106,7 +108,7 @@ def losses(run, options):
     spread = np.linspace(0, len(pictures) - 1, ITEMS).round().astype(int)
     batches = [inputs(pictures.batch([int(k)])) for k in spread]
     rows = []
-    for weights in sorted(folder.glob("ema_*.pt")):
+    for weights in checkpoints(run, options):
         load_weights(model, weights)
         for (noise, draw), (band, ends) in product(noises.items(), BANDS.items()):
             t, found = torch.tensor(np.linspace(*ends, TIMES) * diffusion.num_timesteps).long(), []
@@ -117,6 +119,12 @@ def losses(run, options):
                     found.append(diffusion.training_losses(model.eval(), x, t, y=y, noise=z)["mse"])
             rows.append({"step": step_of(weights), "what": f"{noise}, {band} noise", "loss": mean(found)})
     return rows
+
+
+def checkpoints(run, options):
+    """Return the averaged weights of every other checkpoint, in order; those of an interruption do not count."""
+    every = 2 * options.steps // options.points
+    return [path for path in sorted(folder_of(run, options).glob("ema_*.pt")) if step_of(path) % every == 0]
 
 
 def mean(tensors):
@@ -131,14 +139,14 @@ def step_of(weights):
 
 def pictures(run, options):
     """Return rows of what is measured of pictures: at some checkpoints from an entry, at the last one all `KINDS`."""
-    checkpoints, rows = sorted(folder_of(run, options).glob("ema_*.pt")), []
-    chain, y, numbers, measure = sampled(checkpoints[-1], options, **CHAIN)
+    points, rows = checkpoints(run, options)[1:], []
+    chain, y, numbers, measure = sampled(points[-1], options, **CHAIN)
     starts = {"entry": chain.bank} if chain.bank.size else {}
     starts["fresh"] = FreshNoise(chain.bank.shape, 1)
-    for weights in checkpoints[3::2]:
+    for weights in points:
         load_weights(chain.model, weights)
         kinds = [(start, later) for start in starts for later in KINDS[start]]
-        for start, later in kinds if weights == checkpoints[-1] else kinds[:1]:
+        for start, later in kinds if weights == points[-1] else kinds[:1]:
             method = "ddim" if later == "none" else chain.sampler.method
             own = replace(chain, bank=starts[start], sampler=replace(chain.sampler, method=method))
             made = []
@@ -292,11 +300,19 @@ def main():
     sizes, seeds = (list(map(int, parts_of(text))) for text in (options.sizes, options.seeds))
     # Seed by seed, so that the first tables are of all networks.
     runs = [(prediction, size, seed) for seed, prediction, size in product(seeds, parts_of(options.predictions), sizes)]
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+    # Each worker leads a group of its own, which a signal ends with the training that it runs.
+    start = {"mp_context": get_context("spawn"), "initializer": os.setpgrp}
+    with Interrupts(at_once=True), ProcessPoolExecutor(options.workers, **start) as pool:
         cells = [pool.submit(cell, run, options) for run in runs]
-        for done in tqdm(as_completed(cells), total=len(cells), unit="network", **bar_options()):
-            done.result()
-            nrfd_report.main(options.output)
+        try:
+            for done in tqdm(as_completed(cells), total=len(cells), unit="network", **bar_options()):
+                done.result()
+                nrfd_report.main(options.output)
+        except BaseException:
+            for worker in pool._processes.values():
+                os.killpg(worker.pid, signal.SIGTERM)
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 if __name__ == "__main__":
