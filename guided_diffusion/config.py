@@ -26,9 +26,9 @@ def model_and_diffusion_defaults():
     return {f.name: f.default for f in NETWORK_FLAGS}
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
+        raise InputError(f"{' '.join(message.split())}; see --help")
 
 
 def _boolean(text):
@@ -38,7 +38,7 @@ def _boolean(text):
 
 
 def _parser(config_class, doc):
-    parser = _OneLineParser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     groups = [group for group in config_class.__mro__[1:-1] if group is not SharedFlags]
     for group_class in groups:
         group = parser.add_argument_group(group_class.__doc__)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from conftest import TINY, as_arguments
 
-from guided_diffusion import build_link
+from guided_diffusion import build_link, load_checkpoint
 from guided_diffusion.config import SampleConfig, parse_config, sweep
 from guided_diffusion.console import InputError
 from guided_diffusion.diffusion.solvers import SamplerSettings
 from guided_diffusion.evaluation.run import SceneRun
 from guided_diffusion.files import file_digest
+from guided_diffusion.link.selection import mse
+from guided_diffusion.link.transceiver import IdealChannel
 from guided_diffusion.training.checkpoint import find_weights
 
 FLAGS = {**TINY, "timestep_respacing": "4"}
@@ -203,3 +205,35 @@ def test_run_on_pictures_alone_with_an_extractor(parts, configure, scenes, segme
     assert run.summary["set"]["miou_real"] == 1.0
     scene = sampling["dataset"].batch([0])
     assert torch.equal(scene["label"], torch.jit.load(segmenter)(scene["image"]).argmax(1, keepdim=True))
+
+
+def test_load_checkpoint_takes_what_model_path_takes(trained):
+    checkpoint = load_checkpoint(trained, "cpu", "4")
+    assert (checkpoint.config.image_size, checkpoint.config.prediction) == (16, "v")
+    assert checkpoint.diffusion.num_timesteps == 4 and checkpoint.bank[3].shape == (3, 16, 32)
+    assert not checkpoint.model.training and next(checkpoint.model.parameters()).device.type == "cpu"
+    same = load_checkpoint(trained / "ema_0.9_000004.pt")
+    assert all(torch.equal(a, b) for a, b in zip(same.model.parameters(), checkpoint.model.parameters(), strict=True))
+    for path, flags, words in ((trained, {"colour": 1}, "--colour=1"), ("none", {}, "--model_path none: no such file")):
+        with pytest.raises(InputError, match=words):
+            load_checkpoint(path, **flags)
+
+
+def test_checkpoint_takes_functions_as_extractor_selector_distance_and_channel(trained, scenes):
+    checkpoint = load_checkpoint(trained, "cpu", "4", data_dir=scenes, candidates=3)
+    scene = checkpoint.scenes(lambda image: (image.mean(1) > 0).long()).batch([0])
+    assert torch.equal(scene["label"], (scene["image"].mean(1, keepdim=True) > 0).long())
+
+    def take_next(chain, y, scene, start, on_step=None):
+        return chain.choice(chain.run(y, [start + 1], on_step=on_step), start + 1)
+
+    def lose_labels(sent, receiver, stream):
+        return receiver.accept(receiver.session.decode(sent.parts | {"labels": None})), {}
+
+    receiver, sent = checkpoint.receiver(), checkpoint.transmitter(take_next).send(scene, 4)
+    arrivals = [channel(sent, receiver, None)[0] for channel in (IdealChannel(), lose_labels)]
+    assert [arrival.start for arrival in arrivals] == [5, 5] and arrivals[1].problems == ("labels",)
+    assert torch.equal(receiver.pictures(arrivals[:1]).images[0], sent.choice.picture)
+    transmitter = checkpoint.transmitter(distance=lambda pictures, image: -mse(pictures, image))
+    pictures = torch.cat([transmitter.chain.run(sent.y, [i]).images for i in range(3)])
+    assert transmitter.send(scene, 0).choice.index == int(mse(pictures, scene["image"]).argmax())

@@ -337,7 +337,7 @@ def test_link_conceals_what_is_lost(sample, tmp_path, monkeypatch):
 
         seeds = {}  # noqa: RUF012
 
-        def send(self, sent, receiver, stream):
+        def __call__(self, sent, receiver, stream):
             gone = lost[self.seeds.setdefault(stream.initial_seed(), len(self.seeds))]
             parts = {name: None if name in gone else part for name, part in sent.parts.items()}
             return receiver.accept(receiver.session.decode(parts)), {}

@@ -156,7 +156,7 @@ class SceneRun(Run):
             sents.append(self.transmitter.send(scene, self._start(k), on_step))
             rows.append(self._sent_row(k, sents[-1]) | {"transmit_seconds": f"{time.monotonic() - started:.3f}"})
             if not self.transmitting:
-                arrival, facts = self.channel.send(sents[-1], self.receiver, self._stream(self.paths[k]))
+                arrival, facts = self.channel(sents[-1], self.receiver, self._stream(self.paths[k]))
                 rows[-1] |= facts | {"problems": " ".join(arrival.problems) if arrival else "header"}
             arrivals.append(arrival)
         if self.transmitting:

@@ -211,7 +211,7 @@ class Receiver:
         return SampleResult(*(torch.stack(each) for each in zip(*(found[k] for k in sorted(found)), strict=True)))
 
 
-# Each channel has `send(sent, receiver, stream)`: it sends one `Sent`, with noise from the CPU generator `stream`, and
+# A channel is a function (sent, receiver, stream): it sends one `Sent`, with noise from the CPU generator `stream`, and
 # returns the receiver's `Arrival` (None where the header is lost) and a dict of table columns.
 
 
@@ -221,7 +221,7 @@ class AnalogChannel:
     def __init__(self, sigma, pool="None"):
         self.sigma, self.pool = sigma, pool
 
-    def send(self, sent, receiver, stream):
+    def __call__(self, sent, receiver, stream):
         message, header = sent.message, sent.message.header
         if message.label is None:  # no plane is sent
             return receiver.accept(message), {"channel_uses": 0, "bandwidth_ratio": 0, "realised_snr_db": math.inf}
@@ -236,17 +236,19 @@ class AnalogChannel:
 class IdealChannel:
     """The message arrives as it is."""
 
-    def send(self, sent, receiver, stream):
+    def __call__(self, sent, receiver, stream):
         return receiver.accept(receiver.session.decode(sent.parts)), {}
 
 
 class DigitalChannel:
-    """The message, channel-coded part by part by a `DigitalLink` (see `channel_coding`)."""
+    """The message, channel-coded part by part by a `DigitalLink`, which takes the arguments (see `channel_coding`)."""
 
-    def __init__(self, link):
-        self.link = link
+    def __init__(self, snr_db, **coding):
+        from .channel_coding import DigitalLink
 
-    def send(self, sent, receiver, stream):
+        self.link = DigitalLink(snr_db, **coding)
+
+    def __call__(self, sent, receiver, stream):
         delivery = self.link.send(sent.parts, stream)
         arrived = {name: delivery.part(name) for name in delivery.blocks}
         arrival = receiver.accept(receiver.session.decode(arrived, delivery.prefix("indices")))
