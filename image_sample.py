@@ -3,6 +3,8 @@
 Start small: python image_sample.py --preset toy
 """
 
+import sys
+
 from guided_diffusion import config as flags
 from guided_diffusion.console import InputError, Interrupted, Interrupts, log, run_script
 from guided_diffusion.files import check_folder
@@ -48,7 +50,11 @@ def regenerate(config, given, ranks):
 
     make_parts = build_link.receiving_parts if config.role == "receive" else build_link.sampling_parts
     parts = make_parts(config, weights, log_main, ranks)
-    run_pictures(config, weights, parts, log, find_share(ranks, config.share_array), quiet)
+    failures = run_pictures(config, weights, parts, log, find_share(ranks, config.share_array), quiet)
+    for line in failures:
+        log(line)
+    if failures:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,9 @@ def receiving_parts(config, weights, log, ranks=None):
     make_chain = ChainMaker(config, bank, device, weights, model_of)
 
     def receiver():
-        return Receiver(Session.load(Path(config.messages, SESSION), *_priors(config, model)), make_chain)
+        session = Session.load(Path(config.messages, SESSION), *_priors(config, model))
+        make_chain(session.template)  # refuses another model's messages before the first
+        return Receiver(session, make_chain)
 
     return {"make_chain": make_chain, "receiver": receiver}
 
