@@ -6,25 +6,20 @@ Names are imported when first used, so that the command line answers without loa
 import importlib
 
 _HOMES = {
-    "model_and_diffusion_defaults": "config",
-    "create_model_and_diffusion": "build",
-    "load_checkpoint": "build_link",
-    "Checkpoint": "build_link",
-    "load_weights": "training.checkpoint",
-    "NoiseBank": "link.noise_bank",
-    "Transmitter": "link.transceiver",
-    "Receiver": "link.transceiver",
-    "Message": "link.message",
-    "AnalogChannel": "link.transceiver",
-    "DigitalChannel": "link.transceiver",
-    "load_data": "data.datasets",
-    "encode_semantics": "data.semantics",
-    "sample": "diffusion.sampling",
-    "EarlyStop": "diffusion.sampling",
-    "SampleResult": "diffusion.sampling",
-    "metrics": "evaluation.metrics",
-    "InputError": "console",
+    "config": "model_and_diffusion_defaults",
+    "build": "create_model_and_diffusion",
+    "build_link": "load_checkpoint Checkpoint",
+    "training.checkpoint": "load_weights",
+    "link.noise_bank": "NoiseBank",
+    "link.message": "Message",
+    "link.transceiver": "Transmitter Receiver AnalogChannel DigitalChannel",
+    "data.datasets": "load_data",
+    "data.semantics": "encode_semantics",
+    "diffusion.sampling": "sample EarlyStop SampleResult",
+    "evaluation.metrics": "metrics",
+    "console": "InputError",
 }
+_HOMES = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOMES)
 
 
@@ -32,7 +27,7 @@ def __getattr__(name):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f".{_HOMES[name]}", __name__)
-    return module if name == "metrics" else getattr(module, name)
+    return getattr(module, name, module)  # metrics is a module
 
 
 def __dir__():

@@ -1,6 +1,5 @@
 """From a sampling configuration or a checkpoint to both ends of the link, the channel, and what measures the result."""
 
-import copy
 import dataclasses
 import functools
 import os
@@ -52,26 +51,40 @@ class Checkpoint:
         """
         return scenes(self.config, log, self.link[1].device, extract)
 
-    def transmitter(self, choose=None, distance=None):
-        """Return a `Transmitter`; with neither, it takes the bank index that `send` is given.
+    def transmitter(self, choose=None, distance=None, point=None):
+        """Return a `Transmitter`; with neither `choose` nor `distance` it takes the bank index that `send` is given.
 
         :param choose: selector, a function (chain, y, scene, start, on_step) -> `Choice` (`chain.choice` makes one).
-        :param distance: function (pictures (N, 3, H, W), original (1, 3, H, W)) -> (N,), for the search that the flags
-            describe: selection, candidates, feedback_steps, step_candidates, step_atoms.
+        :param distance: function (pictures (N, 3, H, W), original (1, 3, H, W)) -> (N,), smaller is better, for the
+            search that the flags describe: selection, candidates, feedback_steps, step_candidates, step_atoms.
+        :param point: one of `config.sweep`; None: the config.
         """
-        return _transmitter(self.config, self.link, choose or _chooser(self.config, distance and (lambda _: distance)))
+        config, (session, make_chain), rule = point or self.config, self.link, self._rule
+        if distance:
+            choose = _chooser(config, lambda scene: distance)
+        # A chain that stops early does so where the transmitter's did, which the message tells.
+        local = config.role == "transmit" or config.local_picture or (rule is not None and config.link != "analog")
+        chain, coding = make_chain(session.template, rule), semantic_coding(config)
+        spending = {"sent": parts_of(config.send), "color_step": config.color_step, "target": _target(config)}
+        return Transmitter(session, coding, chain, choose, local, **spending)
 
-    def receiver(self):
+    def receiver(self, point=None):
         """Return a `Receiver`."""
-        return _receiver(self.config, self.link)
+        rule = self._rule if (point or self.config).link == "analog" else None
+        return Receiver(self.link[0], functools.partial(self.link[1], rule=rule))
+
+    @property
+    def _rule(self):
+        tol, *steps = self.config.stop_tol, self.config.stop_patience, self.config.stop_min_steps
+        return EarlyStop(tol, *steps) if tol else None
 
     @functools.cached_property
     def link(self):
         """What both ends share: the `Session`, and the `ChainMaker`."""
-        config, device = self.config, next(self.model.parameters()).device
-        make_chain = ChainMaker(config, self.bank, device, config.model_path, lambda precision: self.model)
-        header = _header(config, *self.bank.shape[1:], make_chain.fingerprint)
-        return Session(header, *_priors(config, self.model)), make_chain
+        device = next(self.model.parameters()).device
+        make_chain = ChainMaker(self.config, self.bank, device, self.config.model_path, self.model)
+        header = _header(self.config, *self.bank.shape[1:], make_chain.fingerprint)
+        return Session(header, *_priors(self.config, self.model)), make_chain
 
 
 def load_checkpoint(path, device="auto", respacing="", **flags):
@@ -125,54 +138,28 @@ def sampling_parts(config, weights, log, ranks=None):
     batch = min(config.batch_size, config.num_samples, len(dataset)) if config.role == "link" else 1
     log(describe_label_memory(model, height, width, batch, config.precision, config.label_memory))
     bank = noise_bank(config, height, width)
-    link = Checkpoint(model, None, bank, config).link
+    both = Checkpoint(model, None, bank, config)
     if config.role != "link" or parts_of(config.link) != ["analog"]:
-        link[0].template.check()
-    ends = {"transmitter": lambda point: _transmitter(point, link, _chooser(point, distances))}
-    ends |= {"receiver": lambda point: _receiver(point, link), "channel": channel}
+        both.link[0].template.check()
+    ends = {"transmitter": lambda point: both.transmitter(_chooser(point, distances), point=point)}
+    ends |= {"receiver": both.receiver, "channel": channel}
     return {"bank": bank, "dataset": dataset, "measures": measures, **ends}
 
 
-def _transmitter(config, link, choose):
-    (session, make_chain), rule = link, _stop_rule(config)
-    # A chain that stops early does so where the transmitter's did, which the message tells.
-    local = config.role == "transmit" or config.local_picture or (rule is not None and config.link != "analog")
-    spending = {"sent": parts_of(config.send), "color_step": config.color_step, "target": _target(config)}
-    return Transmitter(session, semantic_coding(config), make_chain(session.template, rule), choose, local, **spending)
-
-
-def _receiver(config, link):
-    session, make_chain = link
-    return Receiver(
-        session, functools.partial(make_chain, rule=_stop_rule(config) if config.link == "analog" else None)
-    )
-
-
-def _stop_rule(config):
-    return EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
-
-
 def receiving_parts(config, weights, log, ranks=None):
-    """Build what the receiver alone needs: dict of make_chain (Header -> `Chain`) and receiver()."""
+    """Build what the receiver alone needs: dict of receiver()."""
     device, model = _device(config, ranks), untrained_model(config)
-    precision_of(config, device, log)
     load_weights(model, weights)
-
-    @functools.cache
-    def model_of(precision):  # another message may ask for another one
-        shared = precision == "fp32" and not config.compile  # neither rounds nor compiles it
-        own = model if shared else copy.deepcopy(model)
-        return devices.for_sampling(own, device, precision, config.compile, log)
-
-    bank = noise_bank(config, config.image_size, 2 * config.image_size)
-    make_chain = ChainMaker(config, bank, device, weights, model_of)
 
     def receiver():
         session = Session.load(Path(config.messages, SESSION), *_priors(config, model))
+        bank = noise_bank(config, config.image_size, 2 * config.image_size)
+        make_chain = ChainMaker(config, bank, device, weights, model)
         make_chain(session.template)  # refuses another model's messages before the first
+        devices.for_sampling(model, device, session.template.precision, config.compile, log)
         return Receiver(session, make_chain)
 
-    return {"make_chain": make_chain, "receiver": receiver}
+    return {"receiver": receiver}
 
 
 def _priors(config, model):
@@ -225,11 +212,11 @@ class ChainMaker:
 
     :param bank: a `NoiseBank`; a chain takes the one of its own picture size.
     :param weights: path of the weights file: the first 16 digits of its SHA-256 are the model's fingerprint.
-    :param model_of: function precision -> network.
+    :param model: the network, on the device.
     """
 
-    def __init__(self, config, bank, device, weights, model_of):
-        self.config, self.bank, self.device, self.model_of, self._chains = config, bank, device, model_of, {}
+    def __init__(self, config, bank, device, weights, model):
+        self.config, self.bank, self.device, self.model, self._chains = config, bank, device, model, {}
         self.fingerprint = file_digest(weights).hex()[:16]
 
     def __call__(self, header, rule=None):
@@ -256,7 +243,7 @@ class ChainMaker:
             raise InputError(f"{found}, more than {MAX_AREA} times --image_size {config.image_size} squared")
         if devices.usable_precision(self.device, header.precision)[0] != header.precision:
             raise InputError(f"the message needs {header.precision}, which this device lacks; receive it elsewhere")
-        check_size(header.height, header.width, self.model_of(header.precision).downsampling)
+        check_size(header.height, header.width, self.model.downsampling)
 
     def _build(self, header, rule):
         steps = {"timestep_respacing": header.sampler.steps, "start_time": header.sampler.start_time}
@@ -266,7 +253,7 @@ class ChainMaker:
             rule = EarlyStop(float("inf"), 1, header.stop_step)
         precision = functools.partial(devices.autocast, self.device, header.precision)
         memory = int(self.config.label_memory * 2**30)
-        fixed = self.model_of(header.precision), diffusion, self.bank, header.sampler
+        fixed = self.model, diffusion, self.bank, header.sampler
         options = {}
         if self.config.color_layer:
             whole = diffusion_from(self.config, timestep_respacing="", start_time=0)

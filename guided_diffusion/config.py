@@ -282,16 +282,8 @@ def adopt_training_config(config, given, trained, source, fixed=("training", "so
     :raises InputError: a flag was given with another value (the message names both), or the file holds an invalid one.
     """
     # What training saw before these flags were there.
-    before = {
-        "label_scale": 1,
-        "label_smooth": 0,
-        "color_layer": False,
-        "spade_channels": 128,
-        "edge_levels": 256,
-        "edge_threshold": 0.3,
-        "edge_scale": 1,
-    }
-    differing, trained = [], before | trained
+    before = {"label_scale": 1, "label_smooth": 0, "edge_levels": 256, "edge_threshold": 0.3, "edge_scale": 1}
+    differing, trained = [], before | {"color_layer": False, "spade_channels": 128} | trained
     for f in dataclasses.fields(config):
         name, choices, asked = f.name, f.metadata["choices"], getattr(config, f.name)
         if name not in trained or not {*f.metadata["fixed_by"]} & {*fixed}:

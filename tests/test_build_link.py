@@ -69,7 +69,7 @@ def test_chain_maker_keeps_one_chain_for_a_kind_of_header(configure):
     config, weights = configure(label_scale=2)
     sampling = build_link.sampling_parts(config, weights, quiet)
     header = header_of(sampling, sweep(config)[0])
-    make_chain = build_link.receiving_parts(config, weights, quiet)["make_chain"]
+    make_chain = load_checkpoint(weights, respacing="4").link[1]
     chain = make_chain(header)
     assert chain.diffusion.num_timesteps == 4 and len(chain.bank) == 16
     for same in ({"label_scale": 8}, {"boundaries": False}, {"height": 16, "width": 64}, {"edge_levels": 2}):
@@ -92,12 +92,12 @@ def test_chain_maker_keeps_one_chain_for_a_kind_of_header(configure):
         ({"precision": "fp16"}, "needs fp16, which this device lacks"),
     ],
 )
-def test_chain_maker_refuses_messages_for_another_receiver(configure, parts, change, words):
+def test_chain_maker_refuses_messages_for_another_receiver(trained, parts, change, words):
     point, sampling = parts()
     header = dataclasses.replace(header_of(sampling, point), boundaries=False, edge_levels=0)
-    receiver = build_link.receiving_parts(*configure(), quiet)["make_chain"]
+    make_chain = load_checkpoint(trained, respacing="4").link[1]
     with pytest.raises(InputError, match=words):
-        receiver(dataclasses.replace(header, **change))
+        make_chain(dataclasses.replace(header, **change))
 
 
 def test_header_has_what_the_flags_ask_for(parts, trained):

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,10 @@ MOST_LINES, MOST_FUNCTION_LINES, MOST_IN_ALL = 400, 60, 9500
 SLOW = ("torch._dynamo", "sympy", "torchvision", "torchmetrics", "tensorboard", "matplotlib", "sionna", "mpi4py")
 
 
+PAGES = {page: (ROOT.parent / page).read_text() for page in ("README.md", "docs/python.md")}
+BLOCKS = [(page, code) for page, text in PAGES.items() for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+
+
 def run_python(code):
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, timeout=120)
 
@@ -67,6 +72,24 @@ def test_sampling_imports_nothing_slow_but_torch():
     loads = "import sys, guided_diffusion.build, guided_diffusion.evaluation.run as run; "
     done = run_python(loads + f"print(*({{*{SLOW}}} & {{*sys.modules}}))")
     assert (done.stdout, done.stderr) == ("\n", "")
+
+
+@pytest.mark.parametrize("page, code", BLOCKS, ids=[f"{page}-{k}" for k, (page, _) in enumerate(BLOCKS)])
+def test_python_of_the_docs_runs(page, code, trained, scenes, tmp_path, monkeypatch):
+    """As it stands, in a folder with checkpoint and data; networks from flags, and the README's file, are tiny."""
+    import torch
+
+    flags = {**guided_diffusion.model_and_diffusion_defaults(), "num_channels": 32, "num_res_blocks": 1}
+    flags |= {"channel_mult": "1,1"}
+    monkeypatch.setattr(guided_diffusion, "model_and_diffusion_defaults", lambda: flags)
+    monkeypatch.chdir(tmp_path)
+    for name, folder in {"checkpoints/toy": trained, "datasets/toy_scenes": scenes}.items():
+        Path(name).parent.mkdir()
+        Path(name).symlink_to(folder)
+    model, _ = guided_diffusion.create_model_and_diffusion(**flags)
+    torch.save(model.state_dict(), "ema_0.9999_100000.pt")
+    exec(compile(code, page, "exec"), {"y": torch.zeros(1, 36, 64, 128)})
+    assert len(code.splitlines()) <= 25
 
 
 # -- the house --------------------------------------------------------------------------------------------------------
