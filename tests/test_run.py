@@ -433,6 +433,7 @@ def test_receive_goes_on_past_bad_messages_and_verifies_the_others(sample, recei
     assert (equal, missing) == ("1 of 3 equal", f"{last.stem}: not received")
     assert differs == f"{first.stem}: another picture than in {tmp_path / 'sent'}"
     assert before.items() < stamps(tmp_path / "received").items()
+    assert "0 of 2 equal" in receive(folder="one", num_samples=1, verify=tmp_path / "other")
     with pytest.raises(InputError, match=r"--verify .*none: no results.csv"):
         receive(verify=tmp_path / "none")
 
