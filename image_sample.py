@@ -50,11 +50,8 @@ def regenerate(config, given, ranks):
 
     make_parts = build_link.receiving_parts if config.role == "receive" else build_link.sampling_parts
     parts = make_parts(config, weights, log_main, ranks)
-    failures = run_pictures(config, weights, parts, log, find_share(ranks, config.share_array), quiet)
-    for line in failures:
-        log(line)
-    if failures:
-        sys.exit(1)
+    if failures := run_pictures(config, weights, parts, log, find_share(ranks, config.share_array), quiet):
+        sys.exit("\n".join(failures))  # with code 1
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from .link.color_layer import ColorPrior
 from .link.label_prior import LabelPrior
 from .link.message import SESSION, Header, Session
 from .link.selection import Chain, StepCodebook, rare_weights, select_both, select_initial, select_per_step
-from .link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
+from .link.transceiver import AnalogChannel, Receiver, Transmitter, ideal_channel
 from .training import devices
 from .training.checkpoint import find_weights, load_weights, trained_config
 
@@ -46,8 +46,7 @@ class Checkpoint:
     def scenes(self, extract=None):
         """Open the split of `data_dir` as a `SceneDataset`, whose `batch([k])` is the scene that `Transmitter` takes.
 
-        :param extract: function of pictures (1, 3, H, W) in [-1, 1] that gives their label map, as ids (1, H, W) or
-            scores (1, K, H, W), in place of the data set's.
+        :param extract: function (1, 3, H, W) -> ids (1, H, W) or scores (1, K, H, W), instead of the data set's maps.
         """
         return scenes(self.config, log, self.link[1].device, extract)
 
@@ -59,7 +58,7 @@ class Checkpoint:
             search that the flags describe: selection, candidates, feedback_steps, step_candidates, step_atoms.
         :param point: one of `config.sweep`; None: the config.
         """
-        config, (session, make_chain), rule = point or self.config, self.link, self._rule
+        config, (session, make_chain, rule) = point or self.config, self.link
         if distance:
             choose = _chooser(config, lambda scene: distance)
         # A chain that stops early does so where the transmitter's did, which the message tells.
@@ -70,21 +69,17 @@ class Checkpoint:
 
     def receiver(self, point=None):
         """Return a `Receiver`."""
-        rule = self._rule if (point or self.config).link == "analog" else None
-        return Receiver(self.link[0], functools.partial(self.link[1], rule=rule))
-
-    @property
-    def _rule(self):
-        tol, *steps = self.config.stop_tol, self.config.stop_patience, self.config.stop_min_steps
-        return EarlyStop(tol, *steps) if tol else None
+        (session, make_chain, rule), analog = self.link, (point or self.config).link == "analog"
+        return Receiver(session, functools.partial(make_chain, rule=rule if analog else None))
 
     @functools.cached_property
     def link(self):
-        """What both ends share: the `Session`, and the `ChainMaker`."""
-        device = next(self.model.parameters()).device
-        make_chain = ChainMaker(self.config, self.bank, device, self.config.model_path, self.model)
-        header = _header(self.config, *self.bank.shape[1:], make_chain.fingerprint)
-        return Session(header, *_priors(self.config, self.model)), make_chain
+        """What both ends share: the `Session`, the `ChainMaker`, and an `EarlyStop` or None."""
+        config, device = self.config, next(self.model.parameters()).device
+        make_chain = ChainMaker(config, self.bank, device, config.model_path, self.model)
+        header = _header(config, *self.bank.shape[1:], make_chain.fingerprint)
+        rule = EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
+        return Session(header, *_priors(config, self.model)), make_chain, rule
 
 
 def load_checkpoint(path, device="auto", respacing="", **flags):
@@ -194,8 +189,10 @@ def channel(point):
     if point.link == "analog":
         return AnalogChannel(snr_to_sigma(point.snr), point.pool)
     if point.link == "ideal":
-        return IdealChannel()
-    return DigitalChannel(point.snr, modulation=point.modulation, code_rate=point.code_rate, fading=point.fading)
+        return ideal_channel
+    from .link.channel_coding import DigitalChannel
+
+    return DigitalChannel(point.snr, point.modulation, point.code_rate, point.fading)
 
 
 def describe_label_memory(model, height, width, batch, precision, limit):

@@ -15,7 +15,7 @@ from guided_diffusion.diffusion.solvers import SamplerSettings
 from guided_diffusion.evaluation.run import SceneRun
 from guided_diffusion.files import file_digest
 from guided_diffusion.link.selection import mse
-from guided_diffusion.link.transceiver import IdealChannel
+from guided_diffusion.link.transceiver import ideal_channel
 from guided_diffusion.training.checkpoint import find_weights
 
 FLAGS = {**TINY, "timestep_respacing": "4"}
@@ -231,7 +231,7 @@ def test_checkpoint_takes_functions_as_extractor_selector_distance_and_channel(t
         return receiver.accept(receiver.session.decode(sent.parts | {"labels": None})), {}
 
     receiver, sent = checkpoint.receiver(), checkpoint.transmitter(take_next).send(scene, 4)
-    arrivals = [channel(sent, receiver, None)[0] for channel in (IdealChannel(), lose_labels)]
+    arrivals = [channel(sent, receiver, None)[0] for channel in (ideal_channel, lose_labels)]
     assert [arrival.start for arrival in arrivals] == [5, 5] and arrivals[1].problems == ("labels",)
     assert torch.equal(receiver.pictures(arrivals[:1]).images[0], sent.choice.picture)
     transmitter = checkpoint.transmitter(distance=lambda pictures, image: -mse(pictures, image))

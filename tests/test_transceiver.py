@@ -14,10 +14,11 @@ from guided_diffusion.data.toy_scenes import draw_scene
 from guided_diffusion.diffusion.solvers import SamplerSettings
 from guided_diffusion.link import transceiver
 from guided_diffusion.link.channel import transmit
+from guided_diffusion.link.channel_coding import DigitalChannel
 from guided_diffusion.link.color_layer import TRAINED, ColorPrior, encode_color
 from guided_diffusion.link.message import Header, Session, to_bytes
 from guided_diffusion.link.selection import Chain, StepCodebook, select_both, select_initial, select_per_step
-from guided_diffusion.link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
+from guided_diffusion.link.transceiver import AnalogChannel, Receiver, Transmitter, ideal_channel
 
 CLASSES, SIZE, T = 4, (8, 16), 6
 TEMPLATE = Header(height=8, width=16, num_classes=CLASSES, bank_size=16, sampler=SamplerSettings(steps=str(T)))
@@ -227,7 +228,7 @@ def test_analog_facts_have_the_true_snr():
 
 
 @needs_sionna
-@pytest.mark.parametrize("channel", [IdealChannel, lambda: DigitalChannel(20)])
+@pytest.mark.parametrize("channel", [lambda: ideal_channel, lambda: DigitalChannel(20)])
 def test_channels_without_errors_deliver_the_message(channel):
     sent = sender().send(scene(), 3)
     arrival, facts = channel()(sent, Receiver(sent.session, None), stream())

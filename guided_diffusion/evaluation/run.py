@@ -247,7 +247,7 @@ class SceneRun(Run):
         if not self.transmitting:
             facts |= {"link": config.link, "pool": config.pool, "snr_db": f"{config.snr:g}"}
         if self.measures.codecs and facts.get("link") != "analog":
-            link = getattr(self.channel, "link", None)  # a codec's bytes cross it, too
+            link = self.channel if facts.get("link") == "digital" else None  # a codec's bytes cross it, too
             baseline_rows = self.measures.compare(self.results, rows, link, self._stream)
         if self.bank.size:  # what both ends own before the first message, in bytes
             facts["shared_once_bytes"] = {"weights": os.path.getsize(self.weights), "bank_seed": 8}
