@@ -209,20 +209,18 @@ def test_run_on_pictures_alone_with_an_extractor(parts, configure, scenes, segme
 
 def test_load_checkpoint_takes_what_model_path_takes(trained):
     checkpoint = load_checkpoint(trained, "cpu", "4")
-    assert (checkpoint.config.image_size, checkpoint.config.prediction) == (16, "v")
-    assert checkpoint.diffusion.num_timesteps == 4 and checkpoint.bank[3].shape == (3, 16, 32)
-    assert not checkpoint.model.training and next(checkpoint.model.parameters()).device.type == "cpu"
+    assert checkpoint.diffusion.num_timesteps == 4 and checkpoint.config.prediction == "v"
+    assert checkpoint.bank[3].shape == (3, 16, 32) and not checkpoint.model.training
     same = load_checkpoint(trained / "ema_0.9_000004.pt")
     assert all(torch.equal(a, b) for a, b in zip(same.model.parameters(), checkpoint.model.parameters(), strict=True))
-    for path, flags, words in ((trained, {"colour": 1}, "--colour=1"), ("none", {}, "--model_path none: no such file")):
-        with pytest.raises(InputError, match=words):
-            load_checkpoint(path, **flags)
+    with pytest.raises(InputError, match="--colour=1"):
+        load_checkpoint(trained, colour=1)
 
 
 def test_checkpoint_takes_functions_as_extractor_selector_distance_and_channel(trained, scenes):
     checkpoint = load_checkpoint(trained, "cpu", "4", data_dir=scenes, candidates=3)
     scene = checkpoint.scenes(lambda image: (image.mean(1) > 0).long()).batch([0])
-    assert torch.equal(scene["label"], (scene["image"].mean(1, keepdim=True) > 0).long())
+    assert torch.equal(scene["label"][:, 0], (scene["image"].mean(1) > 0).long())
 
     def take_next(chain, y, scene, start, on_step=None):
         return chain.choice(chain.run(y, [start + 1], on_step=on_step), start + 1)

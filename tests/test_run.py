@@ -426,9 +426,8 @@ def test_receive_goes_on_past_bad_messages_and_verifies_the_others(sample, recei
     before = stamps(tmp_path / "received")
     bad.write_bytes(whole)
     last.unlink()
-    digest = column(tmp_path / "sent", "picture_sha256")[0]
     results = tmp_path / "sent" / "results.csv"
-    results.write_text(results.read_text().replace(digest, "0"))
+    results.write_text(results.read_text().replace(column(results.parent, "picture_sha256")[0], "0"))
     *_, equal, differs, missing = receive(**verify)
     assert (equal, missing) == ("1 of 3 equal", f"{last.stem}: not received")
     assert differs == f"{first.stem}: another picture than in {tmp_path / 'sent'}"
@@ -438,8 +437,12 @@ def test_receive_goes_on_past_bad_messages_and_verifies_the_others(sample, recei
         receive(verify=tmp_path / "none")
 
 
-def test_receive_refuses_what_has_no_session(sample, receive, tmp_path):
+def test_receive_refuses_other_weights_and_damaged_sessions(sample, receive, trained, tmp_path):
     sample("sent", role="transmit", num_samples=1)
+    with pytest.raises(InputError, match=r"the message was made with fingerprint .*--model_path"):
+        receive(model_path=trained / "model000004.pt")
+    shutil.copy(trained / "ema_0.9_000004.pt", tmp_path)
+    receive(folder="moved", model_path=tmp_path / "ema_0.9_000004.pt")  # the contents count, not where it is
     session = tmp_path / "sent" / "messages" / SESSION
     session.write_bytes(session.read_bytes()[:-1])
     with pytest.raises(InputError, match=f"{session}: damaged.*; copy it from the transmitter's messages"):
@@ -450,14 +453,6 @@ def test_receive_refuses_what_has_no_session(sample, receive, tmp_path):
     assert not (tmp_path / "received").exists()
     with pytest.raises(InputError, match=r"--messages .*none: no \.dgo files there"):
         receive("none")
-
-
-def test_receive_refuses_other_weights(sample, receive, trained, tmp_path):
-    sample("sent", role="transmit", num_samples=1)
-    with pytest.raises(InputError, match=r"the message was made with fingerprint .*--model_path"):
-        receive(model_path=trained / "model000004.pt")
-    shutil.copy(trained / "ema_0.9_000004.pt", tmp_path)
-    receive(model_path=tmp_path / "ema_0.9_000004.pt")  # the contents count, not where it is
 
 
 def script(**flags):
