@@ -51,16 +51,17 @@ class Checkpoint:
         return scenes(self.config, log, self.link[1].device, extract)
 
     def transmitter(self, choose=None, distance=None, point=None):
-        """Return a `Transmitter`; with neither `choose` nor `distance` it takes the bank index that `send` is given.
+        """Return a `Transmitter`, which chooses noise as the flags say; if they say nothing, by the index in `send`.
 
         :param choose: selector, a function (chain, y, scene, start, on_step) -> `Choice` (`chain.choice` makes one).
-        :param distance: function (pictures (N, 3, H, W), original (1, 3, H, W)) -> (N,), smaller is better, for the
-            search that the flags describe: selection, candidates, feedback_steps, step_candidates, step_atoms.
+        :param distance: function (pictures (N, 3, H, W), original (1, 3, H, W)) -> (N,), smaller is better: always
+            searches, by the flags selection, candidates, feedback_steps, step_candidates and step_atoms.
         :param point: one of `config.sweep`; None: the config.
         """
         config, (session, make_chain, rule) = point or self.config, self.link
-        if distance:
-            choose = _chooser(config, lambda scene: distance)
+        if choose is None:
+            distances = (lambda scene: distance) if distance else _distances(config, make_chain.device)
+            choose = _chooser(config, distances)
         # A chain that stops early does so where the transmitter's did, which the message tells.
         local = config.role == "transmit" or config.local_picture or (rule is not None and config.link != "analog")
         chain, coding = make_chain(session.template, rule), semantic_coding(config)
@@ -281,10 +282,8 @@ def _header(config, height, width, fingerprint):
 
 def _target(config):
     """Return the function (H, W) -> bytes of --target_bpp or --target_bytes; None without them."""
-    if config.target_bytes:
-        return lambda height, width: config.target_bytes
-    if config.target_bpp:
-        return lambda height, width: int(config.target_bpp * height * width / 8)
+    if config.target_bytes or config.target_bpp:
+        return lambda height, width: config.target_bytes or int(config.target_bpp * height * width / 8)
     return None
 
 

@@ -232,6 +232,8 @@ def test_checkpoint_takes_functions_as_extractor_selector_distance_and_channel(t
     arrivals = [channel(sent, receiver, None)[0] for channel in (ideal_channel, lose_labels)]
     assert [arrival.start for arrival in arrivals] == [5, 5] and arrivals[1].problems == ("labels",)
     assert torch.equal(receiver.pictures(arrivals[:1]).images[0], sent.choice.picture)
+    per_step = load_checkpoint(trained, "cpu", "4", selection="per_step").transmitter()
+    assert len(per_step.send(scene, 0).message.codewords) == 3
     transmitter = checkpoint.transmitter(distance=lambda pictures, image: -mse(pictures, image))
     pictures = torch.cat([transmitter.chain.run(sent.y, [i]).images for i in range(3)])
     assert transmitter.send(scene, 0).choice.index == int(mse(pictures, scene["image"]).argmax())
