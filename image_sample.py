@@ -3,7 +3,7 @@
 Start small: python image_sample.py --preset toy
 """
 
-import os
+import sys
 
 from guided_diffusion import config as flags
 from guided_diffusion.console import InputError, Interrupted, Interrupts, log, run_script
@@ -28,23 +28,14 @@ def main():
 
 def regenerate(config, given, ranks):
     """Regenerate this process's share of the pictures, or look at what that would do (--dry_run)."""
-    from guided_diffusion import build
-    from guided_diffusion.training.checkpoint import find_weights, trained_config
+    from guided_diffusion import build, build_link
+    from guided_diffusion.training.checkpoint import find_weights
     from guided_diffusion.training.distributed import find_share
 
     quiet = ranks.rank > 0  # one process of a job logs and shows a progress bar
     log_main = (lambda line: None) if quiet else log
     weights = find_weights(config.model_path, config.dry_run, log_main)
-    trained, source = trained_config(weights)
-    warnings = flags.adopt_training_config(config, given, trained, source) if trained else []
-    flags.check_adopted(config, given)
-    warnings += flags.unused_flags(config, given)
-    if config.s > 1 and trained.get("drop_rate") == 0:
-        warnings.append(f"--s {config.s:g} guides a model trained without --drop_rate, which never saw empty semantics")
-    if not trained and os.path.exists(weights):
-        found = f"no config.json beside {weights}: prediction, schedule and noise bank are taken from the flags"
-        warnings.append(f"{found}; weights from elsewhere saw all image edges: give --edge_levels 256")
-    for line in warnings:
+    for line in build_link.adopt_checkpoint(config, given, weights) + flags.unused_flags(config, given):
         log_main(f"warning: {line}")
     if config.role != "receive":
         build.draw_toy_scenes(config, given, log)
@@ -54,12 +45,12 @@ def regenerate(config, given, ranks):
         if not quiet:
             dry_run(config, log=print, weights=weights)
         return
-    from guided_diffusion import build_link
     from guided_diffusion.evaluation.run import run_pictures
 
     make_parts = build_link.receiving_parts if config.role == "receive" else build_link.sampling_parts
     parts = make_parts(config, weights, log_main, ranks)
-    run_pictures(config, weights, parts, log, find_share(ranks, config.share_array), quiet)
+    if failures := run_pictures(config, weights, parts, log, find_share(ranks, config.share_array), quiet):
+        sys.exit("\n".join(failures))  # with code 1
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ def losses(run, options):
     folder, size = folder_of(run, options), run[1]
     values = load_config(folder / "config.json")
     config = TrainConfig(**{name: value for name, value in values.items() if name in TrainConfig.__dataclass_fields__})
-    pictures, model, diffusion = build.data_set(config, False), build.model_from(config), build.diffusion_from(config)
+    pictures, diffusion = build.data_set(config, False), build.diffusion_from(config)
+    model = build.create_model(vars(config))
     fresh = FreshNoise((3, *pictures.sample_size(0)), 0)
     form = config.num_classes, config.one_hot_label, not config.no_instance
     inputs = TrainingInputs(*form, fresh, build.semantic_coding(config))

@@ -6,24 +6,29 @@ Names are imported when first used, so that the command line answers without loa
 import importlib
 
 _HOMES = {
-    "model_and_diffusion_defaults": "config",
-    "create_model_and_diffusion": "build",
-    "load_weights": "training.checkpoint",
-    "NoiseBank": "link.noise_bank",
-    "load_data": "data.datasets",
-    "encode_semantics": "data.semantics",
-    "sample": "diffusion.sampling",
-    "EarlyStop": "diffusion.sampling",
-    "SampleResult": "diffusion.sampling",
-    "InputError": "console",
+    "config": "model_and_diffusion_defaults",
+    "build": "create_model_and_diffusion",
+    "build_link": "load_checkpoint Checkpoint",
+    "training.checkpoint": "load_weights",
+    "link.noise_bank": "NoiseBank",
+    "link.message": "Message",
+    "link.transceiver": "Transmitter Receiver AnalogChannel",
+    "link.channel_coding": "DigitalChannel",
+    "data.datasets": "load_data",
+    "data.semantics": "encode_semantics",
+    "diffusion.sampling": "sample EarlyStop SampleResult",
+    "evaluation.metrics": "metrics",
+    "console": "InputError",
 }
+_HOMES = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    module = importlib.import_module(f".{_HOMES[name]}", __name__)
+    return getattr(module, name, module)  # metrics is a module
 
 
 def __dir__():

@@ -91,7 +91,7 @@ def products(bench):
 
 def network(bench, path, precision):
     """Return the network with random weights, none of its layers at zero, so that every layer counts."""
-    model = build.model_from(bench.config)
+    model = build.create_model(vars(bench.config))
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -161,7 +161,7 @@ class PlainTraining:
     """The steps of a `TrainLoop` written down simply, with its weights and settings and a constant learning rate."""
 
     def __init__(self, loop, config):
-        self.loop, self.step, self.model = loop, 0, build.model_from(config).to(loop.device)
+        self.loop, self.step, self.model = loop, 0, build.create_model(vars(config)).to(loop.device)
         self.model.load_state_dict(loop.model.state_dict())
         rates = {"lr": loop.settings.lr, "weight_decay": loop.settings.weight_decay}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), foreach=False, fused=False, **rates)

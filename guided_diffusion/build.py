@@ -80,15 +80,10 @@ def create_diffusion(flags):
     )
 
 
-def model_from(config):
-    """Build the network of a configuration."""
-    return create_model(vars(config))
-
-
 def untrained_model(config):
     """Build the network of a configuration on the meta device: shapes without values, for `load_weights` to fill in."""
     with torch.device("meta"):
-        return model_from(config)
+        return create_model(vars(config))
 
 
 def diffusion_from(config, **changes):
@@ -191,7 +186,7 @@ def training_loop(config, given, log, group=None, device=None):
     if config.compile:
         check_compiler(device)
     torch.manual_seed(stream_seed(config.seed, "initial weights"))
-    model = model_from(config)
+    model = create_model(vars(config))
     log_unused_attention(config, model, log)
     # Rank 0 alone builds what --cache_dir lacks.
     pictures, validation_pictures = group.main_first(lambda: training_data(config, log))

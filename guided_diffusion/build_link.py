@@ -1,13 +1,14 @@
-"""From a sampling configuration to both ends of the link, the channel between them, and what measures the result."""
+"""From a sampling configuration or a checkpoint to both ends of the link, the channel, and what measures the result."""
 
-import copy
 import dataclasses
 import functools
+import os
 from pathlib import Path
+from typing import Any
 
 from .build import data_set, diffusion_from, noise_bank, picture_size, precision_of, semantic_coding, untrained_model
-from .config import parts_of, sweep
-from .console import InputError
+from .config import SampleConfig, adopt_training_config, check_adopted, parse_config, parts_of, sweep
+from .console import InputError, log
 from .data.datasets import PictureFolder
 from .diffusion.sampling import EarlyStop
 from .diffusion.solvers import SamplerSettings
@@ -20,12 +21,99 @@ from .link.color_layer import ColorPrior
 from .link.label_prior import LabelPrior
 from .link.message import SESSION, Header, Session
 from .link.selection import Chain, StepCodebook, rare_weights, select_both, select_initial, select_per_step
-from .link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
+from .link.transceiver import AnalogChannel, Receiver, Transmitter, ideal_channel
 from .training import devices
-from .training.checkpoint import load_weights
+from .training.checkpoint import find_weights, load_weights, trained_config
 
 MAX_AREA = 16  # of pictures that a message may ask for, in squares of image_size
 SEARCH_BATCH = 8  # candidates that run together; not --batch_size, which must not decide near ties
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A trained network, ready for reverse chains, and what belongs to it (see `load_checkpoint`).
+
+    :param model, diffusion: the `UNetModel` on its device, without gradients, and its (respaced) `GaussianDiffusion`.
+    :param bank: `NoiseBank` of (3, H, W), H the image_size, W = 2 H for cityscapes, else H; `bank.sized` has others.
+    :param config: the `SampleConfig`: every flag of image_sample.py, with what training fixed; model_path is the file.
+    """
+
+    model: Any
+    diffusion: Any
+    bank: Any
+    config: SampleConfig
+
+    def scenes(self, extract=None):
+        """Open the split of `data_dir` as a `SceneDataset`, whose `batch([k])` is the scene that `Transmitter` takes.
+
+        :param extract: function (1, 3, H, W) -> ids (1, H, W) or scores (1, K, H, W), instead of the data set's maps.
+        """
+        return scenes(self.config, log, self.link[1].device, extract)
+
+    def transmitter(self, choose=None, distance=None, point=None):
+        """Return a `Transmitter`, which chooses noise as the flags say; if they say nothing, by the index in `send`.
+
+        :param choose: selector, a function (chain, y, scene, start, on_step) -> `Choice` (`chain.choice` makes one).
+        :param distance: function (pictures (N, 3, H, W), original (1, 3, H, W)) -> (N,), smaller is better: always
+            searches, by the flags selection, candidates, feedback_steps, step_candidates and step_atoms.
+        :param point: one of `config.sweep`; None: the config.
+        """
+        config, (session, make_chain, rule) = point or self.config, self.link
+        if choose is None:
+            distances = (lambda scene: distance) if distance else _distances(config, make_chain.device)
+            choose = _chooser(config, distances)
+        # A chain that stops early does so where the transmitter's did, which the message tells.
+        local = config.role == "transmit" or config.local_picture or (rule is not None and config.link != "analog")
+        chain, coding = make_chain(session.template, rule), semantic_coding(config)
+        spending = {"sent": parts_of(config.send), "color_step": config.color_step, "target": _target(config)}
+        return Transmitter(session, coding, chain, choose, local, **spending)
+
+    def receiver(self, point=None):
+        """Return a `Receiver`."""
+        (session, make_chain, rule), analog = self.link, (point or self.config).link == "analog"
+        return Receiver(session, functools.partial(make_chain, rule=rule if analog else None))
+
+    @functools.cached_property
+    def link(self):
+        """What both ends share: the `Session`, the `ChainMaker`, and an `EarlyStop` or None."""
+        config, device = self.config, next(self.model.parameters()).device
+        make_chain = ChainMaker(config, self.bank, device, config.model_path, self.model)
+        header = _header(config, *self.bank.shape[1:], make_chain.fingerprint)
+        rule = EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
+        return Session(header, *_priors(config, self.model)), make_chain, rule
+
+
+def load_checkpoint(path, device="auto", respacing="", **flags):
+    """Load a trained network, with its process and bank: a `Checkpoint`.
+
+    :param path: a checkpoint folder (its newest whole average), an archive (.zip), or a weights file (.pt).
+    :param device, respacing, flags: --device, --timestep_respacing ("": all steps) and other flags of image_sample.py.
+    :raises InputError: naming the file or flag.
+    """
+    flags |= {"model_path": path, "device": device} | ({"timestep_respacing": respacing} if respacing else {})
+    config, given = parse_config(SampleConfig, "", [f"--{name}={value}" for name, value in flags.items()])
+    config.model_path = find_weights(config.model_path, log=log)
+    for line in adopt_checkpoint(config, given, config.model_path):
+        log(f"warning: {line}")
+    model, device, height = untrained_model(config), _device(config, None), config.image_size
+    load_weights(model, config.model_path)
+    config.precision = precision_of(config, device, log)
+    model = devices.for_sampling(model, device, config.precision, config.compile, log)
+    bank = noise_bank(config, height, height * (2 if config.dataset_mode == "cityscapes" else 1))
+    return Checkpoint(model, diffusion_from(config).to(device), bank, config)
+
+
+def adopt_checkpoint(config, given, weights):
+    """Take from the config.json of a weights file what training fixed, and check the flags; return warnings."""
+    trained, source = trained_config(weights)
+    warnings = adopt_training_config(config, given, trained, source) if trained else []
+    check_adopted(config, given)
+    if config.s > 1 and trained.get("drop_rate") == 0:
+        warnings.append(f"--s {config.s:g} guides a model trained without --drop_rate, which never saw empty semantics")
+    if not trained and os.path.exists(weights):
+        found = f"no config.json beside {weights}: prediction, schedule and noise bank are taken from the flags"
+        warnings.append(f"{found}; weights from elsewhere saw all image edges: give --edge_levels 256")
+    return warnings
 
 
 def sampling_parts(config, weights, log, ranks=None):
@@ -34,55 +122,40 @@ def sampling_parts(config, weights, log, ranks=None):
     :return: dict of bank, dataset, measures, and the functions transmitter(point), receiver(point) and channel(point).
     """
     device = _device(config, ranks)
-    precision, coding = precision_of(config, device, log), semantic_coding(config)
+    config = dataclasses.replace(config, model_path=weights, precision=precision_of(config, device, log))
+    semantic_coding(config)  # refuses wrong flags
     for point in sweep(config) if config.role == "link" else ():
         channel(point)
     measures, distances = _measures(config, device), _distances(config, device)
     model, dataset = untrained_model(config), scenes(config, log, device)
     height, width = picture_size(dataset, model)
     load_weights(model, weights)
-    model = devices.for_sampling(model, device, precision, config.compile, log)
+    model = devices.for_sampling(model, device, config.precision, config.compile, log)
     batch = min(config.batch_size, config.num_samples, len(dataset)) if config.role == "link" else 1
-    log(describe_label_memory(model, height, width, batch, precision, config.label_memory))
-    make_chain = ChainMaker(config, height, width, device, weights, lambda precision: model)
-    session = Session(_header(config, precision, height, width, make_chain.fingerprint), *_priors(config, model))
+    log(describe_label_memory(model, height, width, batch, config.precision, config.label_memory))
+    bank = noise_bank(config, height, width)
+    both = Checkpoint(model, None, bank, config)
     if config.role != "link" or parts_of(config.link) != ["analog"]:
-        session.template.check()
-    rule = EarlyStop(config.stop_tol, config.stop_patience, config.stop_min_steps) if config.stop_tol else None
-
-    def transmitter(point):
-        # A chain that stops early does so where the transmitter's did, which the message tells.
-        local = point.role == "transmit" or point.local_picture or (rule is not None and point.link != "analog")
-        chain = make_chain(session.template, rule)
-        spending = {"sent": parts_of(config.send), "color_step": config.color_step, "target": _target(point)}
-        return Transmitter(session, coding, chain, _chooser(point, distances), local, **spending)
-
-    def receiver(point):
-        maker = functools.partial(make_chain, rule=rule if point.link == "analog" else None)
-        return Receiver(session, maker)
-
-    ends = {"transmitter": transmitter, "receiver": receiver, "channel": channel}
-    return {"bank": make_chain.bank, "dataset": dataset, "measures": measures, **ends}
+        both.link[0].template.check()
+    ends = {"transmitter": lambda point: both.transmitter(_chooser(point, distances), point=point)}
+    ends |= {"receiver": both.receiver, "channel": channel}
+    return {"bank": bank, "dataset": dataset, "measures": measures, **ends}
 
 
 def receiving_parts(config, weights, log, ranks=None):
-    """Build what the receiver alone needs: dict of make_chain (Header -> `Chain`) and receiver()."""
+    """Build what the receiver alone needs: dict of receiver()."""
     device, model = _device(config, ranks), untrained_model(config)
-    precision_of(config, device, log)
     load_weights(model, weights)
 
-    @functools.cache
-    def model_of(precision):  # another message may ask for another one
-        shared = precision == "fp32" and not config.compile  # neither rounds nor compiles it
-        own = model if shared else copy.deepcopy(model)
-        return devices.for_sampling(own, device, precision, config.compile, log)
-
-    make_chain = ChainMaker(config, config.image_size, 2 * config.image_size, device, weights, model_of)
-
     def receiver():
-        return Receiver(Session.load(Path(config.messages, SESSION), *_priors(config, model)), make_chain)
+        session = Session.load(Path(config.messages, SESSION), *_priors(config, model))
+        bank = noise_bank(config, config.image_size, 2 * config.image_size)
+        make_chain = ChainMaker(config, bank, device, weights, model)
+        make_chain(session.template)  # refuses another model's messages before the first
+        devices.for_sampling(model, device, session.template.precision, config.compile, log)
+        return Receiver(session, make_chain)
 
-    return {"make_chain": make_chain, "receiver": receiver}
+    return {"receiver": receiver}
 
 
 def _priors(config, model):
@@ -96,13 +169,13 @@ def _device(config, ranks):
     return device
 
 
-def scenes(config, log, device="cpu"):
+def scenes(config, log, device="cpu", network=None):
     """Open the split: with the data set's label maps, or with those that an extractor reads off the pictures."""
-    if config.extractor == "gt":
+    if config.extractor == "gt" and network is None:
         return data_set(config, config.is_train, log)
     from .evaluation.segmenters import load_network, segment
 
-    network = load_network(config.extractor, "extractor", device)
+    network = network or load_network(config.extractor, "extractor", device)
 
     def extract(image):
         return segment(network, image, config.num_classes, "extractor").cpu()
@@ -117,10 +190,10 @@ def channel(point):
     if point.link == "analog":
         return AnalogChannel(snr_to_sigma(point.snr), point.pool)
     if point.link == "ideal":
-        return IdealChannel()
-    from .link.channel_coding import DigitalLink
+        return ideal_channel
+    from .link.channel_coding import DigitalChannel
 
-    return DigitalChannel(DigitalLink(point.snr, point.modulation, point.code_rate, point.fading))
+    return DigitalChannel(point.snr, point.modulation, point.code_rate, point.fading)
 
 
 def describe_label_memory(model, height, width, batch, precision, limit):
@@ -135,14 +208,14 @@ def describe_label_memory(model, height, width, batch, precision, limit):
 class ChainMaker:
     """Makes the `Chain` that a message's header asks for, with this end's model and bank; one is kept per kind.
 
-    :param height, width: of the pictures that `bank` has noise for; a chain takes the bank of its own size.
+    :param bank: a `NoiseBank`; a chain takes the one of its own picture size.
     :param weights: path of the weights file: the first 16 digits of its SHA-256 are the model's fingerprint.
-    :param model_of: function precision -> network.
+    :param model: the network, on the device.
     """
 
-    def __init__(self, config, height, width, device, weights, model_of):
-        self.config, self.device, self.model_of, self._chains = config, device, model_of, {}
-        self.fingerprint, self.bank = file_digest(weights).hex()[:16], noise_bank(config, height, width)
+    def __init__(self, config, bank, device, weights, model):
+        self.config, self.bank, self.device, self.model, self._chains = config, bank, device, model, {}
+        self.fingerprint = file_digest(weights).hex()[:16]
 
     def __call__(self, header, rule=None):
         """Return the chain. A header without a stop step leaves stopping to `rule`, an `EarlyStop` or None."""
@@ -168,7 +241,7 @@ class ChainMaker:
             raise InputError(f"{found}, more than {MAX_AREA} times --image_size {config.image_size} squared")
         if devices.usable_precision(self.device, header.precision)[0] != header.precision:
             raise InputError(f"the message needs {header.precision}, which this device lacks; receive it elsewhere")
-        check_size(header.height, header.width, self.model_of(header.precision).downsampling)
+        check_size(header.height, header.width, self.model.downsampling)
 
     def _build(self, header, rule):
         steps = {"timestep_respacing": header.sampler.steps, "start_time": header.sampler.start_time}
@@ -178,7 +251,7 @@ class ChainMaker:
             rule = EarlyStop(float("inf"), 1, header.stop_step)
         precision = functools.partial(devices.autocast, self.device, header.precision)
         memory = int(self.config.label_memory * 2**30)
-        fixed = self.model_of(header.precision), diffusion, self.bank, header.sampler
+        fixed = self.model, diffusion, self.bank, header.sampler
         options = {}
         if self.config.color_layer:
             whole = diffusion_from(self.config, timestep_respacing="", start_time=0)
@@ -186,7 +259,7 @@ class ChainMaker:
         return Chain(*fixed, rule, header.selected_steps, self.device, precision, memory, **options)
 
 
-def _header(config, precision, height, width, fingerprint):
+def _header(config, height, width, fingerprint):
     """Return the template of all messages' headers."""
     selecting, eta = config.selection != "initial", config.eta if config.sampler == "ddim" else 0.0
     variance = "posterior" if selecting and config.sampler == "ddpm" else "model"
@@ -203,16 +276,14 @@ def _header(config, precision, height, width, fingerprint):
         every = max(1, diffusion_from(config).num_timesteps - max(1, config.tail_steps))
         noise |= {"selected_steps": config.selected_steps or every, "step_candidates": config.step_candidates}
         noise["step_atoms"] = config.step_atoms
-    form |= {"height": height, "width": width, "precision": precision, "fingerprint": fingerprint}
+    form |= {"height": height, "width": width, "precision": config.precision, "fingerprint": fingerprint}
     return Header(**form, **coding, **noise)
 
 
 def _target(config):
     """Return the function (H, W) -> bytes of --target_bpp or --target_bytes; None without them."""
-    if config.target_bytes:
-        return lambda height, width: config.target_bytes
-    if config.target_bpp:
-        return lambda height, width: int(config.target_bpp * height * width / 8)
+    if config.target_bytes or config.target_bpp:
+        return lambda height, width: config.target_bytes or int(config.target_bpp * height * width / 8)
     return None
 
 
@@ -239,10 +310,10 @@ def _chooser(config, distances):
     def choose(chain, y, scene, start, on_step=None):
         image, measure, candidates = scene["image"], distances(scene), range(config.candidates)
         weight = rare_weights(scene["label"]).to(chain.device) if config.selection_weight == "rare" else 1.0
-        if config.noise_index != "best":
-            return select_per_step(chain, y, image, start, codebook, measure, on_step, weight)
         if codebook is None:
             return select_initial(chain, y, image, candidates, measure, on_step=on_step, **search)
+        if config.noise_index != "best":
+            return select_per_step(chain, y, image, start, codebook, measure, on_step, weight)
         return select_both(chain, y, image, candidates, codebook, measure, on_step, weight, **search)
 
     return choose

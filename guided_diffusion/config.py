@@ -26,9 +26,9 @@ def model_and_diffusion_defaults():
     return {f.name: f.default for f in NETWORK_FLAGS}
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
+        raise InputError(f"{' '.join(message.split())}; see --help")
 
 
 def _boolean(text):
@@ -38,7 +38,7 @@ def _boolean(text):
 
 
 def _parser(config_class, doc):
-    parser = _OneLineParser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     groups = [group for group in config_class.__mro__[1:-1] if group is not SharedFlags]
     for group_class in groups:
         group = parser.add_argument_group(group_class.__doc__)
@@ -282,16 +282,8 @@ def adopt_training_config(config, given, trained, source, fixed=("training", "so
     :raises InputError: a flag was given with another value (the message names both), or the file holds an invalid one.
     """
     # What training saw before these flags were there.
-    before = {
-        "label_scale": 1,
-        "label_smooth": 0,
-        "color_layer": False,
-        "spade_channels": 128,
-        "edge_levels": 256,
-        "edge_threshold": 0.3,
-        "edge_scale": 1,
-    }
-    differing, trained = [], before | trained
+    before = {"label_scale": 1, "label_smooth": 0, "edge_levels": 256, "edge_threshold": 0.3, "edge_scale": 1}
+    differing, trained = [], before | {"color_layer": False, "spade_channels": 128} | trained
     for f in dataclasses.fields(config):
         name, choices, asked = f.name, f.metadata["choices"], getattr(config, f.name)
         if name not in trained or not {*f.metadata["fixed_by"]} & {*fixed}:

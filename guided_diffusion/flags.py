@@ -253,6 +253,7 @@ class LinkFlags:
     code_rate: float = flag(0.5, "of the maps' 5G LDPC code", low=0.2, high=0.95, needs=DIGITAL)
     fading: str = flag("awgn", "constant channel, or block fading", choices=("awgn", "rayleigh"), needs=DIGITAL)
     messages: str = anyhow("", "folder with .dgo files; all that is needed beside the checkpoint", needs="role=receive")
+    verify: str = anyhow("", "results folder of --role transmit: are the pictures equal?", needs="role=receive")
     extractor: str = by_message("gt", "label maps: gt (data set), or a segmenter's file (TorchScript, torch.export)")
     local_picture: bool = flag(False, "compare with the transmitter's local picture", needs=LOCAL)
 

@@ -20,8 +20,8 @@ from guided_diffusion.console import InputError
 from guided_diffusion.training.checkpoint import (
     file_name,
     find_weights,
-    load_checkpoint,
     load_weights,
+    restore_checkpoint,
     resume_point,
     save_checkpoint,
 )
@@ -60,7 +60,7 @@ class Part:
 def loaded(directory, step):
     """Return the contents of a step's parts."""
     parts = {kind: Part() for kind in KINDS if kind != "manifest"}
-    load_checkpoint(directory, step, parts)
+    restore_checkpoint(directory, step, parts)
     return {kind: part.contents for kind, part in parts.items()}
 
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 from conftest import TINY, as_arguments
 
-from guided_diffusion import build_link
+from guided_diffusion import build_link, load_checkpoint
 from guided_diffusion.config import SampleConfig, parse_config, sweep
 from guided_diffusion.console import InputError
 from guided_diffusion.diffusion.solvers import SamplerSettings
 from guided_diffusion.evaluation.run import SceneRun
 from guided_diffusion.files import file_digest
+from guided_diffusion.link.selection import mse
+from guided_diffusion.link.transceiver import ideal_channel
 from guided_diffusion.training.checkpoint import find_weights
 
 FLAGS = {**TINY, "timestep_respacing": "4"}
@@ -67,7 +69,7 @@ def test_chain_maker_keeps_one_chain_for_a_kind_of_header(configure):
     config, weights = configure(label_scale=2)
     sampling = build_link.sampling_parts(config, weights, quiet)
     header = header_of(sampling, sweep(config)[0])
-    make_chain = build_link.receiving_parts(config, weights, quiet)["make_chain"]
+    make_chain = load_checkpoint(weights, respacing="4").link[1]
     chain = make_chain(header)
     assert chain.diffusion.num_timesteps == 4 and len(chain.bank) == 16
     for same in ({"label_scale": 8}, {"boundaries": False}, {"height": 16, "width": 64}, {"edge_levels": 2}):
@@ -90,12 +92,12 @@ def test_chain_maker_keeps_one_chain_for_a_kind_of_header(configure):
         ({"precision": "fp16"}, "needs fp16, which this device lacks"),
     ],
 )
-def test_chain_maker_refuses_messages_for_another_receiver(configure, parts, change, words):
+def test_chain_maker_refuses_messages_for_another_receiver(trained, parts, change, words):
     point, sampling = parts()
     header = dataclasses.replace(header_of(sampling, point), boundaries=False, edge_levels=0)
-    receiver = build_link.receiving_parts(*configure(), quiet)["make_chain"]
+    make_chain = load_checkpoint(trained, respacing="4").link[1]
     with pytest.raises(InputError, match=words):
-        receiver(dataclasses.replace(header, **change))
+        make_chain(dataclasses.replace(header, **change))
 
 
 def test_header_has_what_the_flags_ask_for(parts, trained):
@@ -203,3 +205,35 @@ def test_run_on_pictures_alone_with_an_extractor(parts, configure, scenes, segme
     assert run.summary["set"]["miou_real"] == 1.0
     scene = sampling["dataset"].batch([0])
     assert torch.equal(scene["label"], torch.jit.load(segmenter)(scene["image"]).argmax(1, keepdim=True))
+
+
+def test_load_checkpoint_takes_what_model_path_takes(trained):
+    checkpoint = load_checkpoint(trained, "cpu", "4")
+    assert checkpoint.diffusion.num_timesteps == 4 and checkpoint.config.prediction == "v"
+    assert checkpoint.bank[3].shape == (3, 16, 32) and not checkpoint.model.training
+    same = load_checkpoint(trained / "ema_0.9_000004.pt")
+    assert all(torch.equal(a, b) for a, b in zip(same.model.parameters(), checkpoint.model.parameters(), strict=True))
+    with pytest.raises(InputError, match="--colour=1"):
+        load_checkpoint(trained, colour=1)
+
+
+def test_checkpoint_takes_functions_as_extractor_selector_distance_and_channel(trained, scenes):
+    checkpoint = load_checkpoint(trained, "cpu", "4", data_dir=scenes, candidates=3)
+    scene = checkpoint.scenes(lambda image: (image.mean(1) > 0).long()).batch([0])
+    assert torch.equal(scene["label"][:, 0], (scene["image"].mean(1) > 0).long())
+
+    def take_next(chain, y, scene, start, on_step=None):
+        return chain.choice(chain.run(y, [start + 1], on_step=on_step), start + 1)
+
+    def lose_labels(sent, receiver, stream):
+        return receiver.accept(receiver.session.decode(sent.parts | {"labels": None})), {}
+
+    receiver, sent = checkpoint.receiver(), checkpoint.transmitter(take_next).send(scene, 4)
+    arrivals = [channel(sent, receiver, None)[0] for channel in (ideal_channel, lose_labels)]
+    assert [arrival.start for arrival in arrivals] == [5, 5] and arrivals[1].problems == ("labels",)
+    assert torch.equal(receiver.pictures(arrivals[:1]).images[0], sent.choice.picture)
+    per_step = load_checkpoint(trained, "cpu", "4", selection="per_step").transmitter()
+    assert len(per_step.send(scene, 0).message.codewords) == 3
+    transmitter = checkpoint.transmitter(distance=lambda pictures, image: -mse(pictures, image))
+    pictures = torch.cat([transmitter.chain.run(sent.y, [i]).images for i in range(3)])
+    assert transmitter.send(scene, 0).choice.index == int(mse(pictures, scene["image"]).argmax())

@@ -12,7 +12,7 @@ import torch
 
 from guided_diffusion.console import InputError
 from guided_diffusion.link import channel_coding
-from guided_diffusion.link.channel_coding import MODULATIONS, DigitalLink, segment
+from guided_diffusion.link.channel_coding import MODULATIONS, DigitalChannel, segment
 from guided_diffusion.random_streams import generator, text_number
 
 pytest.importorskip("sionna")
@@ -23,7 +23,7 @@ def payload(size, seed=0):
 
 
 def deliver(parts, snr_db, seed=0, **options):
-    return DigitalLink(snr_db, **options).send(parts, torch.Generator().manual_seed(seed))
+    return DigitalChannel(snr_db, **options).send(parts, torch.Generator().manual_seed(seed))
 
 
 def lost(delivery):
@@ -38,17 +38,17 @@ def test_digital_link_without_sionna_says_what_to_install(monkeypatch):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "sionna", None)  # importing it now raises ModuleNotFoundError
     with pytest.raises(InputError, match=r"^--link digital needs sionna: pip install sionna-no-rt$"):
-        DigitalLink(10)
+        DigitalChannel(10)
 
 
 @pytest.mark.slow
 def test_digital_link_leaves_the_global_streams_alone():
     code = """
 import random, numpy as np, torch
-from guided_diffusion.link.channel_coding import DigitalLink
+from guided_diffusion.link.channel_coding import DigitalChannel
 state = lambda: (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
 before = state()
-link = DigitalLink(8.0, "qpsk", fading="rayleigh")
+link = DigitalChannel(8.0, "qpsk", fading="rayleigh")
 imported = state() == before
 link.send({"labels": b"abc"}, torch.Generator().manual_seed(0))
 print(imported, state() == before)
@@ -75,7 +75,7 @@ def test_segment_makes_few_large_blocks_at_the_rate_in_whole_symbols(limit):
 @pytest.mark.parametrize(("modulation", "rate"), [("qpsk", 0.2), ("16qam", 0.5), ("64qam", 0.95), ("qpsk", 0.95)])
 def test_send_over_a_clean_channel_delivers_every_byte_in_the_uses_of_its_segments(modulation, rate):
     sizes = {"header": 1, "labels": 3, "edges": 38, "more": 1901, "indices": 130, "empty": 0}
-    link, parts = DigitalLink(100, modulation, rate), {name: payload(size) for name, size in sizes.items()}
+    link, parts = DigitalChannel(100, modulation, rate), {name: payload(size) for name, size in sizes.items()}
     received = link.send(parts, torch.Generator().manual_seed(0))
     assert {name: received.part(name) for name in parts} == parts
     assert {name: received.prefix(name) for name in parts} == parts
@@ -117,14 +117,14 @@ def test_send_draws_from_the_generator_and_the_part_alone():
     one, among = (deliver(more | parts, -1.4, 4) for more in ({}, {"labels": payload(20), "header": payload(3)}))
     assert one.blocks["indices"] == among.blocks["indices"] and 0 < lost(one)[0] < lost(one)[1]
     stream = torch.Generator().manual_seed(4)
-    first, second = (DigitalLink(-1.4).send(parts, stream) for _ in range(2))
+    first, second = (DigitalChannel(-1.4).send(parts, stream) for _ in range(2))
     assert first == one and second.blocks != one.blocks  # the caller's generator moves on
 
 
 def test_send_has_a_cliff_and_that_of_control_lies_lower():
     parts = {"labels": payload(4 * 122), "indices": payload(4 * 64)}
     above, between, below = (deliver(parts, snr) for snr in (8, 4, -4))
-    low = DigitalLink(5, "qpsk", 0.2)
+    low = DigitalChannel(5, "qpsk", 0.2)
     assert low.segments("header", 60) == low.segments("labels", 60)  # control is never weaker than the maps
     assert between.part("labels") is None and between.part("indices") == parts["indices"]
     assert lost(above) == (0, 6) and lost(below) == (6, 6)

@@ -19,11 +19,11 @@ from guided_diffusion.diffusion.unet import ResBlock
 from guided_diffusion.training.checkpoint import (
     file_name,
     find_weights,
-    load_checkpoint,
     problem_of,
     prune_checkpoints,
     read_manifest,
     remove_temporary_files,
+    restore_checkpoint,
     resume_point,
     save_checkpoint,
     trained_config,
@@ -48,7 +48,7 @@ def save(directory, step, value=1.0, kinds=KINDS, val_score=0.25):
 def load(directory, step, partial=False):
     """Return the parts of a checkpoint, and the kinds that were left out."""
     parts = {kind: Part() for kind in KINDS}
-    missing = load_checkpoint(directory, step, parts, partial)
+    missing = restore_checkpoint(directory, step, parts, partial)
     return {kind: part.contents["w"] for kind, part in parts.items() if part.contents}, missing
 
 

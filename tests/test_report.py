@@ -121,10 +121,10 @@ def test_compare_shows_grey_where_no_file_fits(results):
 @pytest.mark.parametrize("snr, problem", [(30, None), (-20, "picture")])
 def test_compare_takes_the_messages_channel(results, snr, problem, codec):
     pytest.importorskip("sionna")
-    from guided_diffusion.link.channel_coding import DigitalLink
+    from guided_diffusion.link.channel_coding import DigitalChannel
 
     folder, rows = results
-    link = DigitalLink(snr)
+    link = DigitalChannel(snr)
     row = measures("psnr", codecs=[codec]).compare(folder, rows[2:], link, stream)[0]
     assert row.get("problems") == problem
     assert row["channel_uses"] == link.segments("picture", row["bits"] // 8).uses > 0

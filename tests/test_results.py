@@ -22,7 +22,7 @@ def results(tmp_path):
 def test_unique_names_keep_equal_stems_apart():
     paths = ["d/val/a/x.png", "d/val/b/x.png", "d/val/b/y.png", "gs://d/val/c/z.jpg"]
     assert unique_names(paths) == ["a__x", "b__x", "y", "z"]
-    assert unique_names([]) == []
+    assert unique_names([]) == [] and unique_names(["d/session.png"], ["session"]) == ["d__session"]
     for paths in (["d/1/a/x.png", "d/2/a/x.png"], ["d/x/y.png", "e/y.png", "d/x__y.png"]):
         assert len(set(unique_names(paths))) == len(paths)
 
@@ -40,7 +40,7 @@ def test_claim_refuses_a_folder_with_other_files(tmp_path):
 
 
 def test_row_is_finished_with_its_picture(results):
-    row = {"name": "n", "psnr_db": "1.5", "realised_snr_db": math.inf, "more": 3}
+    row = {"name": "n", "picture_sha256": "0", "psnr_db": "1.5", "realised_snr_db": math.inf, "more": 3}
     results.write_row(row)
     assert results.finished_row("n", "samples") is None and results.finished_row("m", "samples") is None
     picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
@@ -50,6 +50,8 @@ def test_row_is_finished_with_its_picture(results):
     np.testing.assert_array_equal(results.pixels("labels", "n"), picture[..., 0])
     assert results.pixels("samples", "none") is None
     assert results.finished_row("n", "samples") == row
+    results.write_row({"name": "bad", "problems": "damaged"})  # which has no picture
+    assert results.finished_row("bad", "samples")["problems"] == "damaged"
     results.write_table("results.csv", ("path", "name", "psnr_db"), [row])
     with open(results.path / "results.csv") as f:
         assert list(csv.DictReader(f)) == [{"path": "", "name": "n", "psnr_db": "1.5"}]

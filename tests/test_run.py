@@ -44,7 +44,7 @@ def layered(scenes, tmp_path_factory):
 
 @pytest.fixture
 def sample(scenes, trained, tmp_path):
-    """Function that runs one share of a sampling run into a folder; returns what was logged."""
+    """Function that runs one share of a sampling run into a folder; returns what was logged, and the failures."""
 
     def run(folder, share=(0, 1), **flags):
         own = {"data_dir": scenes, "model_path": trained, "results_path": tmp_path / folder, "timestep_respacing": 3}
@@ -52,7 +52,7 @@ def sample(scenes, trained, tmp_path):
         weights, logged = find_weights(config.model_path), []
         build = build_link.receiving_parts if config.role == "receive" else build_link.sampling_parts
         parts = build(config, weights, lambda line: None)
-        run_pictures(config, weights, parts, logged.append, Share(*share))
+        logged.extend(run_pictures(config, weights, parts, logged.append, Share(*share)))
         return logged
 
     return run
@@ -130,8 +130,8 @@ def test_run_with_a_colour_layer_is_the_same_at_both_ends(sample, receive, layer
     receive(model_path=layered, color_layer=True)
     bad = next((tmp_path / "sent" / "messages").glob("toytown*"))
     bad.write_bytes(to_bytes({"all": bad.read_bytes()[:-8] + b"\xff" * 6}))  # its CRC is right
-    with pytest.raises(InputError, match=f"{bad.name}: its color part is damaged; send it again"):
-        receive(model_path=layered, color_layer=True)
+    damaged = f"{bad}: its color part is damaged; send it again"
+    assert receive(folder="damaged", model_path=layered, color_layer=True)[-1] == damaged
     for name in ("picture_sha256", "bits_color", "bits_total"):
         assert column(tmp_path / "received", name) == column(tmp_path / "sent", name)
     assert column(tmp_path / "here", "picture_sha256") == column(tmp_path / "sent", "picture_sha256")
@@ -337,7 +337,7 @@ def test_link_conceals_what_is_lost(sample, tmp_path, monkeypatch):
 
         seeds = {}  # noqa: RUF012
 
-        def send(self, sent, receiver, stream):
+        def __call__(self, sent, receiver, stream):
             gone = lost[self.seeds.setdefault(stream.initial_seed(), len(self.seeds))]
             parts = {name: None if name in gone else part for name, part in sent.parts.items()}
             return receiver.accept(receiver.session.decode(parts)), {}
@@ -407,20 +407,43 @@ def test_receive_goes_on_in_shares_and_follows_its_messages(sample, receive, tmp
         receive(seed=5)
 
 
-def test_receive_names_a_bad_message_before_any_picture(sample, receive, tmp_path):
+def test_receive_goes_on_past_bad_messages_and_verifies_the_others(sample, receive, tmp_path):
     sample("sent", role="transmit")
-    bad = sorted((tmp_path / "sent" / "messages").glob("toytown*"))[-1]
-    whole = bad.read_bytes()
-    for data in (b"", whole[:40], whole + b"x", whole[:-1] + bytes([whole[-1] ^ 1])):
-        bad.write_bytes(data)
-        with pytest.raises(InputError, match=f"{bad.name}: ") as caught:
-            receive()
-        assert str(caught.value).count(str(bad)) == 1
-    session = bad.with_name(SESSION)
+    first, bad, last = sorted((tmp_path / "sent" / "messages").glob("toytown*"))
+    whole, verify = bad.read_bytes(), {"verify": tmp_path / "sent"}
     sample("other", role="transmit", s=2)
-    shutil.copy(tmp_path / "other" / "messages" / bad.name, bad)
-    with pytest.raises(InputError, match=f"{bad.name}: the message is of session .*session.dgo is "):
-        receive()
+    for data in (b"", whole[:40], whole + b"x", (tmp_path / "other" / "messages" / bad.name).read_bytes()):
+        bad.write_bytes(data)
+        *_, equal, failure = receive(**verify)
+        assert equal == "2 of 3 equal" and failure.startswith(f"{bad}: ") and failure.count(str(bad)) == 1
+    assert "the message is of session" in failure and "session.dgo is" in failure
+    assert {*pixels(tmp_path / "received" / "samples")} == {f"{path.stem}.png" for path in (first, last)}
+    assert [row["picture_sha256"] != "" for row in table(tmp_path / "received")] == [True, False, True]
+    for index in (1, 0):
+        *_, failure = receive(folder="shared", share=(index, 2))
+    assert failure.startswith(f"{bad}: ")
+    assert_equal(tmp_path / "shared", tmp_path / "received")
+    before = stamps(tmp_path / "received")
+    bad.write_bytes(whole)
+    last.unlink()
+    results = tmp_path / "sent" / "results.csv"
+    results.write_text(results.read_text().replace(column(results.parent, "picture_sha256")[0], "0"))
+    *_, equal, differs, missing = receive(**verify)
+    assert (equal, missing) == ("1 of 3 equal", f"{last.stem}: not received")
+    assert differs == f"{first.stem}: another picture than in {tmp_path / 'sent'}"
+    assert before.items() < stamps(tmp_path / "received").items()
+    assert "0 of 2 equal" in receive(folder="one", num_samples=1, verify=tmp_path / "other")
+    with pytest.raises(InputError, match=r"--verify .*none: no results.csv"):
+        receive(verify=tmp_path / "none")
+
+
+def test_receive_refuses_other_weights_and_damaged_sessions(sample, receive, trained, tmp_path):
+    sample("sent", role="transmit", num_samples=1)
+    with pytest.raises(InputError, match=r"the message was made with fingerprint .*--model_path"):
+        receive(model_path=trained / "model000004.pt")
+    shutil.copy(trained / "ema_0.9_000004.pt", tmp_path)
+    receive(folder="moved", model_path=tmp_path / "ema_0.9_000004.pt")  # the contents count, not where it is
+    session = tmp_path / "sent" / "messages" / SESSION
     session.write_bytes(session.read_bytes()[:-1])
     with pytest.raises(InputError, match=f"{session}: damaged.*; copy it from the transmitter's messages"):
         receive()
@@ -430,14 +453,6 @@ def test_receive_names_a_bad_message_before_any_picture(sample, receive, tmp_pat
     assert not (tmp_path / "received").exists()
     with pytest.raises(InputError, match=r"--messages .*none: no \.dgo files there"):
         receive("none")
-
-
-def test_receive_refuses_other_weights(sample, receive, trained, tmp_path):
-    sample("sent", role="transmit", num_samples=1)
-    with pytest.raises(InputError, match=r"\.dgo: the message was made with fingerprint .*--model_path"):
-        receive(model_path=trained / "model000004.pt")
-    shutil.copy(trained / "ema_0.9_000004.pt", tmp_path)
-    receive(model_path=tmp_path / "ema_0.9_000004.pt")  # the contents count, not where it is
 
 
 def script(**flags):

@@ -14,11 +14,11 @@ from guided_diffusion.data.toy_scenes import draw_scene
 from guided_diffusion.diffusion.solvers import SamplerSettings
 from guided_diffusion.link import transceiver
 from guided_diffusion.link.channel import transmit
-from guided_diffusion.link.channel_coding import DigitalLink
+from guided_diffusion.link.channel_coding import DigitalChannel
 from guided_diffusion.link.color_layer import TRAINED, ColorPrior, encode_color
 from guided_diffusion.link.message import Header, Session, to_bytes
 from guided_diffusion.link.selection import Chain, StepCodebook, select_both, select_initial, select_per_step
-from guided_diffusion.link.transceiver import AnalogChannel, DigitalChannel, IdealChannel, Receiver, Transmitter
+from guided_diffusion.link.transceiver import AnalogChannel, Receiver, Transmitter, ideal_channel
 
 CLASSES, SIZE, T = 4, (8, 16), 6
 TEMPLATE = Header(height=8, width=16, num_classes=CLASSES, bank_size=16, sampler=SamplerSettings(steps=str(T)))
@@ -213,7 +213,7 @@ def test_receiver_uses_the_valid_beginning_of_lost_indices(network, message):
 @pytest.mark.parametrize("form, planes", [({}, 4), ({"edge_plane": False}, 3), ({"one_hot": False}, 2)])
 def test_analog_channel_is_transmit_and_counts_its_planes(form, planes):
     sent = sender(header=replace(TEMPLATE, **form)).send(scene(), 3)
-    arrival, facts = AnalogChannel(0.22, "med").send(sent, None, stream(7))
+    arrival, facts = AnalogChannel(0.22, "med")(sent, None, stream(7))
     options = {"num_classes": CLASSES, "one_hot": form.get("one_hot", True), "pool": "med"}
     assert torch.equal(arrival.y, transmit(sent.y, 0.22, generators=[stream(7)], **options))
     assert (arrival.header, arrival.start, arrival.codewords, arrival.problems) == (sent.message.header, 3, (), ())
@@ -228,10 +228,10 @@ def test_analog_facts_have_the_true_snr():
 
 
 @needs_sionna
-@pytest.mark.parametrize("channel", [IdealChannel, lambda: DigitalChannel(DigitalLink(20))])
+@pytest.mark.parametrize("channel", [lambda: ideal_channel, lambda: DigitalChannel(20)])
 def test_channels_without_errors_deliver_the_message(channel):
     sent = sender().send(scene(), 3)
-    arrival, facts = channel().send(sent, Receiver(sent.session, None), stream())
+    arrival, facts = channel()(sent, Receiver(sent.session, None), stream())
     assert torch.equal(arrival.y, sent.y) and arrival.header == sent.message.header
     assert arrival.start == 3 and not arrival.problems
     if facts:
@@ -246,8 +246,8 @@ def test_channels_without_errors_deliver_the_message(channel):
 def test_digital_channel_loses_maps_before_control_and_then_all():
     sent = sender(SemanticCoding(1, 2)).send(scene(), 4)
     receiver = Receiver(sent.session, None)
-    arrival, facts = DigitalChannel(DigitalLink(2)).send(sent, receiver, stream(5))
+    arrival, facts = DigitalChannel(2)(sent, receiver, stream(5))
     assert arrival.problems == ("labels", "edges") and arrival.start == 4 and not arrival.y.any()
     assert 0 < facts["block_errors"] < facts["blocks"]
-    arrival, facts = DigitalChannel(DigitalLink(-400, fading="rayleigh")).send(sent, receiver, stream())
+    arrival, facts = DigitalChannel(-400, fading="rayleigh")(sent, receiver, stream())
     assert arrival is None and facts["block_errors"] == facts["blocks"]

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from ..data.pictures import eight_bit, from_uint8, save_picture
 from ..files import atomic_write
 from ..link.message import PARTS
-from ..link.transceiver import digital_facts
 from .metrics import bootstrap_interval, colour_error
 
 BATCH = 16
@@ -82,7 +81,7 @@ class Measures:
     def compare(self, results, rows, link, stream_of):
         """Code every picture with each classical codec within its message's bits; write baselines.csv and the pictures.
 
-        :param link: the message's `DigitalLink`, which the codec's bytes cross, too; None: they arrive.
+        :param link: the message's `DigitalChannel`, which the codec's bytes cross, too; None: they arrive.
         :param stream_of: path -> generator of the message's own noise and fading: both are compared on one channel.
         :return: the rows.
         """
@@ -116,7 +115,7 @@ class Measures:
             out |= {"bits": bits, "bpp": f"{bits / (height * width):.4f}"}
             out |= {"scale": coded.scale, "quality": coded.quality}
             delivery = link and link.send({"labels": coded.data}, stream)
-            out |= digital_facts(delivery, height, width) if delivery else {}
+            out |= delivery.facts(height, width) if delivery else {}
             if delivery and delivery.part("labels") is None:
                 out["problems"] = "picture"
             else:

@@ -16,15 +16,15 @@ from ..console import InputError
 from ..files import atomic_write
 
 
-def unique_names(paths):
-    """Return a file stem for each path: its own stem, or with as many of its folders as tell equal stems apart."""
+def unique_names(paths, taken=()):
+    """Return a file stem for each path: its own, or with as many of its folders as tell it from others, and `taken`."""
     parts = [Path(path).with_suffix("").parts for path in paths]
     names = [part[-1] for part in parts]
     for depth in range(2, max(map(len, parts), default=1) + 1):
-        counts = Counter(names)
+        counts = Counter([*names, *taken])
         pairs = zip(names, parts, strict=True)
         names = [name if counts[name] == 1 else "__".join(part[-depth:]).replace("/", "") for name, part in pairs]
-    counts = Counter(names)
+    counts = Counter([*names, *taken])
     return [f"{name}__{k}" if counts[name] > 1 else name for k, name in enumerate(names)]
 
 
@@ -65,9 +65,20 @@ class ResultsFolder:
         return np.array(Image.open(path)) if path.exists() else None
 
     def finished_row(self, name, kind):
-        """Return a picture's row (a dict); None where the row, or its picture of a kind, is not there."""
-        row = self.file("rows", name, ".json")
-        return json.loads(row.read_text()) if row.exists() and self.file(kind, name).exists() else None
+        """Return a picture's row (a dict); None where the row, or its picture of a kind (if it had one), is missing."""
+        path = self.file("rows", name, ".json")
+        row = json.loads(path.read_text()) if path.exists() else {}
+        lost = "picture_sha256" in row and not self.file(kind, name).exists()
+        return None if lost else row or None
+
+    def digests(self):
+        """Return {name: picture_sha256} of results.csv."""
+        try:
+            with open(self.path / "results.csv", newline="") as f:
+                return {row["name"]: row["picture_sha256"] for row in csv.DictReader(f)}
+        except (OSError, ValueError, KeyError):
+            hint = "name the --results_path of --role transmit"
+            raise InputError(f"--verify {self.path}: no results.csv with picture_sha256 there; {hint}") from None
 
     def write_row(self, row):
         """Write the row of a picture whose files are all there: with it, the picture is done."""

@@ -38,7 +38,7 @@ class Run:
     :param paths, names: of the pictures or messages, in their order, and what their results are called.
     """
 
-    columns, batch_size = COLUMNS, 1
+    columns, batch_size, failures = COLUMNS, 1, ()
     kind, verb = "samples", "regenerating"  # kind: of the file that a finished picture leaves behind
 
     def __init__(self, config, weights, paths, names):
@@ -55,7 +55,7 @@ class Run:
         return {"path": self.paths[k], "name": self.names[k]}
 
     def find_done(self):
-        """Read the rows of all finished pictures; return whether none of this run's are missing."""
+        """Read the rows of finished pictures and bad messages; return whether none of this run's are missing."""
         rows = {k: self.results.finished_row(name, self.kind) for k, name in enumerate(self.names)}
         self.done = {k: row for k, row in rows.items() if row and row.items() >= self.identity(k).items()}
         return self.done.keys() >= {*range(self.count)}
@@ -69,7 +69,8 @@ class Run:
         self.claim()
         self.find_done()
         batches = share_out(self.count, self.batch_size, share)
-        todo = [left for batch in batches if (left := [k for k in batch if k not in self.done])]
+        made = {k for k, row in self.done.items() if "picture_sha256" in row}  # a bad message is tried again
+        todo = [left for batch in batches if (left := [k for k in batch if k not in made])]
         total, left = sum(map(len, batches)), sum(map(len, todo))
         if left < total:
             log(f"{total - left} of {total} pictures are done already")
@@ -96,11 +97,12 @@ class Run:
     def sum_up(self, log):
         """Join the rows to results.csv, once all else that follows from them is there."""
         rows = [row for _, row in sorted(self.done.items())]
-        self.summary = self.report(rows)
+        made = [row for row in rows if "picture_sha256" in row]  # a bad message gave none
+        self.summary = self.report(made)
         self.results.write_table("results.csv", self.columns, rows)
         for line in summary_lines(self.summary) if self.summary else ():
             log(line)
-        log(f"{len(rows)} pictures; results.csv, panel.png and pictures are in {self.results.path}")
+        log(f"{len(made)} pictures; results.csv, panel.png and pictures are in {self.results.path}")
 
 
 @functools.cache
@@ -114,7 +116,7 @@ class SceneRun(Run):
     def __init__(self, config, weights, parts):
         self.dataset, self.bank, self.measures = parts["dataset"], parts["bank"], parts["measures"]
         paths = [pair.image or pair.label for pair in self.dataset.pairs]
-        super().__init__(config, weights, paths, unique_names(paths))
+        super().__init__(config, weights, paths, unique_names(paths, taken=[Path(SESSION).stem]))
         # What is drawn for a picture follows from its name, so that further files in the split change nothing.
         stems = [pair.stem for pair in self.dataset.pairs]
         self.numbers = dict(zip(self.paths, map(text_number, stems), strict=True))
@@ -155,7 +157,7 @@ class SceneRun(Run):
             sents.append(self.transmitter.send(scene, self._start(k), on_step))
             rows.append(self._sent_row(k, sents[-1]) | {"transmit_seconds": f"{time.monotonic() - started:.3f}"})
             if not self.transmitting:
-                arrival, facts = self.channel.send(sents[-1], self.receiver, self._stream(self.paths[k]))
+                arrival, facts = self.channel(sents[-1], self.receiver, self._stream(self.paths[k]))
                 rows[-1] |= facts | {"problems": " ".join(arrival.problems) if arrival else "header"}
             arrivals.append(arrival)
         if self.transmitting:
@@ -244,7 +246,7 @@ class SceneRun(Run):
         if not self.transmitting:
             facts |= {"link": config.link, "pool": config.pool, "snr_db": f"{config.snr:g}"}
         if self.measures.codecs and facts.get("link") != "analog":
-            link = getattr(self.channel, "link", None)  # a codec's bytes cross it, too
+            link = self.channel if facts.get("link") == "digital" else None  # a codec's bytes cross it, too
             baseline_rows = self.measures.compare(self.results, rows, link, self._stream)
         if self.bank.size:  # what both ends own before the first message, in bytes
             facts["shared_once_bytes"] = {"weights": os.path.getsize(self.weights), "bank_seed": 8}
@@ -278,19 +280,24 @@ class MessageRun(Run):
 
     def __init__(self, config, weights, parts):
         folder = Path(config.messages)
-        self.files = sorted(path for path in folder.rglob(f"*{MESSAGE}") if path.is_file() and path.name != SESSION)
-        if not self.files:
+        files = sorted(path for path in folder.rglob(f"*{MESSAGE}") if path.is_file() and path.name != SESSION)
+        if not files:
             raise InputError(f"--messages {config.messages}: no {MESSAGE} files there; write them with --role transmit")
         # By their place in the folder, whatever else comes into it.
-        names = [str(path.relative_to(folder).with_suffix("")).replace("/", "__") for path in self.files]
-        super().__init__(config, weights, self.files, names)
+        names = [str(path.relative_to(folder).with_suffix("")).replace("/", "__") for path in files]
+        super().__init__(config, weights, files, names)
         self.receiver = parts["receiver"]()
-        self.data = [path.read_bytes() for path in self.files]
-        for k in range(self.count):  # what cannot be received is refused before the long work
-            self._read(k)
+        self.data = [path.read_bytes() for path in files]
+        self.sent, beyond = ResultsFolder(config.verify).digests() if config.verify else {}, names[self.count :]
+        self.sent = {name: digest for name, digest in self.sent.items() if name not in beyond}
 
-    def _read(self, k):
-        """Return the `Arrival` of message k, and the bits of its parts; InputError names a file that is no message."""
+    def identity(self, k):
+        """Return the columns that tell whether a row is of message k, as it is."""
+        return super().identity(k) | {"message_sha256": hashlib.sha256(self.data[k]).hexdigest()}
+
+    def make(self, numbers, on_step):
+        """Make the picture of one message, write its files, and return its row in a list; a bad one gets a row only."""
+        (k,), started = numbers, time.monotonic()
         try:
             message, bits = self.receiver.session.from_bytes(self.data[k])
             self.receiver.make_chain(message.header)
@@ -298,17 +305,7 @@ class MessageRun(Run):
             if arrival.problems:
                 raise InputError(f"its {arrival.problems[0]} part is damaged; send it again")
         except InputError as error:
-            raise InputError(f"{self.files[k]}: {error}") from None
-        return arrival, bits
-
-    def identity(self, k):
-        """Return the columns that tell whether a row is of message k, as it is."""
-        return super().identity(k) | {"message_sha256": hashlib.sha256(self.data[k]).hexdigest()}
-
-    def make(self, numbers, on_step):
-        """Make the picture of one message, write its files, and return its row in a list."""
-        (k,), started = numbers, time.monotonic()
-        arrival, bits = self._read(k)
+            return [self.identity(k) | {"link": "messages", "problems": str(error)}]
         header = arrival.header
         result = self.receiver.pictures([arrival], on_step)
         image = result.images.float().cpu()
@@ -326,6 +323,17 @@ class MessageRun(Run):
         columns = {"received semantics": "received", "regenerated": "samples"}
         write_panel(self.results, rows[: self.config.panel_items], columns)
 
+    def sum_up(self, log):
+        """Join the rows to results.csv; compare with --verify; note what went wrong in `failures`."""
+        super().sum_up(log)
+        self.failures = [f"{row['path']}: {row['problems']}" for row in self.done.values() if row.get("problems")]
+        if self.config.verify:
+            made = {row["name"]: row.get("picture_sha256") for row in self.done.values()}
+            unequal = [name for name, digest in self.sent.items() if made.get(name) != digest]
+            log(f"{len(self.sent) - len(unequal)} of {len(self.sent)} equal")
+            other = f"another picture than in {self.config.verify}"
+            self.failures += [f"{k}: {other if k in made else 'not received'}" for k in unequal if made.get(k, True)]
+
 
 def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
     """Run every point of a sampling config (see `config.sweep`), sum each up, and draw curves where there are several.
@@ -333,6 +341,7 @@ def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
     Of several shares, one that finds all pictures of all points there sums up; the others end before.
 
     :param parts, share: of `build_link`; the `Share` of each point's pictures that this process makes.
+    :return: a line for each message without a picture and, with --verify, for each picture that differs.
     """
     kind, points = (MessageRun, [config]) if config.role == "receive" else (SceneRun, sweep(config))
     runs, made = [], 0
@@ -349,10 +358,10 @@ def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
         done = f"share {share.index + 1} of {share.count} is done ({made} pictures made)"
         if not all(run.find_done() for run in runs):
             log(f"{done}; the last to end sums up. Should one fail, give the same command again: it does the rest")
-            return
+            return []
         if not made and share.index and all(run.results.file("", "results", ".csv").exists() for run in runs):
             log(f"{done}; the results of all shares are there, and another one sums them up again")
-            return
+            return []
         log(f"{done}, and so are the others: joining their rows")
         for run in runs:
             run.sum_up(log)
@@ -363,3 +372,4 @@ def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
         log(write_curves(Path(config.results_path), found))
     for run in runs:
         run.results.remove_leftovers()
+    return [line for run in runs for line in run.failures]

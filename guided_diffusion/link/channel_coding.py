@@ -142,8 +142,20 @@ class Delivery:
         """Return the bytes before the first lost block."""
         return b"".join(itertools.takewhile(lambda block: block is not None, self.blocks[name]))
 
+    def facts(self, height, width):
+        """Return the table columns of a picture's delivery; Eb/N0 is per bit of the message, before coding."""
+        blocks = [block for part in self.blocks.values() for block in part]
+        return {
+            "channel_uses": self.uses,
+            "bandwidth_ratio": self.uses / (3 * height * width),
+            "realised_snr_db": self.realised_es_n0_db,
+            "eb_n0_db": self.realised_es_n0_db - 10 * math.log10(self.message_bits / self.uses),
+            "blocks": len(blocks),
+            "block_errors": blocks.count(None),
+        }
 
-class DigitalLink:
+
+class DigitalChannel:
     """Sends a message's parts as 5G LDPC code words over AWGN or block Rayleigh fading.
 
     "header" and "indices" are coded in QPSK at rate 1/3, or at `code_rate` where that is lower; every other part in
@@ -168,6 +180,13 @@ class DigitalLink:
             block_bytes = INDEX_BLOCK_BYTES if name == "indices" else BLOCK_BYTES
             return segment(num_bytes, block_bytes, min(CONTROL_RATE, self.code_rate), MODULATIONS["qpsk"])
         return segment(num_bytes, BLOCK_BYTES, self.code_rate, MODULATIONS[self.modulation])
+
+    def __call__(self, sent, receiver, stream):
+        """Send a `Sent`: return the receiver's `Arrival`, and table columns."""
+        delivery = self.send(sent.parts, stream)
+        arrived = {name: delivery.part(name) for name in delivery.blocks}
+        arrival = receiver.accept(receiver.session.decode(arrived, delivery.prefix("indices")))
+        return arrival, delivery.facts(*sent.y.shape[2:])
 
     @torch.inference_mode()
     def send(self, parts, generator):

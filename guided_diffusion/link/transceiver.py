@@ -211,7 +211,7 @@ class Receiver:
         return SampleResult(*(torch.stack(each) for each in zip(*(found[k] for k in sorted(found)), strict=True)))
 
 
-# Each channel has `send(sent, receiver, stream)`: it sends one `Sent`, with noise from the CPU generator `stream`, and
+# A channel is a function (sent, receiver, stream): it sends one `Sent`, with noise from the CPU generator `stream`, and
 # returns the receiver's `Arrival` (None where the header is lost) and a dict of table columns.
 
 
@@ -221,7 +221,7 @@ class AnalogChannel:
     def __init__(self, sigma, pool="None"):
         self.sigma, self.pool = sigma, pool
 
-    def send(self, sent, receiver, stream):
+    def __call__(self, sent, receiver, stream):
         message, header = sent.message, sent.message.header
         if message.label is None:  # no plane is sent
             return receiver.accept(message), {"channel_uses": 0, "bandwidth_ratio": 0, "realised_snr_db": math.inf}
@@ -233,24 +233,9 @@ class AnalogChannel:
         return Arrival(header, received, message.start_index or 0, message.codewords), facts
 
 
-class IdealChannel:
+def ideal_channel(sent, receiver, stream):
     """The message arrives as it is."""
-
-    def send(self, sent, receiver, stream):
-        return receiver.accept(receiver.session.decode(sent.parts)), {}
-
-
-class DigitalChannel:
-    """The message, channel-coded part by part by a `DigitalLink` (see `channel_coding`)."""
-
-    def __init__(self, link):
-        self.link = link
-
-    def send(self, sent, receiver, stream):
-        delivery = self.link.send(sent.parts, stream)
-        arrived = {name: delivery.part(name) for name in delivery.blocks}
-        arrival = receiver.accept(receiver.session.decode(arrived, delivery.prefix("indices")))
-        return arrival, digital_facts(delivery, *sent.y.shape[2:])
+    return receiver.accept(receiver.session.decode(sent.parts)), {}
 
 
 def analog_facts(y, sigma, num_classes, one_hot):
@@ -262,16 +247,3 @@ def analog_facts(y, sigma, num_classes, one_hot):
     uses, power = planes.numel() / 2, float(planes.square().mean())
     realised = 10 * torch.tensor(power / sigma**2).log10().item() if sigma and power else math.inf
     return {"channel_uses": uses, "bandwidth_ratio": uses / (3 * y[0, 0].numel()), "realised_snr_db": realised}
-
-
-def digital_facts(delivery, height, width):
-    """Report what one `Delivery` cost, and how it went; Eb/N0 is per bit of the message, before coding."""
-    uses, blocks = delivery.uses, [block for part in delivery.blocks.values() for block in part]
-    return {
-        "channel_uses": uses,
-        "bandwidth_ratio": uses / (3 * height * width),
-        "realised_snr_db": delivery.realised_es_n0_db,
-        "eb_n0_db": delivery.realised_es_n0_db - 10 * math.log10(delivery.message_bits / uses),
-        "blocks": len(blocks),
-        "block_errors": blocks.count(None),
-    }

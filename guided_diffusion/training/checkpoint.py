@@ -175,7 +175,7 @@ def load_file(path, listed=None):
         raise InputError(f"it cannot be read as a checkpoint of plain tensors ({reason})") from None
 
 
-def load_checkpoint(directory, step, parts, partial=False):
+def restore_checkpoint(directory, step, parts, partial=False):
     """Load each part of a checkpoint into its object, one at a time, verified by the manifest where there is one.
 
     :param parts: dict from kind to an object with load_state_dict().

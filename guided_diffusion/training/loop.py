@@ -275,7 +275,7 @@ class TrainLoop:
     def resume(self, directory, step, partial=False):
         """Take over checkpoint `step` of a folder. Returns the names of missing parts (`partial` only)."""
         self.step = step
-        missing = checkpoint.load_checkpoint(directory, step, self.parts, partial)
+        missing = checkpoint.restore_checkpoint(directory, step, self.parts, partial)
         for kind in missing:
             if kind.startswith("ema_"):
                 self.parts[kind].load_state_dict(self.model.state_dict())
