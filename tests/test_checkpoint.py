@@ -1,22 +1,19 @@
-"""Checkpoints: whole writes, which are resumed, sampled and kept, and the weights of the family."""
+"""Checkpoints: whole writes, and which are resumed, sampled and kept (their weights: test_weights)."""
 
 import hashlib
 import json
+import math
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import normals, tiny_network
 from corruption import Folder, Part, run
 from test_logger import full_disk
 
-from guided_diffusion import load_weights
 from guided_diffusion.console import InputError
-from guided_diffusion.diffusion.unet import ResBlock
 from guided_diffusion.training.checkpoint import (
     file_name,
     find_weights,
@@ -28,14 +25,9 @@ from guided_diffusion.training.checkpoint import (
     resume_point,
     save_checkpoint,
     trained_config,
-    with_legacy_keys,
 )
 
 KINDS = ("model", "opt", "state", "ema_0.9999_", "ema_0.99_")
-
-
-def network(**flags):
-    return tiny_network(learn_sigma=False, **flags)[0]
 
 
 def save(directory, step, value=1.0, kinds=KINDS, val_score=0.25):
@@ -65,9 +57,16 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.fixture(scope="module")
-def weights():
-    return {key: value + 1 for key, value in network().state_dict().items()}
+def killed_after(count, function):
+    """A function that is interrupted after so many calls."""
+    left = iter(range(count))
+
+    def call(*arguments, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    return call
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
@@ -88,17 +87,10 @@ def test_save_writes_files_and_a_manifest_with_sizes_and_digests(tmp_path):
 
 @pytest.mark.parametrize("renames", range(6))
 def test_save_that_is_cut_short_first_is_no_checkpoint_yet(tmp_path, monkeypatch, renames):
-    def killed(source, target, count=[0], replace=os.replace):  # noqa: B006 - counts
-        count[0] += 1
-        if count[0] > renames:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed_after(renames, os.replace))
         patch.setattr(os, "remove", lambda path: None)  # a killed process removes nothing
-        with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, 7)
+        save(tmp_path, 7)
     assert resume_point(tmp_path, "auto") is None and resume_point(tmp_path, "") is None
     save(tmp_path, 7)
     assert resume_point(tmp_path, "auto") == (str(tmp_path), 7)
@@ -300,32 +292,29 @@ def test_resume_point_never_lets_a_run_be_overwritten_or_mixed_with_another(tmp_
 # -- which weights are sampled ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("files", "newest"),
-    [
-        (["ema_0.9999_000010.pt", "ema_0.9999_000009.pt", "model000011.pt"], "ema_0.9999_000010.pt"),
-        (["ema_0.9999_999999.pt", "ema_0.9999_1000000.pt"], "ema_0.9999_1000000.pt"),
-        (["ema_.9999_000010.pt", "ema_0.99_000010.pt"], "ema_.9999_000010.pt"),
-        (["ema_0.99_000020.pt", "ema_best_000030.pt", "ema_0.9_000030.pt.tmp"], "ema_0.99_000020.pt"),
-    ],
-)
-def test_find_weights_takes_the_newest_of_a_foreign_folder(tmp_path, files, newest):
-    for name in files:
+AVERAGES = ["0.9999_000010 0.9999_000009", "0.9999_1000000 0.9999_999999", ".9999_000010 0.99_000010"]
+AVERAGES += ["0.99_000020 best_000030 0.9"]
+
+
+@pytest.mark.parametrize("rates", AVERAGES)
+def test_find_weights_takes_the_newest_of_a_foreign_folder(tmp_path, rates):
+    for name in (*(f"ema_{rate}.pt" for rate in rates.split()), "model2000000.pt", "ema_0.9_2000000.pt.tmp"):
         (tmp_path / name).touch()
-    assert find_weights(str(tmp_path)) == str(tmp_path / newest)
+    assert find_weights(str(tmp_path)) == str(tmp_path / f"ema_{rates.split()[0]}.pt")
 
 
 def test_find_weights_passes_over_damaged_averages(tmp_path):
     for step in (4, 6, 8):
         save(tmp_path, step)
 
-    def found(log=lambda line: None):
-        return Path(find_weights(str(tmp_path), log=log)).name
-
     logged = []
-    assert found(logged.append) == "ema_0.9999_000008.pt" and not logged
+
+    def found():
+        return Path(find_weights(str(tmp_path), log=logged.append)).name
+
+    assert found() == "ema_0.9999_000008.pt" and not logged
     flip(tmp_path / "ema_0.9999_000008.pt")
-    assert found(logged.append) == "ema_0.99_000008.pt"
+    assert found() == "ema_0.99_000008.pt"
     assert "ema_0.9999_000008.pt differs from its SHA-256; going back" in logged[0]
     (tmp_path / "manifest000008.json").unlink()  # a save cut short
     (tmp_path / "ema_0.9999_000006.pt").unlink()
@@ -338,12 +327,8 @@ def test_find_weights_passes_over_damaged_averages(tmp_path):
 
 
 def test_find_weights_names_what_is_lacking(tmp_path):
-    cases = (
-        (str(tmp_path / "none.pt"), "no such file"),
-        (str(tmp_path), "the folder has no ema_"),
-        ("", "none is given"),
-    )
-    for path, words in cases:
+    cases = {str(tmp_path / "none.pt"): "no such file", str(tmp_path): "the folder has no ema_", "": "none is given"}
+    for path, words in cases.items():
         with pytest.raises(InputError, match=f"--model_path .*: {words}"):
             find_weights(path)
     assert find_weights("none.pt", may_lack=True) == "none.pt"
@@ -355,102 +340,16 @@ def test_trained_config_is_in_config_json_or_unknown(trained, tmp_path):
     assert trained_config(str(tmp_path / "ema_0.9_000004.pt"))[0] == {}
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def refuse(path, words):
-    with pytest.raises(InputError, match=rf"{path.name}: {words}") as caught:
-        load_weights(network(), path)
-    assert "\n" not in str(caught.value)
-
-
-def test_load_weights_refuses_code_and_does_not_run_it(tmp_path):
-    class Burglar:
-        def __reduce__(self):
-            return open, (str(tmp_path / "trace"), "w")
-
-    torch.save({"w": torch.zeros(1), "x": Burglar()}, tmp_path / "evil.pt")
-    refuse(tmp_path / "evil.pt", "it cannot be read as a checkpoint of plain tensors")
-    assert not (tmp_path / "trace").exists()
-
-
-def test_load_weights_refuses_garbage_and_other_contents(tmp_path):
-    path = tmp_path / "model000001.pt"
-    for content in (b"", b"not a checkpoint", b"PK\x03\x04 half a zip"):
-        path.write_bytes(content)
-        refuse(path, "it cannot be read")
-    torch.save([1, 2], path)
-    refuse(path, "expected a state dict, found list")
-
-
-def test_load_weights_from_dicts_and_paths(tmp_path, weights):
-    torch.save(weights, tmp_path / "w.pt")
-    unused = {"input_blocks.12.0.spade_norm.mlp_shared.0.weight": torch.zeros(3)}
-    for source in (weights, weights | unused, tmp_path / "w.pt", str(tmp_path / "w.pt")):
-        model = network()
-        load_weights(model, source)
-        assert same(model.state_dict(), weights)
-
-
-SHAPE = r"key {} has shape {}, the network expects \(3, 32, 3, 3\)"
-
-
-@pytest.mark.parametrize(
-    "key, value, words",
-    [
-        ("middle_block.0.spade_norm.mlp_gamma.weight", torch.zeros(1), "unexpected key {} "),
-        ("input_blocks.1.spade_norm.w", torch.zeros(1), "unexpected key {} "),
-        ("ema.out.2.bias", torch.zeros(1), "unexpected key {} "),
-        ("out.2.weight", torch.zeros(3, 32, 1, 1), SHAPE.format("{}", r"\(3, 32, 1, 1\)")),
-        ("out.2.weight", 1.5, SHAPE.format("{}", "float")),
-    ],
-)
-def test_load_weights_names_what_does_not_fit(weights, key, value, words):
-    with pytest.raises(InputError, match=words.format(re.escape(key))):
-        load_weights(network(), {**weights, key: value})
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_load_weights_assigns_to_a_model_without_values(tmp_path, weights, dtype):
-    torch.save({key: value.to(dtype) for key, value in weights.items()}, tmp_path / "w.pt")
-    trained, model = network(), network().to("meta")
-    load_weights(model, tmp_path / "w.pt")
-    assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
-    assert {value.dtype for value in model.parameters()} == {torch.float32}
-    load_weights(trained, tmp_path / "w.pt")
-    inputs = normals(1, 3, 8, 8), torch.tensor([5]), normals(1, 5, 8, 8)
-    assert torch.equal(model(*inputs), trained(*inputs))
-
-
-def test_with_legacy_keys_adds_them_to_every_plain_block_of_the_encoder():
-    model = network(resblock_updown=True, channel_mult="1,2", num_res_blocks=2)
-    extended = with_legacy_keys(model.state_dict(), model)
-    added = {k: v for k, v in extended.items() if k not in model.state_dict()}
-    blocks = {f"input_blocks.{k}": m for k, m in model.input_blocks.named_modules() if isinstance(m, ResBlock)}
-    assert len(blocks) == 5 and len(added) == 6 * len(blocks)
-    for name, block in blocks.items():
-        n = block.in_layers[0].num_channels
-        for part, shape in (("shared.0", (128, 3, 3, 3)), ("gamma", (n, 128, 3, 3)), ("beta", (n, 128, 3, 3))):
-            for key, size in (("weight", shape), ("bias", shape[:1])):
-                value = added[f"{name}.spade_norm.mlp_{part}.{key}"]
-                assert tuple(value.shape) == size and not value.any()
-
-
 # -- old checkpoints --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("keep", "scores", "kept"),
-    [
-        (0, [5, 4, 3, 2, 1], [1, 2, 3, 4, 5]),
-        (2, [5, 4, 3, 2, 1], [4, 5]),
-        (2, [5, 1, 3, 2, 4], [2, 4, 5]),
-        (1, [None, 4, None, 4, None], [4, 5]),
-        (1, [None] * 5, [5]),
-        (2, [float("nan"), 3, float("inf"), None, None], [2, 4, 5]),
-        (9, [5, 4, 3, 2, 1], [1, 2, 3, 4, 5]),
-    ],
-)
+DESCENDING = [5, 4, 3, 2, 1]
+PRUNED = [(0, DESCENDING, [1, 2, 3, 4, 5]), (2, DESCENDING, [4, 5]), (9, DESCENDING, [1, 2, 3, 4, 5])]
+PRUNED += [(2, [5, 1, 3, 2, 4], [2, 4, 5]), (1, [None, 4, None, 4, None], [4, 5]), (1, [None] * 5, [5])]
+PRUNED += [(2, [math.nan, 3, math.inf, None, None], [2, 4, 5])]
+
+
+@pytest.mark.parametrize("keep, scores, kept", PRUNED)
 def test_prune_keeps_the_newest_and_the_best(tmp_path, keep, scores, kept):
     for step, score in enumerate(scores, 1):
         save(tmp_path, step, val_score=score)
@@ -467,24 +366,15 @@ def test_prune_leaves_other_files(tmp_path):
     for name in others:
         (tmp_path / name).touch()
     prune_checkpoints(tmp_path, 1)
-    left = {file_name(kind, step) for kind in KINDS for step in (1, 2, 4)} | {
-        "manifest000002.json",
-        "manifest000004.json",
-    }
+    left = {name for step in (1, 2, 4) for name in names(step)} - {"manifest000001.json"}
     assert {*os.listdir(tmp_path)} == left | others
 
 
 def test_prune_finishes_an_interrupted_deletion(tmp_path, monkeypatch):
     for step in (1, 2):
         save(tmp_path, step)
-    unlink, calls = Path.unlink, iter("ab")
-
-    def stop_at_the_third(path, missing_ok=False):
-        next(calls)
-        unlink(path, missing_ok)
-
-    with monkeypatch.context() as patch, pytest.raises(StopIteration):
-        patch.setattr(Path, "unlink", stop_at_the_third)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed_after(2, Path.unlink))
         prune_checkpoints(tmp_path, 1)
     prune_checkpoints(tmp_path, 1)
     assert sorted(os.listdir(tmp_path)) == names(2)
