@@ -93,21 +93,6 @@ def test_one_label_map_serves_all_samples(parts, s, cache_bytes):
     assert (shared.images - other.images).abs().max() > 1e-3  # the label map matters
 
 
-def test_label_maps_are_computed_once_or_at_every_step(parts):
-    model, diffusion, y, noise = parts
-    y, noise, calls, counts = y[:1], noise[:1], [], []
-    handle = model.middle_block[0].in_norm.mlp_shared.register_forward_hook(lambda *_: calls.append(1))
-    needed = model.modulation_bytes(2, *SIZE)  # one picture and the null conditioning
-    for cache_bytes in (needed, needed - 1, needed // 2 - 1):
-        calls.clear()
-        prepared = Conditioning(model, y, 2.0, cache_bytes)
-        first, second = (sample(model, diffusion, prepared, noise, seeds=[1]).images for _ in range(2))
-        assert torch.equal(first, second)
-        counts.append(len(calls))
-    handle.remove()
-    assert counts == [2, 1 + 2 * STEPS, 4 * STEPS]  # the null conditioning is the first to go
-
-
 @pytest.mark.parametrize("count", [1, 3, STEPS])
 @pytest.mark.parametrize("tail", [0, 1, 3, STEPS])
 @pytest.mark.parametrize("method, eta, variance", CHAINS)

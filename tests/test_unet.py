@@ -1,8 +1,7 @@
 """The semantic UNet: state-dict names, an independent forward pass, SPADE, and what flags do."""
 
-import math
-
 import pytest
+import test_nn
 import torch
 from conftest import normals
 from torch.nn import functional as F
@@ -74,16 +73,9 @@ def naive_block(p, name, x, emb, y, resize=None, scale_shift=True):
     return x + h
 
 
-def naive_attention(p, name, x, head_channels=32):
-    n, c, height, width = x.shape
-    flat = F.group_norm(x, 32, p[f"{name}.norm.weight"], p[f"{name}.norm.bias"]).flatten(2)
-    qkv = F.conv1d(flat, p[f"{name}.qkv.weight"], p[f"{name}.qkv.bias"])
-    heads = []
-    for q, k, v in (part.chunk(3, 1) for part in qkv.split(3 * head_channels, 1)):  # heads first, then q, k, v
-        weight = (q.transpose(1, 2) @ k / math.sqrt(head_channels)).softmax(-1)
-        heads.append(v @ weight.transpose(1, 2))
-    out = F.conv1d(torch.cat(heads, 1), p[f"{name}.proj_out.weight"], p[f"{name}.proj_out.bias"])
-    return x + out.view(n, c, height, width)
+def naive_attention(p, name, x):
+    own = {key.removeprefix(f"{name}."): value for key, value in p.items() if key.startswith(f"{name}.")}
+    return test_nn.naive_attention(own, x, x.shape[1] // 32)
 
 
 def naive_unet(p, x, t, y, scale_shift=True):
