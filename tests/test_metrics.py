@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch.nn.functional import pad
 
 from guided_diffusion.console import InputError
 from guided_diffusion.data.pictures import from_uint8
@@ -60,18 +61,11 @@ def naive_ssim(a, b):
     x = torch.arange(11, dtype=torch.float64) - 5
     line = torch.exp(-x.square() / (2 * 1.5**2))
     window = line[:, None] * line[None] / line.sum() ** 2
-    values = []
-    a, b = (torch.nn.functional.pad(p[None], (5, 5, 5, 5), mode="reflect")[0] for p in (a, b))
-    for p, q in zip(a.double(), b.double(), strict=True):
-        for i in range(p.shape[0] - 10):
-            for j in range(p.shape[1] - 10):
-                u, v = p[i : i + 11, j : j + 11], q[i : i + 11, j : j + 11]
-                mu, mv = (window * u).sum(), (window * v).sum()
-                su, sv = (window * u * u).sum() - mu**2, (window * v * v).sum() - mv**2
-                cross = (window * u * v).sum() - mu * mv
-                contrast = (2 * cross + 0.03**2) / (su + sv + 0.03**2)
-                values.append(contrast * (2 * mu * mv + 0.01**2) / (mu**2 + mv**2 + 0.01**2))
-    return float(torch.stack(values).mean())
+    # Windows around every pixel: (3, H, W, 11, 11).
+    u, v = (pad(p[None], (5, 5, 5, 5), mode="reflect")[0].double().unfold(1, 11, 1).unfold(2, 11, 1) for p in (a, b))
+    mu, mv, uu, vv, uv = ((window * values).sum((3, 4)) for values in (u, v, u * u, v * v, u * v))
+    contrast = (2 * (uv - mu * mv) + 0.03**2) / (uu - mu**2 + vv - mv**2 + 0.03**2)
+    return float((contrast * (2 * mu * mv + 0.01**2) / (mu**2 + mv**2 + 0.01**2)).mean())
 
 
 def test_ssim_equals_its_definition():
