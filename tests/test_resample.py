@@ -42,7 +42,7 @@ def test_second_moment_probabilities_follow_the_root_mean_square():
     sampler.update(torch.tensor([0, 1, 2, 0]), torch.tensor([9.0, 2.0, 0.0, 1.0]))
     losses = torch.tensor([7.0, 2.0, 0.0], requires_grad=True)
     sampler.update(torch.tensor([0, 1, 2]), losses)  # forgets the oldest of step 0
-    assert not sampler.losses.requires_grad
+    assert not sampler.losses.requires_grad and [*sampler.state_dict()] == ["losses", "counts"]
     root = torch.tensor([5.0, 2.0, 0.0], dtype=torch.float64)  # sqrt((1 + 49) / 2) = 5
     torch.testing.assert_close(sampler.probabilities(), 0.999 * root / 7 + 0.001 / 3)
     assert (warm([0.0] * 4).sample(grid(8))[1] == 1).all()  # losses that are all zero mean uniform sampling
