@@ -8,6 +8,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from guided_diffusion.console import InputError
 from guided_diffusion.data.datasets import PictureFolder, SceneDataset, label_histogram, load_data
+from guided_diffusion.data.pairing import cityscapes_ids
 from guided_diffusion.random_streams import uniform
 
 
@@ -111,6 +112,7 @@ def test_item_maps_label_ids(tmp_path):
     save(tmp_path / "city/gtFine/val/a/1_gtFine_labelIds.png", np.array([[255, 33], [0, 7]], np.uint8))
     licence = SceneDataset("cityscapes", tmp_path / "city", 2, is_train=False, num_classes=35)
     assert licence[0]["label"].tolist() == [[[34, 33], [0, 7]]]
+    assert cityscapes_ids(np.array([-1, 40])).tolist() == [34, 40]
 
 
 def test_scene_dataset_labels_alone_and_no_instance(tmp_path, city):

@@ -13,14 +13,8 @@ from guided_diffusion.training import distributed
 from guided_diffusion.training.distributed import Group, LostPeer, Ranks, Share, find_ranks, find_share
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
-STEP = {
-    "SLURM_STEP_ID": "0",
-    "SLURM_PROCID": "5",
-    "SLURM_NTASKS": "8",
-    "SLURM_LOCALID": "1",
-    "SLURM_JOB_ID": "1234",
-    "SLURM_STEP_NODELIST": "node9",
-}
+STEP = {"STEP_ID": "0", "PROCID": "5", "NTASKS": "8", "LOCALID": "1", "JOB_ID": "1234", "STEP_NODELIST": "node9"}
+STEP = {f"SLURM_{name}": value for name, value in STEP.items()}
 FIRST = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
 
