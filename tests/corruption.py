@@ -7,6 +7,7 @@ loads averages. Allowed are a fall-back that is logged, a refusal (InputError), 
 """
 
 import argparse
+import copy
 import random
 import sys
 import tempfile
@@ -85,22 +86,10 @@ class Folder:
             torch._foreach_lerp_(list(average.values()), list(self.model.state_dict().values()), 0.5)
             if step in STEPS:
                 state = {"step": step, "position": 4 * step, "best": 1 / step, "stream": draws.get_state()}
-                parts = {
-                    "model": self.model.state_dict(),
-                    "opt": optimizer.state_dict(),
-                    "state": state,
-                    f"ema_{RATE}_": average,
-                }
+                parts = {"model": self.model.state_dict(), f"ema_{RATE}_": average}
+                parts |= {"opt": optimizer.state_dict(), "state": state}
                 save_checkpoint(self.path, step, {kind: Part(contents) for kind, contents in parts.items()}, 1 / step)
-                self.truth[step] = loaded(self.path, step)
-                if not all(equal(self.truth[step][kind], _as_saved(contents)) for kind, contents in parts.items()):
-                    raise AssertionError(f"step {step} does not read back as it was saved")
-
-
-def _as_saved(contents):
-    if isinstance(contents, dict):
-        return type(contents)((key, _as_saved(value)) for key, value in contents.items())
-    return contents.detach() if torch.is_tensor(contents) else contents
+                self.truth[step] = copy.deepcopy(parts)
 
 
 def damage(path, way, draws):

@@ -16,34 +16,28 @@ from pathlib import Path
 
 import torch
 from conftest import TINY, TRAIN, as_arguments
+from corruption import equal
 
 from guided_diffusion.data.toy_scenes import write_toy_scenes
 from guided_diffusion.training.checkpoint import problem_of
 
 SCRIPT = str(Path(__file__).resolve().parent.parent / "image_train.py")
 SAVE_EVERY = 3
+KINDS = ("model", "ema_0.9_", "opt", "state")
 
 
 def command(folder, scenes, steps):
     """Return the command of the run, resuming."""
-    flags = {
-        "data_dir": scenes,
-        "checkpoint_dir": folder,
-        **TINY,
-        **TRAIN,
-        "total_steps": steps,
-        "save_interval": SAVE_EVERY,
-        "dropout": 0.1,
-        "add_noise": True,
-        "drop_rate": 0.1,
-        "eval_interval": 5,
-        "eval_items": 2,
-        "num_workers": 1,
-        "schedule_sampler": "loss-second-moment",
-        "resume_checkpoint": "auto",
-        "keep_checkpoints": 4,
-    }
+    flags = {**TINY, **TRAIN, "data_dir": scenes, "checkpoint_dir": folder, "total_steps": steps, "keep_checkpoints": 4}
+    flags |= {"save_interval": SAVE_EVERY, "resume_checkpoint": "auto", "eval_interval": 5, "eval_items": 2}
+    flags |= {"dropout": 0.1, "add_noise": True, "drop_rate": 0.1, "num_workers": 1}
+    flags |= {"schedule_sampler": "loss-second-moment"}
     return [sys.executable, SCRIPT, *as_arguments(flags)]
+
+
+def saved_steps(log):
+    """Return the steps that a log reports as saved."""
+    return [int(step) for step in re.findall(r"saved step (\d+)", log.read_text())]
 
 
 def kill_once(folder, scenes, steps, draw, log):
@@ -52,17 +46,17 @@ def kill_once(folder, scenes, steps, draw, log):
         process = subprocess.Popen(command(folder, scenes, steps), stdout=f, stderr=f)
         during_save, saves = draw.random() < 0.5, draw.randrange(3)
         wait = draw.uniform(0, 1.5)
-        while process.poll() is None and len(re.findall(r"saved step (\d+)", log.read_text())) < saves:
+        while process.poll() is None and len(saved_steps(log)) < saves:
             time.sleep(0.01)
         deadline = time.monotonic() + (60 if during_save else wait)
-        while (
-            process.poll() is None and time.monotonic() < deadline and not (during_save and list(folder.glob("*.tmp")))
-        ):
+        while process.poll() is None and time.monotonic() < deadline:
+            if during_save and list(folder.glob("*.tmp")):
+                break
             time.sleep(0.0005)
         process.kill()
         if process.wait() != -signal.SIGKILL:
             sys.exit(f"the run ended by itself with code {process.returncode}:\n{log.read_text()[-2000:]}")
-    return [int(step) for step in re.findall(r"saved step (\d+)", log.read_text())], bool(list(folder.glob("*.tmp")))
+    return saved_steps(log), bool(list(folder.glob("*.tmp")))
 
 
 def main():
@@ -96,29 +90,17 @@ def main():
         (root / name).mkdir(exist_ok=True)
         done = subprocess.run(command(root / name, scenes, last), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    different = []
-    for kind in ("model", "ema_0.9_", "opt", "state"):
-        one, two = (
-            torch.load(root / name / f"{kind}{last:06d}.pt", weights_only=True) for name in ("killed", "straight")
-        )
-        different += [kind] if not equal(one, two) else []
+    killed, straight = (
+        {kind: torch.load(root / name / f"{kind}{last:06d}.pt", weights_only=True) for kind in KINDS}
+        for name in ("killed", "straight")
+    )
+    different = [kind for kind in KINDS if not equal(killed[kind], straight[kind])]
     left = [path.name for path in (root / "killed").glob("*.tmp")]
     print(
         f"{kills} kills, {torn} of them in a save; checkpoints lost: {lost}; parts of step {last} that differ from the"
         f" undisturbed run: {different or 'none'}; temporary files left: {left or 'none'}"
     )
     return 1 if lost or different or left or kills < arguments.kills else 0
-
-
-def equal(one, two):
-    """Whether two nests of dicts, lists and tensors are the same bit for bit."""
-    if torch.is_tensor(one):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(equal(one[key], two[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(two) and all(map(equal, one, two))
-    return one == two
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from guided_diffusion.data.semantics import encode_semantics
-from guided_diffusion.link.channel import apply_pool, sent_planes, snr_to_sigma, transmit
+from guided_diffusion.link.channel import TRAINING_SIGMAS, apply_pool, sent_planes, snr_to_sigma, transmit
 
 K, PRESENT = 5, [0, 2, 3]  # classes 1 and 4 do not occur
 SIZE, POOLS = 64, ("None", "med", "mean", "max")
@@ -29,6 +29,7 @@ def send(y, sigma, seeds=None, **options):
 def test_snr_to_sigma_has_the_rows_of_the_table_and_is_log_linear_between_them():
     rows = {100: 0, 30: 0.05, 25: 0.08, 20: 0.13, 15: 0.22, 10: 0.36, 5: 0.6, 1: 0.9}
     assert {snr: snr_to_sigma(float(snr)) for snr in rows} == rows
+    assert sorted(TRAINING_SIGMAS) == [0, 0, 0, 0.05, 0.08, 0.13, 0.22, 0.36, 0.6]  # GESCO's
     assert snr_to_sigma(7.5) == pytest.approx(math.sqrt(0.6 * 0.36), rel=1e-12)
     assert snr_to_sigma(2) == pytest.approx(0.9 * (0.6 / 0.9) ** 0.25, rel=1e-12)
 

@@ -1,21 +1,19 @@
-"""Checkpoints: whole writes, which are resumed, sampled and kept, and the weights of the family."""
+"""Checkpoints: whole writes, and which are resumed, sampled and kept (their weights: test_weights)."""
 
 import hashlib
 import json
+import math
 import os
-import resource
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from corruption import Folder, Part, run
+from test_logger import full_disk
 
-from guided_diffusion import create_model_and_diffusion, load_weights, model_and_diffusion_defaults
 from guided_diffusion.console import InputError
-from guided_diffusion.diffusion.unet import ResBlock
 from guided_diffusion.training.checkpoint import (
     file_name,
     find_weights,
@@ -27,17 +25,9 @@ from guided_diffusion.training.checkpoint import (
     resume_point,
     save_checkpoint,
     trained_config,
-    with_legacy_keys,
 )
 
 KINDS = ("model", "opt", "state", "ema_0.9999_", "ema_0.99_")
-
-
-def tiny_model(seed=0, **flags):
-    torch.manual_seed(seed)
-    small = {"num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1, "num_classes": 4}
-    small["attention_resolutions"] = "32"
-    return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **small, **flags})[0]
 
 
 def save(directory, step, value=1.0, kinds=KINDS, val_score=0.25):
@@ -67,9 +57,16 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.fixture(scope="module")
-def weights():
-    return tiny_model(1).state_dict()
+def killed_after(count, function):
+    """A function that is interrupted after so many calls."""
+    left = iter(range(count))
+
+    def call(*arguments, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    return call
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
@@ -90,27 +87,13 @@ def test_save_writes_files_and_a_manifest_with_sizes_and_digests(tmp_path):
 
 @pytest.mark.parametrize("renames", range(6))
 def test_save_that_is_cut_short_first_is_no_checkpoint_yet(tmp_path, monkeypatch, renames):
-    def killed(source, target, count=[0], replace=os.replace):  # noqa: B006 - counts
-        count[0] += 1
-        if count[0] > renames:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed_after(renames, os.replace))
         patch.setattr(os, "remove", lambda path: None)  # a killed process removes nothing
-        with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, 7)
+        save(tmp_path, 7)
     assert resume_point(tmp_path, "auto") is None and resume_point(tmp_path, "") is None
     save(tmp_path, 7)
     assert resume_point(tmp_path, "auto") == (str(tmp_path), 7)
-
-
-def test_resume_point_does_not_start_over_a_run_whose_model_file_was_lost(tmp_path):
-    save(tmp_path, 7)
-    (tmp_path / "model000007.pt").unlink()
-    with pytest.raises(InputError, match="no checkpoint is whole"):
-        resume_point(tmp_path, "auto")
 
 
 @pytest.mark.parametrize("fails_at", [0, 4])
@@ -137,15 +120,10 @@ def test_save_that_fails_leaves_the_earlier_files_and_nothing_else(tmp_path, mon
 
 def test_save_reports_a_real_limit_on_file_sizes(tmp_path):
     """torch writes from C++: its error must come through as ours."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
-    try:
-        with pytest.raises(OSError, match=r"opt000007\.pt: cannot be written \(.*File too large"):
-            save_checkpoint(tmp_path, 7, {"model": Part({}), "opt": Part({"w": torch.zeros(100_000)})})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, before)
+    parts = {"model": Part({}), "opt": Part({"w": torch.zeros(100_000)})}
+    refused = pytest.raises(OSError, match=r"opt000007\.pt: cannot be written \(.*File too large")
+    with full_disk(100_000), refused:
+        save_checkpoint(tmp_path, 7, parts)
     assert os.listdir(tmp_path) == []
 
 
@@ -204,20 +182,11 @@ def test_full_disk_is_survived_until_there_is_room_again(make_loop, small_disk, 
 # -- manifests and damage ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda raw: raw.replace(b'"val_score": 0.25', b'"val_score": 0.1'),
-        lambda raw: raw.replace(b'"step": 4', b'"step": 5'),
-        lambda raw: raw[:-1],
-        lambda raw: b"",
-        lambda raw: b"{}",
-    ],
-)
-def test_read_manifest_refuses_any_other_text(tmp_path, change):
+@pytest.mark.parametrize("old, new", [(b"0.25", b"0.1"), (b'"step": 4', b'"step": 5'), (b"\n", b""), (b"{", b"")])
+def test_read_manifest_refuses_any_other_text(tmp_path, old, new):
     save(tmp_path, 4)
     path = tmp_path / file_name("manifest", 4)
-    path.write_bytes(change(path.read_bytes()))
+    path.write_bytes(path.read_bytes().replace(old, new))
     assert "the manifest cannot be read (" in problem_of(tmp_path, 4)
 
 
@@ -315,37 +284,37 @@ def test_resume_point_never_lets_a_run_be_overwritten_or_mixed_with_another(tmp_
     save(other, 1)
     with pytest.raises(InputError, match="another run"):
         resume_point(other, str(run / "model000002.pt"))
+    (other / "model000001.pt").unlink()  # lost, which is no reason to start over
+    with pytest.raises(InputError, match="no checkpoint is whole"):
+        resume_point(other, "auto")
 
 
 # -- which weights are sampled ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("files", "newest"),
-    [
-        (["ema_0.9999_000010.pt", "ema_0.9999_000009.pt", "model000011.pt"], "ema_0.9999_000010.pt"),
-        (["ema_0.9999_999999.pt", "ema_0.9999_1000000.pt"], "ema_0.9999_1000000.pt"),
-        (["ema_.9999_000010.pt", "ema_0.99_000010.pt"], "ema_.9999_000010.pt"),
-        (["ema_0.99_000020.pt", "ema_best_000030.pt", "ema_0.9_000030.pt.tmp"], "ema_0.99_000020.pt"),
-    ],
-)
-def test_find_weights_takes_the_newest_of_a_foreign_folder(tmp_path, files, newest):
-    for name in files:
+AVERAGES = ["0.9999_000010 0.9999_000009", "0.9999_1000000 0.9999_999999", ".9999_000010 0.99_000010"]
+AVERAGES += ["0.99_000020 best_000030 0.9"]
+
+
+@pytest.mark.parametrize("rates", AVERAGES)
+def test_find_weights_takes_the_newest_of_a_foreign_folder(tmp_path, rates):
+    for name in (*(f"ema_{rate}.pt" for rate in rates.split()), "model2000000.pt", "ema_0.9_2000000.pt.tmp"):
         (tmp_path / name).touch()
-    assert find_weights(str(tmp_path)) == str(tmp_path / newest)
+    assert find_weights(str(tmp_path)) == str(tmp_path / f"ema_{rates.split()[0]}.pt")
 
 
 def test_find_weights_passes_over_damaged_averages(tmp_path):
     for step in (4, 6, 8):
         save(tmp_path, step)
 
-    def found(log=lambda line: None):
-        return Path(find_weights(str(tmp_path), log=log)).name
-
     logged = []
-    assert found(logged.append) == "ema_0.9999_000008.pt" and not logged
+
+    def found():
+        return Path(find_weights(str(tmp_path), log=logged.append)).name
+
+    assert found() == "ema_0.9999_000008.pt" and not logged
     flip(tmp_path / "ema_0.9999_000008.pt")
-    assert found(logged.append) == "ema_0.99_000008.pt"
+    assert found() == "ema_0.99_000008.pt"
     assert "ema_0.9999_000008.pt differs from its SHA-256; going back" in logged[0]
     (tmp_path / "manifest000008.json").unlink()  # a save cut short
     (tmp_path / "ema_0.9999_000006.pt").unlink()
@@ -358,12 +327,8 @@ def test_find_weights_passes_over_damaged_averages(tmp_path):
 
 
 def test_find_weights_names_what_is_lacking(tmp_path):
-    cases = (
-        (str(tmp_path / "none.pt"), "no such file"),
-        (str(tmp_path), "the folder has no ema_"),
-        ("", "none is given"),
-    )
-    for path, words in cases:
+    cases = {str(tmp_path / "none.pt"): "no such file", str(tmp_path): "the folder has no ema_", "": "none is given"}
+    for path, words in cases.items():
         with pytest.raises(InputError, match=f"--model_path .*: {words}"):
             find_weights(path)
     assert find_weights("none.pt", may_lack=True) == "none.pt"
@@ -375,127 +340,16 @@ def test_trained_config_is_in_config_json_or_unknown(trained, tmp_path):
     assert trained_config(str(tmp_path / "ema_0.9_000004.pt"))[0] == {}
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-class Burglar:
-    """Pickles as a call that creates a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-def test_load_file_refuses_code_and_does_not_run_it(tmp_path):
-    torch.save({"w": torch.zeros(1), "x": Burglar(tmp_path / "trace")}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match=r"evil\.pt: it cannot be read as a checkpoint of plain tensors") as caught:
-        load_weights(tiny_model(), tmp_path / "evil.pt")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "trace").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
-def test_load_weights_refuses_garbage_and_other_contents(tmp_path, content):
-    path = tmp_path / "model000001.pt"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"model000001\.pt: it cannot be read"):
-        load_weights(tiny_model(), path)
-    torch.save([1, 2], path)
-    with pytest.raises(InputError, match=r"model000001\.pt: expected a state dict, found list"):
-        load_weights(tiny_model(), path)
-
-
-# -- load_weights -----------------------------------------------------------------------------------------------------
-
-
-def test_load_weights_from_a_dict_and_from_paths(tmp_path, weights):
-    torch.save(weights, tmp_path / "w.pt")
-    for source in (weights, tmp_path / "w.pt", str(tmp_path / "w.pt")):
-        model = tiny_model(2)
-        assert not same(model.state_dict(), weights)
-        load_weights(model, source)
-        assert same(model.state_dict(), weights)
-
-
-def test_load_weights_ignores_spade_norm_extras(weights):
-    model = tiny_model(2)
-    load_weights(model, {**weights, "input_blocks.12.0.spade_norm.mlp_shared.0.weight": torch.zeros(3)})
-    assert same(model.state_dict(), weights)
-
-
-@pytest.mark.parametrize(
-    "key", ["middle_block.0.spade_norm.mlp_gamma.weight", "input_blocks.1.spade_norm.w", "ema.out.2.bias"]
-)
-def test_load_weights_names_other_extras(weights, key):
-    with pytest.raises(InputError, match=f"unexpected key {key} "):
-        load_weights(tiny_model(), {**weights, key: torch.zeros(1)})
-
-
-@pytest.mark.parametrize(("value", "found"), [(torch.zeros(3, 32, 1, 1), r"\(3, 32, 1, 1\)"), (1.5, "float")])
-def test_load_weights_names_a_wrong_shape(weights, value, found):
-    with pytest.raises(InputError, match=rf"key out\.2\.weight has shape {found}, the network expects \(3, 32, 3, 3\)"):
-        load_weights(tiny_model(), {**weights, "out.2.weight": value})
-
-
-# -- legacy keys ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flags", [{}, {"resblock_updown": True, "channel_mult": "1,2", "num_res_blocks": 2}])
-def test_with_legacy_keys_adds_them_to_every_plain_block_of_the_encoder(flags):
-    model = tiny_model(1, **flags)
-    extended = with_legacy_keys(model.state_dict(), model)
-    added = {k: v for k, v in extended.items() if k not in model.state_dict()}
-    blocks = {f"input_blocks.{k}": m for k, m in model.input_blocks.named_modules() if isinstance(m, ResBlock)}
-    assert len(blocks) == (5 if flags else 2) and len(added) == 6 * len(blocks)
-    for name, block in blocks.items():
-        n = block.in_layers[0].num_channels
-        for part, shape in (("shared.0", (128, 3, 3, 3)), ("gamma", (n, 128, 3, 3)), ("beta", (n, 128, 3, 3))):
-            for key, size in (("weight", shape), ("bias", shape[:1])):
-                value = added[f"{name}.spade_norm.mlp_{part}.{key}"]
-                assert tuple(value.shape) == size and not value.any()
-
-
-def test_load_weights_verifies_by_the_manifest_beside(tmp_path, weights):
-    save_checkpoint(tmp_path, 4, {"ema_0.99_": Part(weights)})
-    path, model = tmp_path / "ema_0.99_000004.pt", tiny_model(2)
-    load_weights(model, path)
-    assert same(model.state_dict(), weights)
-    flip(path)
-    with pytest.raises(InputError, match=r"ema_0\.99_000004\.pt: it is damaged: .*differs from its SHA-256"):
-        load_weights(model, path)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_load_weights_assigns_to_a_model_without_values(tmp_path, dtype):
-    trained = tiny_model(seed=3)
-    torch.save({key: value.to(dtype) for key, value in trained.state_dict().items()}, tmp_path / "w.pt")
-    with torch.device("meta"):
-        model = tiny_model()
-    load_weights(model, tmp_path / "w.pt")
-    assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
-    assert {value.dtype for value in model.parameters()} == {torch.float32}
-    load_weights(trained, tmp_path / "w.pt")
-    inputs = torch.rand(1, 3, 32, 32), torch.tensor([5]), torch.rand(1, 5, 32, 32)
-    assert torch.equal(model.eval()(*inputs), trained.eval()(*inputs))
-
-
 # -- old checkpoints --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("keep", "scores", "kept"),
-    [
-        (0, [5, 4, 3, 2, 1], [1, 2, 3, 4, 5]),
-        (2, [5, 4, 3, 2, 1], [4, 5]),
-        (2, [5, 1, 3, 2, 4], [2, 4, 5]),
-        (1, [None, 4, None, 4, None], [4, 5]),
-        (1, [None] * 5, [5]),
-        (2, [float("nan"), 3, float("inf"), None, None], [2, 4, 5]),
-        (9, [5, 4, 3, 2, 1], [1, 2, 3, 4, 5]),
-    ],
-)
+DESCENDING = [5, 4, 3, 2, 1]
+PRUNED = [(0, DESCENDING, [1, 2, 3, 4, 5]), (2, DESCENDING, [4, 5]), (9, DESCENDING, [1, 2, 3, 4, 5])]
+PRUNED += [(2, [5, 1, 3, 2, 4], [2, 4, 5]), (1, [None, 4, None, 4, None], [4, 5]), (1, [None] * 5, [5])]
+PRUNED += [(2, [math.nan, 3, math.inf, None, None], [2, 4, 5])]
+
+
+@pytest.mark.parametrize("keep, scores, kept", PRUNED)
 def test_prune_keeps_the_newest_and_the_best(tmp_path, keep, scores, kept):
     for step, score in enumerate(scores, 1):
         save(tmp_path, step, val_score=score)
@@ -512,26 +366,15 @@ def test_prune_leaves_other_files(tmp_path):
     for name in others:
         (tmp_path / name).touch()
     prune_checkpoints(tmp_path, 1)
-    left = set(os.listdir(tmp_path))
-    assert {
-        file_name(kind, step) for kind in KINDS for step in (1, 2, 4)
-    } | others <= left and "opt000003.pt" not in left
+    left = {name for step in (1, 2, 4) for name in names(step)} - {"manifest000001.json"}
+    assert {*os.listdir(tmp_path)} == left | others
 
 
 def test_prune_finishes_an_interrupted_deletion(tmp_path, monkeypatch):
     for step in (1, 2):
         save(tmp_path, step)
-    unlink, calls = Path.unlink, []
-
-    def stop_at_the_third(path, missing_ok=False):
-        calls.append(path)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        unlink(path, missing_ok)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", stop_at_the_third)
-        with pytest.raises(KeyboardInterrupt):
-            prune_checkpoints(tmp_path, 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed_after(2, Path.unlink))
+        prune_checkpoints(tmp_path, 1)
     prune_checkpoints(tmp_path, 1)
     assert sorted(os.listdir(tmp_path)) == names(2)

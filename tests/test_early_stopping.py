@@ -34,16 +34,3 @@ def stops_after(scores, patience, min_delta=0.0):
 )
 def test_exhausted_after_patience_without_improvement(scores, patience, min_delta, stop):
     assert stops_after(scores, patience, min_delta) == stop
-
-
-@pytest.mark.parametrize("seen", [0, 1, 3, 7])
-def test_state_goes_on_where_it_stopped(seen):
-    scores = [3.0, 2.0, 2.5, 2.4, 1.9, 2.0, 2.0, 2.0]
-    whole, first, second = (EarlyStopping(3, 0.05) for _ in range(3))
-    for step, score in enumerate(scores):
-        whole.update(score, step)
-        (first if step < seen else second).update(score, step)
-        if step == seen - 1:
-            second.load_state_dict(first.state_dict())
-    assert second.state_dict() == whole.state_dict() == {"best": 1.9, "best_step": 4, "waited": 3}
-    assert second.exhausted

@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import as_arguments, train_into
 
-from guided_diffusion import build_link
-from guided_diffusion.config import SampleConfig, adopt_training_config, parse_config
+from guided_diffusion.config import SampleConfig, parse_config
 from guided_diffusion.console import InputError
 from guided_diffusion.evaluation.results import ResultsFolder
-from guided_diffusion.evaluation.run import run_pictures
 from guided_diffusion.files import file_digest
 from guided_diffusion.training.checkpoint import find_weights, load_weights, trained_config
+from guided_diffusion.training.distributed import Ranks
+from image_sample import regenerate
 
 PRIORS = "color_prior", "label_prior"  # whole numbers, beyond half precision
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -42,10 +42,6 @@ def archive(export, checkpoint, tmp_path):
     return tmp_path / "tiny.zip"
 
 
-def quiet(line):
-    """Say nothing."""
-
-
 @pytest.fixture
 def sample(scenes, tmp_path):
     """Function that runs the sampling program with a --model_path; returns its results folder."""
@@ -53,11 +49,7 @@ def sample(scenes, tmp_path):
     def run(model_path, name, **flags):
         plain = {"data_dir": scenes, "timestep_respacing": 3, "num_samples": 2, "link": "ideal", "metrics": "psnr"}
         flags = {**plain, "label_scale": 1, "model_path": model_path, "results_path": tmp_path / name, **flags}
-        config, given = parse_config(SampleConfig, "", as_arguments(flags))
-        weights = find_weights(config.model_path)
-        adopt_training_config(config, given, *trained_config(weights))
-        make_parts = build_link.receiving_parts if config.role == "receive" else build_link.sampling_parts
-        run_pictures(config, weights, make_parts(config, weights, quiet), quiet)
+        regenerate(*parse_config(SampleConfig, "", as_arguments(flags)), Ranks())
         return ResultsFolder(tmp_path / name)
 
     return run

@@ -10,15 +10,6 @@ from guided_diffusion.console import InputError
 from guided_diffusion.files import atomic_write, check_folder, file_digest
 
 
-def test_atomic_write_shows_a_file_when_it_is_complete(tmp_path):
-    path = tmp_path / "a.txt"
-    with atomic_write(path) as f:
-        f.write("new\n")
-        assert not path.exists()
-    assert path.read_text() == "new\n"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
-
-
 def test_atomic_write_keeps_the_old_file_after_a_failure(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
@@ -29,16 +20,17 @@ def test_atomic_write_keeps_the_old_file_after_a_failure(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
 
 
-def test_atomic_write_keeps_two_writers_apart(tmp_path):
+def test_atomic_write_shows_a_file_when_it_is_complete_and_keeps_two_writers_apart(tmp_path):
     path = tmp_path / "a.txt"
     with atomic_write(path) as first:
-        first.write("first")
+        first.write("first\n")
+        assert not path.exists()
         with atomic_write(path) as second:
             second.write("second, longer")
         assert path.read_text() == "second, longer"
         temporary = [entry.name for entry in tmp_path.iterdir() if entry != path]
         assert len(temporary) == 1 and re.fullmatch(r"a\.txt\.[0-9a-f]{8}\.tmp", temporary[0])
-    assert path.read_text() == "first"
+    assert path.read_text() == "first\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 
 

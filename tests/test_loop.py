@@ -45,14 +45,12 @@ def replace_part(folder, step, kind, contents):
 
 
 def test_run_writes_whole_checkpoints_and_a_table(make_loop, tmp_path):
-    loop = make_loop(
-        total_steps=3, save_interval=2, ema_rate="0.9,0.99", preview_items=2, preview_steps=2, eval_interval=2
-    )
+    flags = {"ema_rate": "0.9,0.99", "preview_items": 2, "preview_steps": 2, "eval_interval": 2}
+    loop = make_loop(total_steps=3, save_interval=2, **flags)
     assert loop.run() == 3
+    kinds = ("model", "opt", "state", "ema_0.9_", "ema_0.99_")
     names = {path.name for path in (tmp_path / "run").glob("*.pt")}
-    assert names == {
-        f"{kind}{step:06d}.pt" for kind in ("model", "opt", "state", "ema_0.9_", "ema_0.99_") for step in (2, 3)
-    }
+    assert names == {file_name(kind, step) for kind in kinds for step in (2, 3)}
     assert {path.name for path in (tmp_path / "run" / "previews").iterdir()} == {"000002.png", "000003.png"}
     rows = table(loop)
     assert [row["step"] for row in rows] == ["1", "2", "3"]
@@ -116,25 +114,17 @@ def test_ema_follows_its_formula_and_starts_young(make_loop):
             torch.testing.assert_close(loop.emas[rate][key], value, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {},
-        {
-            "dropout": 0.3,
-            "schedule_sampler": "loss-second-moment",
-            "learn_sigma": True,
-            "add_noise": True,
-            "drop_rate": 0.3,
-        },
-        {"precision": "bf16", "noise_bank_size": 0, "microbatch": 1},
-    ],
-)
+CASES = {"plain": {}, "bf16": {"precision": "bf16", "noise_bank_size": 0, "microbatch": 1}}
+CASES["random"] = {"dropout": 0.3, "learn_sigma": True, "add_noise": True, "drop_rate": 0.3}
+CASES["random"]["schedule_sampler"] = "loss-second-moment"
+
+
+@pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
 def test_resume_is_exact(make_loop, flags):
     straight = make_loop("straight", total_steps=5, **flags)
     straight.run()
     make_loop("broken", total_steps=2, eval_interval=1, **flags).run()
-    resumed = make_loop("broken", total_steps=5, resume_checkpoint="auto", **flags)
+    resumed = make_loop("broken", total_steps=5, resume_checkpoint="auto", num_workers=1, **flags)
     assert resumed.step == 2
     resumed.run()
     assert_same(weights_of(resumed), weights_of(straight))
@@ -146,35 +136,12 @@ def test_resume_is_exact(make_loop, flags):
     assert [row["loss"] for row in table(resumed)] == [row["loss"] for row in table(straight)]
 
 
-def test_resume_needs_every_part_unless_partial(make_loop, tmp_path):
-    make_loop(total_steps=2).run()
-    (tmp_path / "run" / "opt000002.pt").unlink()
-    with pytest.raises(InputError, match=r"opt000002\.pt is missing"):
-        make_loop(resume_checkpoint=tmp_path / "run" / "model000002.pt")
-    loop = make_loop(resume_checkpoint=tmp_path / "run" / "model000002.pt", resume_partial=True)
-    assert loop.step == 2 and not loop.optimizer.state
-
-
 def test_resume_refuses_another_batch_size_or_seed(make_loop):
     make_loop(total_steps=1).run()
     with pytest.raises(InputError, match=r"state000001\.pt: --batch_size 4 .*contradicts .* made with 2"):
         make_loop(resume_checkpoint="auto", batch_size=4)
     with pytest.raises(InputError, match=r"--seed 5 .*contradicts .* made with 0"):
         make_loop(resume_checkpoint="auto", seed=5)
-
-
-def test_train_step_without_finite_loss_leaves_weights_and_counts(make_loop):
-    loop = make_loop()
-    batches = iter(loop.loader(0))
-    loop.train_step(next(batches))
-    before = weights_of(loop)
-    broken = next(batches)
-    broken["image"][0, 0, 0, 0] = float("nan")
-    loop.train_step(broken)
-    assert_same(weights_of(loop), before)
-    assert int(loop.skipped) == 1 and loop.step == 2
-    loop.train_step(next(batches))
-    assert any(not torch.equal(before[key], value) for key, value in weights_of(loop).items())
 
 
 def test_row_leaves_out_steps_that_are_not_finite(make_loop):
@@ -223,7 +190,8 @@ def test_scaler_changes_nothing_and_its_overflows_are_counted(make_loop):
         assert_same(weights_of(loop), before)
         assert int(loop.skipped) == int(loop.skipped_now) == 1
         loop.train_step(good)
-        assert int(loop.skipped) == 1 and int(loop.skipped_now) == 0
+        assert int(loop.skipped) == 1 and int(loop.skipped_now) == 0 and loop.step == 2
+        assert any(not torch.equal(before[key], value) for key, value in weights_of(loop).items())
     assert scaled.scaler.get_scale() == 2.0**9
     assert_same(weights_of(scaled), weights_of(plain))
 
@@ -264,9 +232,7 @@ def test_run_stops_where_losses_stay_broken_and_names_the_pictures(make_loop, tm
 
 def test_learning_rate_warms_up_and_anneals(make_loop):
     loop = make_loop(lr=1.0, lr_warmup_steps=4, lr_anneal_steps=8)
-    rates = []
-    for loop.step in range(8):
-        rates.append(loop.learning_rate())
+    rates = [loop.learning_rate() for loop.step in range(8)]
     assert rates == pytest.approx([0.25, 0.5 * 7 / 8, 0.75 * 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
     assert loop.settings.last_step == 8
 
@@ -379,21 +345,18 @@ def test_resume_refuses_an_average_of_another_network(make_loop, tmp_path):
         make_loop(resume_checkpoint="auto")
 
 
-@pytest.mark.parametrize(
-    ("kind", "contents"),
-    [
-        ("state", []),
-        ("state", {"step": 1}),
-        ("opt", {"step": 1}),
-        ("opt", {"state": {}, "param_groups": [{"params": [0, 1]}]}),  # GESCO's, with use_fp16
-    ],
-)
+FOREIGN = [("state", []), ("state", {"step": 1}), ("opt", {"step": 1})]
+FOREIGN += [("opt", {"state": {}, "param_groups": [{"params": [0, 1]}]})]  # GESCO's, with use_fp16
+
+
+@pytest.mark.parametrize("kind, contents", FOREIGN)
 def test_resume_refuses_foreign_parts_unless_partial(make_loop, tmp_path, kind, contents):
     make_loop(total_steps=1).run()
     replace_part(tmp_path / "run", 1, kind, contents)
     with pytest.raises(InputError, match=rf"{kind}000001\.pt: it does not fit this run"):
         make_loop(resume_checkpoint="auto")
-    assert make_loop(resume_checkpoint="auto", resume_partial=True).step == 1
+    loop = make_loop(resume_checkpoint="auto", resume_partial=True)
+    assert loop.step == 1 and (kind == "state" or not loop.optimizer.state)
 
 
 def test_resume_with_a_new_ema_rate_needs_partial(make_loop):

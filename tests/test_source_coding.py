@@ -9,6 +9,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from PIL import Image
+from test_entropy_coding import blocks
 
 from guided_diffusion.console import InputError
 from guided_diffusion.link import source_coding
@@ -16,11 +17,6 @@ from guided_diffusion.link.source_coding import choice_bits, decode_map, encode_
 
 CONSTANT, CONTEXT, JXL, LZMA, PACKED, LISTED = 0, 1, 2, 3, 11, 4  # as they stand in messages
 needs_jxl = pytest.mark.skipif(source_coding.pillow_jxl is None, reason="pillow-jxl-plugin is not installed")
-
-
-def blocks(height, width, values, side=6):
-    small = np.random.default_rng(0).choice(values, (height // side + 1, width // side + 1))
-    return np.kron(small, np.ones((side, side)))[:height, :width].astype(np.uint8)
 
 
 def slope(height, width):
@@ -34,9 +30,10 @@ def containers(ids, num_values):
     return {data[0] & ~LISTED: data for data in coded}
 
 
-MAPS = [(blocks(32, 64, [0, 7, 8, 11, 13, 26]), 35), (blocks(1, 9, [0, 1], side=1), 2), (slope(50, 70), 256)]
-MAPS += [(blocks(40, 30, range(256), side=1), 256), (blocks(20, 20, [150, 0, 99]), 151)]
-CODED = containers(blocks(24, 40, [0, 7, 8, 11]), 35)
+IDS = np.array([0, 7, 8, 11, 13, 26], np.uint8)
+MAPS = [(IDS[blocks(32, 64, 6, 6)], 35), (blocks(1, 9, 2, 1), 2), (slope(50, 70), 256)]
+MAPS += [(blocks(40, 30, 256, 1), 256), (50 * blocks(20, 20, 4), 151)]
+CODED = containers(IDS[blocks(24, 40, 4, 6)], 35)
 
 
 @pytest.mark.parametrize(("ids", "num_values"), MAPS)
@@ -49,7 +46,7 @@ def test_encode_map_keeps_the_smallest_container(ids, num_values):
 
 
 def test_encode_map_of_scenes_is_the_context_coder_and_much_less_than_png(tmp_path):
-    ids = blocks(64, 128, [0, 7, 8, 11, 13, 26], side=16)
+    ids = IDS[blocks(64, 128, 6, 16)]
     Image.fromarray(ids).save(tmp_path / "ids.png", optimize=True)
     data = encode_map(ids, 35)
     assert data[0] & 3 == CONTEXT and len(data) < 0.6 * (tmp_path / "ids.png").stat().st_size
@@ -90,7 +87,7 @@ def test_decode_map_takes_no_memory_for_a_bomb():
 @needs_jxl
 @pytest.mark.parametrize("size", [(8, 8), (1, 1), (16, 9), (256, 341), (264, 330), (300, 513), (100, 1030)])
 def test_jxl_head_is_that_of_the_plugin(size):
-    for symbols in (slope(*size) % 5, blocks(*size, range(200), side=3)):
+    for symbols in (slope(*size) % 5, blocks(*size, 200, 3)):
         ((container, body),) = source_coding._to_jxl(symbols).items()
         assert np.array_equal(source_coding._from_jxl(body, *size, container >> 3), symbols)
 

@@ -56,11 +56,8 @@ def test_write_toy_scenes_files_and_pixels(tmp_path):
     target = tmp_path / "deeper" / "toy"
     write_toy_scenes(target, train=3, val=2, height=48, width=96, seed=4, progress=False)
     expected, largest = set(), 0
-    for split, k, seed in (
-        *(("train", k, 4_000_000 + k) for k in range(3)),
-        ("val", 0, 4_500_000),
-        ("val", 1, 4_500_001),
-    ):
+    seeds = {("train", k): 4_000_000 + k for k in range(3)} | {("val", k): 4_500_000 + k for k in range(2)}
+    for (split, k), seed in seeds.items():
         stem = f"{split}/toytown/toytown_{k:06d}_000000"
         names = f"leftImg8bit/{stem}_leftImg8bit.png", f"gtFine/{stem}_gtFine_labelIds.png"
         names += (f"gtFine/{stem}_gtFine_instanceIds.png",)
