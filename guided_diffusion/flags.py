@@ -35,9 +35,9 @@ PRESETS = {  # starting values for whole runs: of both scripts, of training, of 
     # Cityscapes at 256x512 with the family's architecture; schedule and prediction chosen against tints. The label
     # memory holds four pictures in bf16, and the null conditioning.
     "cityscapes": (
-        "--image_size 256 --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --attention_resolutions 32,16,8"
-        " --resblock_updown True --learn_sigma True --noise_schedule cosine --prediction v --precision bf16"
-        " --num_workers 4",
+        "--data_dir ./datasets/cityscapes --image_size 256 --num_channels 256 --num_head_channels 64 --num_res_blocks 2"
+        " --attention_resolutions 32,16,8 --resblock_updown True --learn_sigma True --noise_schedule cosine"
+        " --prediction v --precision bf16 --num_workers 4",
         "--checkpoint_dir ./checkpoints/cityscapes --batch_size 4 --use_checkpoint True --lr_warmup_steps 1000"
         " --drop_rate 0.1 --add_noise True --eval_interval 5000",
         "--model_path ./checkpoints/cityscapes --results_path ./results/cityscapes --use_ddim True"

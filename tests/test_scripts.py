@@ -260,6 +260,14 @@ def test_wrappers_run_under_bash(scenes, tmp_path):
     assert (tmp_path / "ckpt" / "model000001.pt").exists() and (tmp_path / "out" / "panel.png").exists()
 
 
+@pytest.mark.parametrize(("script", "resume"), [("train", "--resume_checkpoint auto "), ("sample", "")])
+def test_wrappers_leave_the_paths_to_the_preset_unless_they_are_named(script, resume):
+    for folder, word in (({}, ""), ({"DATA_DIR": "a b"}, "--data_dir a b ")):
+        command, environment = ["bash", ROOT / f"{script}.sh", "--preset", "toy"], {"PATH": os.environ["PATH"]}
+        done = subprocess.run(command, env=environment | folder | {"PYTHON": "echo"}, capture_output=True, text=True)
+        assert done.stdout == f"image_{script}.py --preset cityscapes {word}{resume}--preset toy\n", done.stderr
+
+
 @pytest.mark.parametrize("script, memory", [("train.sh", "64G"), ("sample.sh", "32G")])
 def test_wrappers_carry_their_sbatch_lines(script, memory):
     lines = (ROOT / script).read_text().splitlines()
