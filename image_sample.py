@@ -35,12 +35,11 @@ def regenerate(config, given, ranks):
     trained, source = trained_config(weights)
     warnings = flags.adopt_training_config(config, given, trained, source) if trained else []
     flags.check_adopted(config, given)
-    warnings += flags.unused_flags(config, given)
+    warnings += flags.unused_flags(config, given) + flags.surprises(config, given, trained)
     if config.s > 1 and trained.get("drop_rate") == 0:
         warnings.append(f"--s {config.s:g} guides a model trained without --drop_rate, which never saw empty semantics")
     if not trained and os.path.exists(weights):
-        found = f"no config.json beside {weights}: prediction, schedule and noise bank are taken from the flags"
-        warnings.append(f"{found}; weights from elsewhere saw all image edges: give --edge_levels 256")
+        warnings.append(f"no config.json beside {weights}: prediction, schedule and noise bank come from the flags")
     for line in warnings:
         log_main(f"warning: {line}")
     if config.role != "receive":

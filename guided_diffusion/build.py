@@ -132,11 +132,14 @@ def training_data(config, log):
     """Open the training split, and the validation split or None where nothing looks at it; both must have pictures."""
     pictures, validation = data_set(config, config.is_train, log, augment=config.is_train), None
     if config.preview_items or config.eval_interval:
-        validation = data_set(config, is_train=False, cached=False)  # few of its pictures are read, and once
-    if not pictures.has_images or not (validation is None or validation.has_images):
-        split = "validation" if pictures.has_images else "training"
         hint = "--preview_items 0 --eval_interval 0 trains without validation"
-        raise InputError(f"--data_dir {config.data_dir}: the {split} split has labels alone, no pictures; {hint}")
+        try:
+            validation = data_set(config, is_train=False, cached=False)  # few of its pictures are read, and once
+        except InputError as error:
+            raise InputError(f"{error}; {hint}") from None
+    if not pictures.has_images or not (validation is None or validation.has_images):
+        split, hint = ("validation", f"; {hint}") if pictures.has_images else ("training", "")
+        raise InputError(f"--data_dir {config.data_dir}: the {split} split has labels alone, no pictures{hint}")
     return pictures, validation
 
 

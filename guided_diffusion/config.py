@@ -5,6 +5,7 @@ Standard library only, so that `--help` answers at once.
 
 import argparse
 import dataclasses
+import difflib
 import glob
 import hashlib
 import itertools
@@ -28,7 +29,10 @@ def model_and_diffusion_defaults():
 
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown.startswith("-") else ()
+        hint = f"did you mean {near[0]}? " if near else ""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; {hint}see --help\n")
 
 
 def _boolean(text):
@@ -272,6 +276,21 @@ def results_settings(config):
     """Return the flags of a sampling config that identify a results folder, as a dict."""
     fields = [f for f in dataclasses.fields(config) if "sampling" not in f.metadata["free"]]
     return {f.name: getattr(config, f.name) for f in fields}
+
+
+def surprises(config, given, trained=None):
+    """Return a line for what differs from GESCO's and Diff-GO-n's own code, and for an --snr that their table lacks.
+
+    :param trained: in sampling, the dict of the checkpoint's config.json, empty without one.
+    """
+    lines, own_flags = [], {"image_size", "num_channels"} <= given and "preset" not in given
+    foreign = own_flags if trained is None else not trained and config.role != "receive"
+    if foreign and "edge_levels" not in given and not config.edge_levels and not config.no_instance:
+        there = "was 256 (all of them) in GESCO and Diff-GO-n; --preset gesco sets it"
+        lines.append(f"--edge_levels is 0 here (no image edges) and {there}")
+    if "analog" in parts_of(getattr(config, "link", "analog")) and max(numbers(config.snr, "snr", float)) > 100:
+        lines.append(f"--snr {config.snr}: from 100 dB on GESCO's table has no noise")
+    return lines
 
 
 def adopt_training_config(config, given, trained, source, fixed=("training", "source")):

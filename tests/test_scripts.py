@@ -107,6 +107,7 @@ BAD_TRAINING = {
     "size": ({"image_size": 15}, "15x30"),
     "device": ({"device": "cuda:99"}, "--device cuda:99"),
     "no data": ({"data_dir": "nowhere"}, "nowhere"),
+    "no folder": ({"data_dir": ""}, "--data_dir is empty: name the data set's folder, or begin with --preset toy"),
     "resume name": ({"resume_checkpoint": "weights.pt"}, "weights.pt"),
     "resume file": ({"resume_checkpoint": "ckpt/model000009.pt"}, "model000009.pt"),
     "classes": ({"num_classes": 20}, "--num_classes is 20"),
@@ -199,7 +200,7 @@ def test_image_sample_warns_of_guidance_without_drop_rate_and_of_weights_without
     shutil.copy(tmp_path / "ckpt" / "ema_0.9_000002.pt", tmp_path / "ema.pt")
     flags = {name: value for name, value in TINY.items() if name != "num_workers"}
     _, _, said = run("image_sample", *sample_flags(scenes, "ema.pt", "other", num_samples=1, **flags))
-    assert "no config.json beside ema.pt" in said and "give --edge_levels 256" in said
+    assert "no config.json beside ema.pt" in said and "--preset gesco sets it" in said
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_dry_run_of_training_needs_validation_pictures_as_the_run_does(run, scen
     shutil.rmtree(tmp_path / "half" / "gtFine" / "val")
     for extra in ({"dry_run": True}, {}):
         code, _, said = run("image_train", *train_flags(tmp_path / "half", "ckpt", preview_items=1, **extra))
-        assert code == 2 and "val" in said.splitlines()[-1]
+        assert code == 2 and "val; " in said.splitlines()[-1] and "; --preview_items 0" in said.splitlines()[-1]
 
 
 @pytest.mark.slow

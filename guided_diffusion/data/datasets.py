@@ -72,6 +72,8 @@ class SceneDataset(Dataset):
         if self.dataset_mode not in DATASETS or self.image_size < 1:
             found = f"dataset_mode {self.dataset_mode!r}, image_size {self.image_size}"
             raise InputError(f"{found}: choose one of {', '.join(DATASETS)}, and at least 1 pixel")
+        if not self.data_dir:
+            raise InputError("--data_dir is empty: name the data set's folder, or begin with --preset toy")
         self.facts = DATASETS[self.dataset_mode]
         self.crops = self.augment and self.facts.square  # samples are random parts of their scenes
         self.pairs = chosen(self._find_pairs(), self.only, self.leave_out)
