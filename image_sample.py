@@ -31,7 +31,7 @@ def regenerate(config, given, ranks):
 
     quiet = ranks.rank > 0  # one process of a job logs and shows a progress bar
     log_main = (lambda line: None) if quiet else log
-    weights = find_weights(config.model_path, config.dry_run, log_main)
+    weights = find_weights(config.model_path, config.dry_run and config.allow_missing_weights, log_main)
     trained, source = trained_config(weights)
     warnings = flags.adopt_training_config(config, given, trained, source) if trained else []
     flags.check_adopted(config, given)

@@ -5,18 +5,10 @@ Names are imported when first used, so that the command line answers without loa
 
 import importlib
 
-_HOMES = {
-    "model_and_diffusion_defaults": "config",
-    "create_model_and_diffusion": "build",
-    "load_weights": "training.checkpoint",
-    "NoiseBank": "link.noise_bank",
-    "load_data": "data.datasets",
-    "encode_semantics": "data.semantics",
-    "sample": "diffusion.sampling",
-    "EarlyStop": "diffusion.sampling",
-    "SampleResult": "diffusion.sampling",
-    "InputError": "console",
-}
+_HOMES = {"model_and_diffusion_defaults": "config", "create_model_and_diffusion": "build", "InputError": "console"}
+_HOMES |= {"load_data": "data.datasets", "encode_semantics": "data.semantics", "NoiseBank": "link.noise_bank"}
+_HOMES |= {"load_weights": "training.checkpoint"}
+_HOMES |= dict.fromkeys(("sample", "EarlyStop", "SampleResult"), "diffusion.sampling")
 __all__ = sorted(_HOMES)
 
 

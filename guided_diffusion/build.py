@@ -220,7 +220,7 @@ def training_loop(config, given, log, group=None, device=None):
         inputs,
         lambda position: scene_batches(pictures, start=position, prepare=loop.inputs, **loading),
         _validation(config, validation_pictures, inputs, diffusion, device, precision),
-        _loop_settings(config, precision, device),
+        loop_settings(config, precision, device),
         group,
     )
     if start is not None:
@@ -269,7 +269,8 @@ def pass_size(config, device):
     return min(config.microbatch if config.microbatch > 0 else whole, config.batch_size)
 
 
-def _loop_settings(config, precision, device):
+def loop_settings(config, precision, device):
+    """Return the `LoopSettings` of a configuration."""
     from .training.loop import LoopSettings
 
     own = {"ema_rates": parts_of(config.ema_rate), "precision": precision, "microbatch": pass_size(config, device)}

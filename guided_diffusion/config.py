@@ -279,10 +279,7 @@ def results_settings(config):
 
 
 def surprises(config, given, trained=None):
-    """Return a line for what differs from GESCO's and Diff-GO-n's own code, and for an --snr that their table lacks.
-
-    :param trained: in sampling, the dict of the checkpoint's config.json, empty without one.
-    """
+    """Return lines on edges that GESCO sent, and a clean --snr; `trained` (sampling): its config.json, or {}."""
     lines, own_flags = [], {"image_size", "num_channels"} <= given and "preset" not in given
     foreign = own_flags if trained is None else not trained and config.role != "receive"
     if foreign and "edge_levels" not in given and not config.edge_levels and not config.no_instance:
@@ -301,15 +298,8 @@ def adopt_training_config(config, given, trained, source, fixed=("training", "so
     :raises InputError: a flag was given with another value (the message names both), or the file holds an invalid one.
     """
     # What training saw before these flags were there.
-    before = {
-        "label_scale": 1,
-        "label_smooth": 0,
-        "color_layer": False,
-        "spade_channels": 128,
-        "edge_levels": 256,
-        "edge_threshold": 0.3,
-        "edge_scale": 1,
-    }
+    before = {"label_scale": 1, "label_smooth": 0, "color_layer": False, "spade_channels": 128}
+    before |= {"edge_levels": 256, "edge_threshold": 0.3, "edge_scale": 1}
     differing, trained = [], before | trained
     for f in dataclasses.fields(config):
         name, choices, asked = f.name, f.metadata["choices"], getattr(config, f.name)

@@ -267,11 +267,7 @@ def analog_facts(y, sigma, num_classes, one_hot):
 def digital_facts(delivery, height, width):
     """Report what one `Delivery` cost, and how it went; Eb/N0 is per bit of the message, before coding."""
     uses, blocks = delivery.uses, [block for part in delivery.blocks.values() for block in part]
-    return {
-        "channel_uses": uses,
-        "bandwidth_ratio": uses / (3 * height * width),
-        "realised_snr_db": delivery.realised_es_n0_db,
-        "eb_n0_db": delivery.realised_es_n0_db - 10 * math.log10(delivery.message_bits / uses),
-        "blocks": len(blocks),
-        "block_errors": blocks.count(None),
-    }
+    snr = delivery.realised_es_n0_db
+    facts = {"channel_uses": uses, "bandwidth_ratio": uses / (3 * height * width), "realised_snr_db": snr}
+    facts["eb_n0_db"] = snr - 10 * math.log10(delivery.message_bits / uses)
+    return facts | {"blocks": len(blocks), "block_errors": blocks.count(None)}
