@@ -33,8 +33,7 @@ def train(config, given, group, device, interrupts):
     from guided_diffusion import build
 
     log_main = log if group.main else lambda line: None
-    warnings = flags.adopt_resumed(config, given) + flags.unused_flags(config, given)
-    for line in warnings + flags.surprises(config, given):
+    for line in flags.adopt_resumed(config, given) + flags.unused_flags(config, given) + flags.surprises(config, given):
         log_main(f"warning: {line}")
     flags.check_adopted(config)
     check_folder(config.checkpoint_dir, "checkpoint_dir")

@@ -86,8 +86,13 @@ def describe_labels(counts, names=(), width=24):
 def describe_cost(config, model, diffusion, pictures, height, width, precision, log):
     """Log parameters, memory, and from one pass the time of a run on so many pictures; the model is on meta."""
     device, training = select_device(config.device), hasattr(config, "ema_rate")
-    pictures = pictures if training else min(pictures, config.num_samples)
-    batch = build.pass_size(config, device) if training else min(config.batch_size, pictures)
+    if training:
+        batch, of = build.pass_size(config, device), "forward and backward"
+        passes, steps = -(-config.batch_size // batch), build.loop_settings(config, precision, device).last_step
+    else:
+        pictures, of = min(pictures, config.num_samples), "evaluation, without noise selection and local pictures"
+        batch, passes = min(config.batch_size, pictures), 1 + (config.s > 1)
+        steps = diffusion.num_timesteps * -(-pictures // batch) * len(sweep(config))
     weights, activations = memory_gib(config, model, batch, height, width, precision)
     memory, there = weights + activations, device_memory(device) / GIB
     log(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
@@ -99,12 +104,6 @@ def describe_cost(config, model, diffusion, pictures, height, width, precision, 
     if memory > there:
         log(f"warning: --device {device} has {there:.1f} GiB, which is less: no step was timed")
         return
-    if training:
-        passes, of = -(-config.batch_size // batch), "forward and backward"
-        steps = build.loop_settings(config, precision, device).last_step
-    else:
-        passes, of = 1 + (config.s > 1), "evaluation, without noise selection and local pictures"
-        steps = diffusion.num_timesteps * -(-pictures // batch) * len(sweep(config))
     log("timing a step with random weights")
     shape = batch, 3, height, width
     seconds = passes * pass_seconds(build.model_from(config), diffusion, shape, precision, device, training)
@@ -124,30 +123,24 @@ def pass_seconds(model, diffusion, shape, precision, device, training):
             if training:
                 found.backward()
         found.item()  # waits for the device
-        seconds = time.monotonic() - started
-        if seconds > 5:
+        if (seconds := time.monotonic() - started) > 5:
             break
     return seconds
 
 
 def memory_gib(config, model, batch, height, width, precision):
     """Estimate the GiB of weights (and what training keeps beside them) and of activations; the model is on meta."""
-    training = hasattr(config, "ema_rate")
-    weights = weight_bytes(model, precision, len(parts_of(config.ema_rate)) if training else None)
+    training, half = hasattr(config, "ema_rate"), precision != "fp32"
+    # Of each weight 4 bytes; in training also of its gradient, AdamW's moments and averages, and 2 of a half copy.
+    copies = 4 * (4 + len(parts_of(config.ema_rate))) + 2 * half if training else 4
     everything, checkpointed = activation_bytes(model, height, width, precision)
     # Without a backward pass only the skip connections and the block at work stay.
     activations = batch * (everything if training and not config.use_checkpoint else checkpointed)
     if not training:
         activations *= 1 + (config.s > 1)  # both halves of guidance
-        cached = model.modulation_bytes(batch, height, width, 4 if precision == "fp32" else 2)
+        cached = model.modulation_bytes(batch, height, width, 2 if half else 4)
         activations += cached if cached <= config.label_memory * GIB else 0  # else computed at every step
-    return weights / GIB, activations / GIB
-
-
-def weight_bytes(model, precision, ema_count=None):
-    """Bytes of the weights; in training also of gradients, AdamW's moments, averages and half copies."""
-    copies = 4 if ema_count is None else 4 * (4 + ema_count) + (0 if precision == "fp32" else 2)
-    return copies * sum(p.numel() for p in model.parameters())
+    return copies * sum(p.numel() for p in model.parameters()) / GIB, activations / GIB
 
 
 def activation_bytes(model, height, width, precision):

@@ -15,7 +15,7 @@ from guided_diffusion import InputError, build
 from guided_diffusion import dry_run as table
 from guided_diffusion.config import SampleConfig, TrainConfig, parse_config
 from guided_diffusion.diffusion.unet import ResBlock
-from guided_diffusion.dry_run import activation_bytes, describe_labels, dry_run, memory_gib, weight_bytes
+from guided_diffusion.dry_run import activation_bytes, describe_labels, dry_run, memory_gib
 
 GIB = 2**30
 
@@ -107,16 +107,18 @@ def test_activation_bytes_under_autocast_are_those_measured_on_a_gpu():
     # 12.4 GiB saved for one backward pass, with autocast's half-precision copies of the weights.
     config, _ = parse_config(TrainConfig, "", ["--preset", "cityscapes", "--use_checkpoint", "False"])
     model = build.untrained_model(config)
-    copies = weight_bytes(model, "bf16", 1) - weight_bytes(model, "fp32", 1)
-    assert (activation_bytes(model, 256, 512, "bf16")[0] + copies) / GIB == pytest.approx(12.4, rel=0.1)
+    (half, activations), (full, _) = (memory_gib(config, model, 1, 256, 512, each) for each in ("bf16", "fp32"))
+    assert activations + half - full == pytest.approx(12.4, rel=0.1)
 
 
 @pytest.mark.parametrize(
-    ("precision", "ema_count", "per_parameter"), [("fp32", None, 4), ("fp32", 1, 20), ("fp32", 3, 28), ("fp16", 1, 22)]
+    ("precision", "ema_rate", "per_parameter"), [("fp32", "", 4), ("fp32", "0.9", 20), ("fp16", "0.9,0.99", 26)]
 )
-def test_weight_bytes_count_gradients_moments_averages_and_copies(precision, ema_count, per_parameter):
-    model = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(2, 5, 3))
-    assert weight_bytes(model, precision, ema_count) == per_parameter * (3 * 4 + 4 + 5 * 2 * 9 + 5)
+def test_memory_of_weights_counts_gradients_moments_averages_and_copies(precision, ema_rate, per_parameter):
+    config = configured(TrainConfig, ema_rate=ema_rate) if ema_rate else configured(SampleConfig)
+    model = build.untrained_model(config)
+    weights, _ = memory_gib(config, model, 1, 16, 32, precision)
+    assert weights * GIB == pytest.approx(per_parameter * sum(p.numel() for p in model.parameters()))
 
 
 def activations(config, batch=8):
