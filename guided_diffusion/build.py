@@ -246,10 +246,8 @@ def _priors(config, pictures):
         scene = pictures.batch([k])
         colors.append(to_uint8(scene["image"])[0])
         maps.append(describe(scene["label"], None, None, coding)[0][0, 0].numpy().astype("uint8"))
-    return {
-        "color_prior": ColorPrior.fit(colors).weights,
-        "label_prior": LabelPrior.fit(maps, config.num_classes).weights,
-    }
+    label_prior = LabelPrior.fit(maps, config.num_classes).weights
+    return {"color_prior": ColorPrior.fit(colors).weights, "label_prior": label_prior}
 
 
 def _training_inputs(config, given, height, width, color_prior):

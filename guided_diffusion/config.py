@@ -229,14 +229,8 @@ CONDITIONS = {  # name: what holds where it does not, and the condition on a con
     "selecting": ("nothing is selected", lambda c: c.noise_index == "best" or c.selection != "initial"),
     "no_selecting": ("the local picture is made anyway", lambda c: not _holds("selecting", c)[0]),
     "many_candidates": ("so few candidates all run whole chains", lambda c: c.candidates > 4),
-    "bits": (
-        "planes of --link analog have no bits to compare with",
-        lambda c: c.role != "link" or {*parts_of(c.link)} - {"analog"},
-    ),
-    "step_noise": (
-        "this sampler has no noise in any step",
-        lambda c: c.sampler == "ddpm" or (c.sampler == "ddim" and c.eta > 0),
-    ),
+    "bits": ("analog planes have no bits", lambda c: c.role != "link" or {*parts_of(c.link)} - {"analog"}),
+    "step_noise": ("no step has noise", lambda c: c.sampler == "ddpm" or (c.sampler == "ddim" and c.eta > 0)),
     "lpips": ("nothing asks for lpips", lambda c: "lpips" in [*parts_of(c.metrics), c.distance]),
     "segmenting": (
         "it belongs to --distance segmenter and --metrics miou",

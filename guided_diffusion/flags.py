@@ -46,8 +46,7 @@ PRESETS = {  # starting values for whole runs: of both scripts, of training, of 
     # What GESCO's and Diff-GO-n's own commands and code set.
     "gesco": (
         "--image_size 256 --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --attention_resolutions 32,16,8"
-        " --resblock_updown True --learn_sigma True --noise_schedule linear --prediction eps --use_fp16 True"
-        " --edge_levels 256",
+        " --resblock_updown True --learn_sigma True --noise_schedule linear --use_fp16 True --edge_levels 256",
         "--checkpoint_dir ./checkpoints/gesco --batch_size 1 --lr 1e-4 --use_checkpoint True --save_interval 1000",
         "--model_path ./checkpoints/gesco --results_path ./results/gesco --num_samples 100 --batch_size 1 --s 2",
     ),

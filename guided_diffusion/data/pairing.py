@@ -57,11 +57,8 @@ def coco_ids(ids):
 
 JPEG, PNG = (".jpg", ".jpeg"), (".png",)
 PICTURES = Files("", (".png", ".jpg", ".jpeg", ".webp", ".bmp"))  # of any folder
-CITYSCAPES = Layout(
-    Files("leftImg8bit/{}", ("_leftImg8bit.png",)),
-    Files("gtFine/{}", ("_gtFine_labelIds.png",)),
-    Files("gtFine/{}", ("_gtFine_instanceIds.png",)),
-)
+GTFINE = [Files("gtFine/{}", (ending,)) for ending in ("_gtFine_labelIds.png", "_gtFine_instanceIds.png")]
+CITYSCAPES = Layout(Files("leftImg8bit/{}", ("_leftImg8bit.png",)), *GTFINE)
 ADE20K_FLAT = Layout(Files("{}", JPEG), Files("{}", ("_seg.png",)))
 ADE20K = Layout(Files("images/{}", JPEG), Files("annotations/{}", PNG))
 COCO = Layout(Files("images/{}2017", JPEG), Files("labels/{}2017", PNG), Files("images/{}_inst", PNG))
