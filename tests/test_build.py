@@ -5,14 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TRAIN, as_arguments, normals
+from conftest import TINY, TRAIN, as_arguments
 from PIL import Image, ImageFilter
 from test_scripts import SEED_SAMPLE, SEED_TRAIN
+from test_semantics import naive_edges
+from torch.distributions import Normal, kl_divergence
 
 from guided_diffusion import build, build_link, create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.config import SampleConfig, TrainConfig, parse_config
 from guided_diffusion.console import InputError
-from guided_diffusion.diffusion.sampling import run_chain
+from guided_diffusion.diffusion.solvers import SamplerSettings
 from guided_diffusion.link.label_prior import LabelPrior
 
 SMALL = {"image_size": 32, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1}
@@ -129,12 +131,11 @@ def family_semantics(path, flip):
     picture = Image.open(path).resize((32, 16), Image.Resampling.BOX)
     if flip:
         label, ids, picture = (each.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for each in (label, ids, picture))
-    ids, edge = np.pad(np.asarray(ids).astype(int), 1, "edge"), np.zeros((16, 32), bool)
-    for rows, columns in ((0, 1), (2, 1), (1, 0), (1, 2)):
-        edge |= ids[rows : rows + 16, columns : columns + 32] != ids[1:-1, 1:-1]
-    edge = edge + np.asarray(picture.convert("L").filter(ImageFilter.FIND_EDGES)) / 255
-    y = np.concatenate([np.asarray(label) == np.arange(35)[:, None, None], edge[None]])
-    return torch.tensor(np.asarray(picture) / 127.5 - 1).permute(2, 0, 1)[None].float(), torch.tensor(y)[None].float()
+    edges = torch.tensor(np.asarray(picture.convert("L").filter(ImageFilter.FIND_EDGES)) / 255).float()
+    edges = naive_edges(torch.tensor(np.asarray(ids, int))[None, None]) + edges
+    planes = torch.tensor(np.asarray(label) == np.arange(35)[:, None, None])[None].float()
+    image = torch.tensor(np.asarray(picture) / 127.5 - 1).permute(2, 0, 1)[None].float()
+    return image, torch.cat([planes, edges], dim=1)
 
 
 def test_preset_gesco_makes_the_familys_commands_do_what_they_did(scenes, tmp_path):
@@ -145,17 +146,17 @@ def test_preset_gesco_makes_the_familys_commands_do_what_they_did(scenes, tmp_pa
     with torch.no_grad():
         for p in loop.model.parameters():
             p += 0.05 * torch.randn_like(p) * (not p.any())
+    whole = torch.randn(1000, 3, 16, 32, generator=torch.Generator().manual_seed(150))
     betas = np.linspace(1e-4, 0.02, 1000)
     left = np.cumprod(1 - betas)  # alpha-bar
-    whole = torch.randn(1000, 3, 16, 32, generator=torch.Generator().manual_seed(150))
 
-    def posterior(t, x, eps, between, clip=False):
-        """Mean and log variance of a reverse step."""
-        x_0, a, before = (x - math.sqrt(1 - left[t]) * eps) / math.sqrt(left[t]), left[t], left[t - 1]
-        x_0 = x_0.clamp(-1, 1) if clip else x_0
+    def reverse(t, x, eps, between, bound=math.inf):
+        """The step from x_t, by a noise and where the log variance lies between its bounds, in [-1, 1]."""
+        a, before = left[t], left[t - 1]
+        x_0 = ((x - math.sqrt(1 - a) * eps) / math.sqrt(a)).clamp(-bound, bound)
         mean = (math.sqrt(before) * betas[t] * x_0 + math.sqrt(1 - betas[t]) * (1 - before) * x) / (1 - a)
         low = math.log(betas[t] * (1 - before) / (1 - a))
-        return mean, low + (between + 1) / 2 * (math.log(betas[t]) - low)
+        return Normal(mean, (0.5 * (low + (between + 1) / 2 * (math.log(betas[t]) - low))).exp())
 
     batch = next(iter(loop.loader(0)))
     y, noise = loop.inputs.conditioning(batch), batch["noise"]
@@ -165,27 +166,18 @@ def test_preset_gesco_makes_the_familys_commands_do_what_they_did(scenes, tmp_pa
     assert (whole == noise).flatten(1).all(1).sum() == 1
     x = math.sqrt(left[400]) * image + math.sqrt(1 - left[400]) * noise
     eps, between = loop.model(x, torch.tensor([400.0]), y).chunk(2, 1)
-    (true, low), (mean, log_variance) = posterior(400, x, noise, torch.tensor(-1.0)), posterior(400, x, eps, between)
-    kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + (true - mean) ** 2 * (-log_variance).exp())
-    loss = ((noise - eps) ** 2).mean() + kl.mean() / math.log(2)
+    bits = kl_divergence(reverse(400, x, noise, torch.tensor(-1.0)), reverse(400, x, eps, between)) / math.log(2)
     found = loop.diffusion.training_losses(loop.model, image, torch.tensor([400]), y=y, noise=noise)["loss"]
-    torch.testing.assert_close(found, loss[None], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found, ((noise - eps) ** 2).mean()[None] + bits.mean(), rtol=1e-4, atol=0)
 
     torch.save(loop.model.state_dict(), tmp_path / "ema.pt")
     config, _ = parse_config(SampleConfig, "", [*SEED_SAMPLE, *small])
     parts = build_link.sampling_parts(config, tmp_path / "ema.pt", log=lambda line: None)
-    scene, transmitter, seen, z = parts["dataset"].batch([1]), parts["transmitter"](config), [], normals(1, 3, 16, 32)
+    scene, transmitter = parts["dataset"].batch([1]), parts["transmitter"](config)
     message, y = transmitter.describe(scene)
     torch.testing.assert_close(y, family_semantics(scene["path"][0], False)[1])
-
-    def on_step(t, x, out):
-        seen.append(x)
-        if t == 998:
-            raise StopIteration
-
-    with pytest.raises(StopIteration):
-        chain = transmitter.chain.diffusion, y, whole[7:8], message.header.sampler
-        run_chain(loop.model, *chain, step_noise=lambda *_: z, on_step=on_step)
+    assert message.header.sampler == SamplerSettings("ddpm", "", s=2.0, variance="model")
+    found = transmitter.chain.diffusion.p_mean_variance(loop.model, whole[7:8], torch.tensor([999]), y=y, s=2.0)
     (eps, between), (null, _) = (loop.model(whole[7:8], torch.tensor([999.0]), m).chunk(2, 1) for m in (y, 0 * y))
-    mean, log_variance = posterior(999, whole[7:8], null + 2 * (eps - null), between, clip=True)
-    torch.testing.assert_close(seen[1], mean + (0.5 * log_variance).exp() * z, rtol=1e-4, atol=1e-4)
+    step = reverse(999, whole[7:8], null + 2 * (eps - null), between, bound=1)
+    torch.testing.assert_close((found["mean"], found["variance"]), (step.mean, step.variance), rtol=1e-4, atol=1e-4)

@@ -291,14 +291,11 @@ def test_surprises_name_other_edges_and_a_clean_snr():
     theirs = "--image_size 64 --num_channels 64"
     for line, trained, words in (
         (theirs, None, ["--preset gesco sets it"]),
-        ("--image_size 64", None, []),
+        ("--image_size 64 --snr 100", None, []),
         (f"{theirs} --edge_levels 0", None, []),
-        (f"{theirs} --preset toy", None, []),
-        (f"{theirs} --no_instance True", None, []),
-        ("--snr 120", None, ["--snr 120"]),
+        (f"{theirs} --preset toy --snr 120", None, ["--snr 120"]),
         ("", {}, ["--preset gesco sets it"]),
         (theirs, {"image_size": 64}, []),
-        ("--preset gesco --snr 5,100", {}, []),
         ("--preset gesco --snr 5,101", {}, ["--snr 5,101: from 100 dB on"]),
         ("--link digital --snr 120 --edge_levels 2", {}, []),
     ):

@@ -6,16 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import TINY, TRAIN, as_arguments
 from PIL import Image
-from torch import nn
 
 from guided_diffusion import InputError, build
 from guided_diffusion import dry_run as table
 from guided_diffusion.config import SampleConfig, TrainConfig, parse_config
-from guided_diffusion.diffusion.unet import ResBlock
-from guided_diffusion.dry_run import activation_bytes, describe_labels, dry_run, memory_gib
+from guided_diffusion.dry_run import describe_labels, dry_run, memory_gib
 
 GIB = 2**30
 
@@ -33,7 +30,7 @@ def test_dry_run_of_training_reports_and_writes_nothing(scenes, tmp_path):
     assert "train split: files of 32x64 pixels are enlarged to --image_size 64" in text and "--lr 0.001" in lines[-2]
     seconds, whole = re.search(r"time: ([\d.]+) s for a step .*, ([\d:]+) for 3000 of them", text).groups()
     hours, minutes, rest = map(float, whole.split(":"))
-    assert 3000 * float(seconds) == pytest.approx(3600 * hours + 60 * minutes + rest, rel=0.06)
+    assert 3000 * float(seconds) == pytest.approx(3600 * hours + 60 * minutes + rest, abs=16)
     assert not (tmp_path / "none").exists() and len(lines) < 40
 
 
@@ -62,45 +59,6 @@ def test_describe_scenes_looks_at_a_few_or_all_and_tells_what_is_odd(scenes, tmp
     assert any(re.match(r"warning: \d+ of 35 classes did not occur", line) for line in lines)
     with pytest.raises(InputError, match=pictures[1].name):
         dry_run(configured(TrainConfig, data_dir=tmp_path, check_all=True, **TRAIN), print)
-
-
-def naive_bytes(model, height, width, itemsize):
-    """Sizes of what every layer and every residual block returns in a real forward pass."""
-    layers, blocks, inside, handles = 0, 0, {}, []
-    owner = {name: module for name, module in model.named_modules() if isinstance(module, ResBlock)}
-
-    def note(name):
-        def hook(module, _, output):
-            nonlocal layers, blocks
-            if isinstance(module, ResBlock):
-                blocks += output.numel() * itemsize
-                return
-            full = "Norm" in type(module).__name__ or "SiLU" in type(module).__name__
-            size = output.numel() * (4 if full else itemsize)
-            layers += size
-            for block in owner:
-                if name.startswith(f"{block}."):
-                    inside[block] = inside.get(block, 0) + size
-
-        return hook
-
-    for name, module in model.named_modules():
-        leaf = not list(module.children()) and not isinstance(module, nn.Identity)
-        if leaf or isinstance(module, ResBlock):
-            handles.append(module.register_forward_hook(note(name)))
-    with torch.no_grad():
-        model(torch.zeros(1, 3, height, width), torch.zeros(1), torch.zeros(1, model.label_channels, height, width))
-    return layers, blocks + max(inside.values())
-
-
-@pytest.mark.parametrize(("precision", "itemsize"), [("fp32", 4), ("bf16", 2)])
-@pytest.mark.parametrize("places", ["unet", "spadeboth"])
-def test_activation_bytes_against_a_real_forward_pass(places, precision, itemsize):
-    config = configured(TrainConfig, unet_model=places)
-    model = build.untrained_model(config)
-    found = activation_bytes(model, 16, 32, precision)
-    assert found == naive_bytes(build.untrained_model(config).to_empty(device="cpu"), 16, 32, itemsize)
-    assert found[1] < found[0] and not any(module._forward_hooks for module in model.modules())
 
 
 def test_activation_bytes_under_autocast_are_those_measured_on_a_gpu():
