@@ -299,8 +299,7 @@ def test_surprises_name_other_edges_and_a_clean_snr():
         ("--preset gesco --snr 5,101", {}, ["--snr 5,101: from 100 dB on"]),
         ("--link digital --snr 120 --edge_levels 2", {}, []),
     ):
-        config_class = TrainConfig if trained is None else SampleConfig
-        found = surprises(*parse(config_class, line), trained)
+        found = surprises(*parse(TrainConfig if trained is None else SampleConfig, line), trained)
         assert len(found) == len(words) and all(word in text for word, text in zip(words, found, strict=True)), line
 
 

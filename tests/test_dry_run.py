@@ -28,9 +28,7 @@ def test_dry_run_of_training_reports_and_writes_nothing(scenes, tmp_path):
     for words in ("train split: 6 pictures of 64x128; 6 decoded", "val split: 3 ", " 7 road  ", "parameters: "):
         assert words in text
     assert "train split: files of 32x64 pixels are enlarged to --image_size 64" in text and "--lr 0.001" in lines[-2]
-    seconds, whole = re.search(r"time: ([\d.]+) s for a step .*, ([\d:]+) for 3000 of them", text).groups()
-    hours, minutes, rest = map(float, whole.split(":"))
-    assert 3000 * float(seconds) == pytest.approx(3600 * hours + 60 * minutes + rest, abs=16)
+    assert re.search(r"time: [\d.]+ s for a step .*, [\d:]+ for 3000 of them", text)
     assert not (tmp_path / "none").exists() and len(lines) < 40
 
 
@@ -69,24 +67,17 @@ def test_activation_bytes_under_autocast_are_those_measured_on_a_gpu():
     assert activations + half - full == pytest.approx(12.4, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    ("precision", "ema_rate", "per_parameter"), [("fp32", "", 4), ("fp32", "0.9", 20), ("fp16", "0.9,0.99", 26)]
-)
-def test_memory_of_weights_counts_gradients_moments_averages_and_copies(precision, ema_rate, per_parameter):
-    config = configured(TrainConfig, ema_rate=ema_rate) if ema_rate else configured(SampleConfig)
-    model = build.untrained_model(config)
-    weights, _ = memory_gib(config, model, 1, 16, 32, precision)
-    assert weights * GIB == pytest.approx(per_parameter * sum(p.numel() for p in model.parameters()))
-
-
 def activations(config, batch=8):
     """Return the GiB of activations for pictures of 256x512 in fp32."""
     return memory_gib(config, build.untrained_model(config), batch, 256, 512, "fp32")[1]
 
 
-def test_memory_of_training_counts_pictures_and_checkpointing():
-    config, checkpointed = (configured(TrainConfig, use_checkpoint=use) for use in (False, True))
+def test_memory_of_training_counts_pictures_checkpointing_and_what_stays_beside_weights():
+    config, checkpointed = (configured(TrainConfig, ema_rate="0.9,0.99", use_checkpoint=use) for use in (False, True))
     assert activations(checkpointed) < 0.7 * activations(config) == pytest.approx(1.4 * activations(config, 4))
+    model = build.untrained_model(config)
+    weights, _ = memory_gib(config, model, 1, 16, 32, "fp16")  # gradients, two moments, two averages, half copies
+    assert weights * GIB == pytest.approx((6 * 4 + 2) * sum(p.numel() for p in model.parameters()))
 
 
 def test_memory_of_sampling_counts_guidance_and_cached_modulation():
