@@ -59,7 +59,8 @@ def describe_scenes(config, splits, log):
         found, void, (wide, high) = survey(split, most)
         counts, name = counts + found, f"{split.facts.splits[not split.is_train]} split"
         kind, (height, width) = "pictures" if split.has_images else "label maps alone", split.sample_size(0)
-        log(f"{name}: {len(split)} {kind} of {height}x{width}; {most} decoded (--check_all True: all)")
+        hint = " (--check_all True: all)" * (most < len(split))
+        log(f"{name}: {len(split)} {kind} of {height}x{width}; {most} decoded{hint}")
         if min(wide, high) < config.image_size:
             log(f"warning: {name}: files of {high}x{wide} pixels are enlarged to --image_size {config.image_size}")
         if void:
@@ -67,7 +68,7 @@ def describe_scenes(config, splits, log):
             log(f"warning: {name}: label 255 ({void / found.sum():.2%} of the pixels) became class {became}")
     absent = int((counts == 0).sum())
     if absent > len(counts) / 2:
-        log(f"warning: {absent} of {len(counts)} classes did not occur; the network has a channel for each")
+        log(f"warning: {absent} of {len(counts)} classes are in no decoded scene; the network has a channel for each")
     for line in describe_labels(counts, splits[0].facts.names):
         log(line)
 
