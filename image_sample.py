@@ -34,7 +34,7 @@ def regenerate(config, given, ranks):
 
     quiet = ranks.rank > 0  # one process of a job logs and shows a progress bar
     log_main = (lambda line: None) if quiet else log
-    weights = find_weights(config.model_path, config.dry_run, log_main)
+    weights = find_weights(config.model_path, config.dry_run and config.allow_missing_weights, log_main)
     for line in build_link.adopt_checkpoint(config, given, weights) + flags.unused_flags(config, given):
         log_main(f"warning: {line}")
     if config.role != "receive":

@@ -15,13 +15,13 @@
 #SBATCH --mail-type=END,FAIL
 #SBATCH --mail-user=user@email.com
 
-# sbatch sample.sh [further flags]      or: DATA_DIR=/data/cityscapes bash sample.sh [further flags]
+# sbatch sample.sh [further flags]      or: DATA_DIR=/data/cityscapes bash sample.sh [further flags], bash sample.sh --preset toy
 # Many GPUs share the pictures: sbatch --nodes=2 --ntasks-per-node=4 --gres=gpu:4 sample.sh, or sbatch --array=0-7 sample.sh.
 # For your site change the lines above (flags of sbatch, such as --account, override them) and these (or set them in the
 # environment). Further flags go to image_sample.py and override what stands below.
-DATA_DIR=${DATA_DIR:-./datasets/cityscapes}
-MODEL_PATH=${MODEL_PATH:-./checkpoints/cityscapes}
-RESULTS_PATH=${RESULTS_PATH:-./results/cityscapes}
+DATA_DIR=${DATA_DIR:-} # these three, where empty: the preset's
+MODEL_PATH=${MODEL_PATH:-}
+RESULTS_PATH=${RESULTS_PATH:-}
 MODULES=${MODULES-cuda}
 VENV=${VENV:-} # the folder of a virtual environment; without one, conda's CONDA_ENV where there is conda
 CONDA_ENV=${CONDA_ENV:-diff_go_n}
@@ -35,5 +35,5 @@ cd "$here"
 source guided_diffusion/job.sh
 
 # Each process has pictures of its own: one that fails leaves the others alone.
-run_job --kill-on-bad-exit=0 image_sample.py --preset cityscapes --data_dir "$DATA_DIR" --model_path "$MODEL_PATH" \
-  --results_path "$RESULTS_PATH" "$@"
+run_job --kill-on-bad-exit=0 image_sample.py --preset cityscapes ${DATA_DIR:+--data_dir "$DATA_DIR"} \
+  ${MODEL_PATH:+--model_path "$MODEL_PATH"} ${RESULTS_PATH:+--results_path "$RESULTS_PATH"} "$@"

@@ -15,12 +15,12 @@
 #SBATCH --mail-type=END,FAIL
 #SBATCH --mail-user=user@email.com
 
-# sbatch train.sh [further flags]      or: DATA_DIR=/data/cityscapes bash train.sh [further flags]
+# sbatch train.sh [further flags]      or: DATA_DIR=/data/cityscapes bash train.sh [further flags], bash train.sh --preset toy
 # Many GPUs: sbatch --nodes=2 --ntasks-per-node=4 --gres=gpu:4 train.sh; --batch_size is per process, and there is one per GPU.
 # For your site change the lines above (flags of sbatch, such as --account, override them) and these (or set them in the
 # environment). Further flags go to image_train.py and override what stands below.
-DATA_DIR=${DATA_DIR:-./datasets/cityscapes}
-CHECKPOINT_DIR=${CHECKPOINT_DIR:-./checkpoints/cityscapes}
+DATA_DIR=${DATA_DIR:-} # these two, where empty: the preset's
+CHECKPOINT_DIR=${CHECKPOINT_DIR:-}
 MODULES=${MODULES-cuda}
 VENV=${VENV:-} # the folder of a virtual environment; without one, conda's CONDA_ENV where there is conda
 CONDA_ENV=${CONDA_ENV:-diff_go_n}
@@ -34,5 +34,5 @@ cd "$here"
 source guided_diffusion/job.sh
 
 # A process that fails or is lost ends the others; one that hangs is noticed after --dist_timeout seconds.
-run_job --kill-on-bad-exit=1 image_train.py --preset cityscapes --data_dir "$DATA_DIR" --checkpoint_dir "$CHECKPOINT_DIR" \
-  --resume_checkpoint auto "$@"
+run_job --kill-on-bad-exit=1 image_train.py --preset cityscapes ${DATA_DIR:+--data_dir "$DATA_DIR"} \
+  ${CHECKPOINT_DIR:+--checkpoint_dir "$CHECKPOINT_DIR"} --resume_checkpoint auto "$@"

@@ -251,9 +251,8 @@ PARTS = {  # name: (function, columns of its table)
 def prepare(arguments, folder):
     """Return the flags, checked, and beside them what the parts take: config, device, precisions, cases, rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--configuration", default="S", choices=CONFIGURATIONS, help="S: 64x128; readme: 256x512; camvid: 128x256"
-    )
+    heights = "pictures of 64 rows (S), 256 (readme), 128 (camvid)"
+    parser.add_argument("--configuration", default="S", choices=CONFIGURATIONS, help=heights)
     parser.add_argument("--quick", action="store_true", help="fewer cases: some minutes on 2 cores")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to measure: %(default)s")
     parser.add_argument("--output", default="benchmark.json", help="where the figures go, after each part")

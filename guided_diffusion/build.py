@@ -127,11 +127,14 @@ def training_data(config, log):
     """Open the training split, and the validation split or None where nothing looks at it; both must have pictures."""
     pictures, validation = data_set(config, config.is_train, log, augment=config.is_train), None
     if config.preview_items or config.eval_interval:
-        validation = data_set(config, is_train=False, cached=False)  # few of its pictures are read, and once
-    if not pictures.has_images or not (validation is None or validation.has_images):
-        split = "validation" if pictures.has_images else "training"
         hint = "--preview_items 0 --eval_interval 0 trains without validation"
-        raise InputError(f"--data_dir {config.data_dir}: the {split} split has labels alone, no pictures; {hint}")
+        try:
+            validation = data_set(config, is_train=False, cached=False)  # few of its pictures are read, and once
+        except InputError as error:
+            raise InputError(f"{error}; {hint}") from None
+    if not pictures.has_images or not (validation is None or validation.has_images):
+        split, hint = ("validation", f"; {hint}") if pictures.has_images else ("training", "")
+        raise InputError(f"--data_dir {config.data_dir}: the {split} split has labels alone, no pictures{hint}")
     return pictures, validation
 
 
@@ -212,7 +215,7 @@ def training_loop(config, given, log, group=None, device=None):
         inputs,
         lambda position: scene_batches(pictures, start=position, prepare=loop.inputs, **loading),
         _validation(config, validation_pictures, inputs, diffusion, device, precision),
-        _loop_settings(config, precision, device),
+        loop_settings(config, precision, device),
         group,
     )
     if start is not None:
@@ -238,10 +241,8 @@ def _priors(config, pictures):
         scene = pictures.batch([k])
         colors.append(to_uint8(scene["image"])[0])
         maps.append(describe(scene["label"], None, None, coding)[0][0, 0].numpy().astype("uint8"))
-    return {
-        "color_prior": ColorPrior.fit(colors).weights,
-        "label_prior": LabelPrior.fit(maps, config.num_classes).weights,
-    }
+    label_prior = LabelPrior.fit(maps, config.num_classes).weights
+    return {"color_prior": ColorPrior.fit(colors).weights, "label_prior": label_prior}
 
 
 def _training_inputs(config, given, height, width, color_prior):
@@ -261,7 +262,8 @@ def pass_size(config, device):
     return min(config.microbatch if config.microbatch > 0 else whole, config.batch_size)
 
 
-def _loop_settings(config, precision, device):
+def loop_settings(config, precision, device):
+    """Return the `LoopSettings` of a configuration."""
     from .training.loop import LoopSettings
 
     own = {"ema_rates": parts_of(config.ema_rate), "precision": precision, "microbatch": pass_size(config, device)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .build import data_set, diffusion_from, noise_bank, picture_size, precision_of, semantic_coding, untrained_model
-from .config import SampleConfig, adopt_training_config, check_adopted, parse_config, parts_of, sweep
+from .config import SampleConfig, adopt_training_config, check_adopted, parse_config, parts_of, surprises, sweep
 from .console import InputError, log
 from .data.datasets import PictureFolder
 from .diffusion.sampling import EarlyStop
@@ -111,9 +111,8 @@ def adopt_checkpoint(config, given, weights):
     if config.s > 1 and trained.get("drop_rate") == 0:
         warnings.append(f"--s {config.s:g} guides a model trained without --drop_rate, which never saw empty semantics")
     if not trained and os.path.exists(weights):
-        found = f"no config.json beside {weights}: prediction, schedule and noise bank are taken from the flags"
-        warnings.append(f"{found}; weights from elsewhere saw all image edges: give --edge_levels 256")
-    return warnings
+        warnings.append(f"no config.json beside {weights}: prediction, schedule and noise bank come from the flags")
+    return warnings + surprises(config, given, trained)
 
 
 def sampling_parts(config, weights, log, ranks=None):

@@ -5,6 +5,7 @@ Standard library only, so that `--help` answers at once.
 
 import argparse
 import dataclasses
+import difflib
 import glob
 import hashlib
 import itertools
@@ -28,7 +29,10 @@ def model_and_diffusion_defaults():
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise InputError(f"{' '.join(message.split())}; see --help")
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown.startswith("-") else ()
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"{' '.join(message.split())}; {hint}see --help")
 
 
 def _boolean(text):
@@ -225,14 +229,8 @@ CONDITIONS = {  # name: what holds where it does not, and the condition on a con
     "selecting": ("nothing is selected", lambda c: c.noise_index == "best" or c.selection != "initial"),
     "no_selecting": ("the local picture is made anyway", lambda c: not _holds("selecting", c)[0]),
     "many_candidates": ("so few candidates all run whole chains", lambda c: c.candidates > 4),
-    "bits": (
-        "planes of --link analog have no bits to compare with",
-        lambda c: c.role != "link" or {*parts_of(c.link)} - {"analog"},
-    ),
-    "step_noise": (
-        "this sampler has no noise in any step",
-        lambda c: c.sampler == "ddpm" or (c.sampler == "ddim" and c.eta > 0),
-    ),
+    "bits": ("analog planes have no bits", lambda c: c.role != "link" or {*parts_of(c.link)} - {"analog"}),
+    "step_noise": ("no step has noise", lambda c: c.sampler == "ddpm" or (c.sampler == "ddim" and c.eta > 0)),
     "lpips": ("nothing asks for lpips", lambda c: "lpips" in [*parts_of(c.metrics), c.distance]),
     "segmenting": (
         "it belongs to --distance segmenter and --metrics miou",
@@ -272,6 +270,18 @@ def results_settings(config):
     """Return the flags of a sampling config that identify a results folder, as a dict."""
     fields = [f for f in dataclasses.fields(config) if "sampling" not in f.metadata["free"]]
     return {f.name: getattr(config, f.name) for f in fields}
+
+
+def surprises(config, given, trained=None):
+    """Return lines on edges that GESCO sent, and a clean --snr; `trained` (sampling): its config.json, or {}."""
+    lines, own_flags = [], {"image_size", "num_channels"} <= given and "preset" not in given
+    foreign = own_flags if trained is None else not trained and config.role != "receive"
+    if foreign and "edge_levels" not in given and not config.edge_levels and not config.no_instance:
+        there = "was 256 (all of them) in GESCO and Diff-GO-n; --preset gesco sets it"
+        lines.append(f"--edge_levels is 0 here (no image edges) and {there}")
+    if "analog" in parts_of(getattr(config, "link", "analog")) and max(numbers(config.snr, "snr", float)) > 100:
+        lines.append(f"--snr {config.snr}: from 100 dB on GESCO's table has no noise")
+    return lines
 
 
 def adopt_training_config(config, given, trained, source, fixed=("training", "source")):

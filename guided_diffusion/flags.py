@@ -35,13 +35,20 @@ PRESETS = {  # starting values for whole runs: of both scripts, of training, of 
     # Cityscapes at 256x512 with the family's architecture; schedule and prediction chosen against tints. The label
     # memory holds four pictures in bf16, and the null conditioning.
     "cityscapes": (
-        "--image_size 256 --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --attention_resolutions 32,16,8"
-        " --resblock_updown True --learn_sigma True --noise_schedule cosine --prediction v --precision bf16"
-        " --num_workers 4",
+        "--data_dir ./datasets/cityscapes --image_size 256 --num_channels 256 --num_head_channels 64 --num_res_blocks 2"
+        " --attention_resolutions 32,16,8 --resblock_updown True --learn_sigma True --noise_schedule cosine"
+        " --prediction v --precision bf16 --num_workers 4",
         "--checkpoint_dir ./checkpoints/cityscapes --batch_size 4 --use_checkpoint True --lr_warmup_steps 1000"
         " --drop_rate 0.1 --add_noise True --eval_interval 5000",
         "--model_path ./checkpoints/cityscapes --results_path ./results/cityscapes --use_ddim True"
         " --timestep_respacing 50 --batch_size 4 --label_memory 10",
+    ),
+    # What GESCO's and Diff-GO-n's own commands and code set.
+    "gesco": (
+        "--image_size 256 --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --attention_resolutions 32,16,8"
+        " --resblock_updown True --learn_sigma True --noise_schedule linear --use_fp16 True --edge_levels 256",
+        "--checkpoint_dir ./checkpoints/gesco --batch_size 1 --lr 1e-4 --use_checkpoint True --save_interval 1000",
+        "--model_path ./checkpoints/gesco --results_path ./results/gesco --num_samples 100 --batch_size 1 --s 2",
     ),
     # CamVid street scenes at 128x256, with a colour layer: hours on a laptop's CPU.
     "camvid": (
@@ -77,7 +84,7 @@ SCENES_HELP = "{} scenes of the split whose path in its folder begins with one o
 LINK_HELP = "analog (noise on the planes, GESCO), digital (coded bits, by sionna-no-rt), ideal (bits arrive)"
 POOL_HELP = "filter on received planes: None, med (3x3 median), mean (3x3), max (mean, then 3x3 maximum)"
 COLOR_HELP = (
-    "step 2^(n/16) of the colour layer at 128x256, 88 to 175 in training; a target may enlarge it; 0: it decides"
+    "step 2^(n/16) of the colour layer at 128x256 (training: 88 to 175); a target may enlarge it; 0: it decides"
 )
 WEIGHT_HELP = "rare: each pixel's error counts by its class's inverse share of the picture"
 FEEDBACK_HELP = "compare all candidates by so many NFE, the best quarter by more, and so on; 0: by whole chains"
@@ -100,7 +107,8 @@ class RunFlags:
     """Run and data"""
 
     preset: str = anyhow("", "starting values that explicit flags override", choices=("", *PRESETS))
-    dry_run: bool = anyhow(False, "check data, labels and weights, print configuration and a memory estimate, and stop")
+    dry_run: bool = anyhow(False, "check flags, some scenes and weights; estimate memory and time; and stop")
+    check_all: bool = anyhow(False, "--dry_run decodes all scenes, not a few", needs="dry_run")
     device: str = anyhow("auto", "auto, cpu or cuda[:N]; auto gives each process of a node its own GPU")
     precision: str = by_message("", "by torch.amp; empty: fp32, or fp16 with --use_fp16 True", choices=PRECISIONS)
     use_fp16: bool = anyhow(False, "the family's flag for --precision fp16; a CPU then uses bf16 and says so")
@@ -215,9 +223,8 @@ class TrainFlags:
 class SampleFlags:
     """Sampling"""
 
-    model_path: str = flag(
-        "", "weights (.pt), a checkpoint folder (its newest EMA file), or an archive (.zip)", free="sampling"
-    )
+    model_path: str = flag("", "weights (.pt), a folder (its newest EMA file), or an archive (.zip)", free="sampling")
+    allow_missing_weights: bool = anyhow(False, "--dry_run goes on where --model_path is missing", needs="dry_run")
     results_path: str = anyhow("", "where pictures, panel and results.csv go")
     num_samples: int = anyhow(10000, "at most so many pictures; each picture of the split once", low=1)
     batch_size: int = anyhow(1, "pictures per batch", low=1, needs=SENDS)
@@ -225,9 +232,7 @@ class SampleFlags:
     sampler: str = by_message("", "dpm++: DPM-Solver++ 2M; empty: ddpm, or ddim with --use_ddim", choices=SAMPLERS)
     label_memory: float = anyhow(4.0, "GiB for cached SPADE modulation; beyond: computed every step", low=0, high=1e6)
     eta: float = by_message(0.0, "share of fresh noise in DDIM", low=0, high=1, needs="sampler=ddim")
-    clip_denoised: bool = by_message(
-        True, "clip predicted pictures to the valid range at every step; not beside a colour layer"
-    )
+    clip_denoised: bool = by_message(True, "clip predicted pictures at every step; not beside a colour layer")
     start_time: int = by_message(0, "begin below this step, at the layer; 0: at T", low=0, needs="color_layer")
     realism: float = flag(1.0, "0: the mean picture, 1: a sample, between: a mix", low=0, high=1, needs="color_layer")
     s: float = by_message(1.0, "guidance scale; above 1 doubles the cost", low=1)

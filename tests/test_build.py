@@ -1,12 +1,20 @@
 """From flags to parts."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, TRAIN, as_arguments
+from PIL import Image, ImageFilter
+from test_scripts import SEED_SAMPLE, SEED_TRAIN
+from test_semantics import naive_edges
+from torch.distributions import Normal, kl_divergence
 
-from guided_diffusion import build, create_model_and_diffusion, model_and_diffusion_defaults
-from guided_diffusion.config import TrainConfig, parse_config
+from guided_diffusion import build, build_link, create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.config import SampleConfig, TrainConfig, parse_config
 from guided_diffusion.console import InputError
+from guided_diffusion.diffusion.solvers import SamplerSettings
 from guided_diffusion.link.label_prior import LabelPrior
 
 SMALL = {"image_size": 32, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1}
@@ -114,3 +122,62 @@ def test_training_loop_carries_both_priors_in_all_its_weights(make_loop):
     assert resumed.inputs.color_prior == resumed.validation.inputs.color_prior == fitted.inputs.color_prior
     for weights in (fitted.model.state_dict(), fitted.slowest, resumed.model.state_dict(), resumed.slowest):
         assert torch.equal(weights["label_prior"], prior)  # not the one that smooth maps would give
+
+
+def family_semantics(path, flip):
+    """Picture (1, 3, 16, 32) and conditioning (1, 36, 16, 32) of a 32x64 scene, as GESCO's definitions have them."""
+    stem = path.replace("leftImg8bit/", "gtFine/").removesuffix("_leftImg8bit.png")
+    label, ids = (Image.open(f"{stem}_gtFine_{kind}.png").resize((32, 16), 0) for kind in ("labelIds", "instanceIds"))
+    picture = Image.open(path).resize((32, 16), Image.Resampling.BOX)
+    if flip:
+        label, ids, picture = (each.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for each in (label, ids, picture))
+    edges = torch.tensor(np.asarray(picture.convert("L").filter(ImageFilter.FIND_EDGES)) / 255).float()
+    edges = naive_edges(torch.tensor(np.asarray(ids, int))[None, None]) + edges
+    planes = torch.tensor(np.asarray(label) == np.arange(35)[:, None, None])[None].float()
+    image = torch.tensor(np.asarray(picture) / 127.5 - 1).permute(2, 0, 1)[None].float()
+    return image, torch.cat([planes, edges], dim=1)
+
+
+def test_preset_gesco_makes_the_familys_commands_do_what_they_did(scenes, tmp_path):
+    changes = {name: TINY[name] for name in TINY if name not in ("noise_schedule", "prediction", "noise_bank_size")}
+    small = ["--preset", "gesco", *as_arguments({**changes, "use_fp16": False, "data_dir": scenes})]
+    words = [*SEED_TRAIN, *small, "--checkpoint_dir", str(tmp_path)]
+    loop = build.training_loop(*parse_config(TrainConfig, "", words), log=lambda line: None)
+    with torch.no_grad():
+        for p in loop.model.parameters():
+            p += 0.05 * torch.randn_like(p) * (not p.any())
+    whole = torch.randn(1000, 3, 16, 32, generator=torch.Generator().manual_seed(150))
+    betas = np.linspace(1e-4, 0.02, 1000)
+    left = np.cumprod(1 - betas)  # alpha-bar
+
+    def reverse(t, x, eps, between, bound=math.inf):
+        """The step from x_t, by a noise and where the log variance lies between its bounds, in [-1, 1]."""
+        a, before = left[t], left[t - 1]
+        x_0 = ((x - math.sqrt(1 - a) * eps) / math.sqrt(a)).clamp(-bound, bound)
+        mean = (math.sqrt(before) * betas[t] * x_0 + math.sqrt(1 - betas[t]) * (1 - before) * x) / (1 - a)
+        low = math.log(betas[t] * (1 - before) / (1 - a))
+        return Normal(mean, (0.5 * (low + (between + 1) / 2 * (math.log(betas[t]) - low))).exp())
+
+    batch = next(iter(loop.loader(0)))
+    y, noise = loop.inputs.conditioning(batch), batch["noise"]
+    views = [family_semantics(batch["path"][0], flip) for flip in (False, True)]
+    image, expected = min(views, key=lambda view: (view[0] - batch["image"]).abs().sum())
+    torch.testing.assert_close((batch["image"], y), (image, expected), rtol=0, atol=1e-6)
+    assert (whole == noise).flatten(1).all(1).sum() == 1
+    x = math.sqrt(left[400]) * image + math.sqrt(1 - left[400]) * noise
+    eps, between = loop.model(x, torch.tensor([400.0]), y).chunk(2, 1)
+    bits = kl_divergence(reverse(400, x, noise, torch.tensor(-1.0)), reverse(400, x, eps, between)) / math.log(2)
+    found = loop.diffusion.training_losses(loop.model, image, torch.tensor([400]), y=y, noise=noise)["loss"]
+    torch.testing.assert_close(found, ((noise - eps) ** 2).mean()[None] + bits.mean(), rtol=1e-4, atol=0)
+
+    torch.save(loop.model.state_dict(), tmp_path / "ema.pt")
+    config, _ = parse_config(SampleConfig, "", [*SEED_SAMPLE, *small])
+    parts = build_link.sampling_parts(config, tmp_path / "ema.pt", log=lambda line: None)
+    scene, transmitter = parts["dataset"].batch([1]), parts["transmitter"](config)
+    message, y = transmitter.describe(scene)
+    torch.testing.assert_close(y, family_semantics(scene["path"][0], False)[1])
+    assert message.header.sampler == SamplerSettings("ddpm", "", s=2.0, variance="model")
+    found = transmitter.chain.diffusion.p_mean_variance(loop.model, whole[7:8], torch.tensor([999]), y=y, s=2.0)
+    (eps, between), (null, _) = (loop.model(whole[7:8], torch.tensor([999.0]), m).chunk(2, 1) for m in (y, 0 * y))
+    step = reverse(999, whole[7:8], null + 2 * (eps - null), between, bound=1)
+    torch.testing.assert_close((found["mean"], found["variance"]), (step.mean, step.variance), rtol=1e-4, atol=1e-4)

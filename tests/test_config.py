@@ -21,6 +21,7 @@ from guided_diffusion.config import (
     parse_config,
     results_settings,
     save_config,
+    surprises,
     sweep,
     unused_flags,
 )
@@ -110,7 +111,8 @@ def test_parse_config_reads_booleans():
     ("config_class", "line", "named"),
     [
         (TrainConfig, "--lerning_rate 1", "--lerning_rate"),
-        (SampleConfig, "--image_siz 64", "--image_siz"),  # no abbreviations
+        (SampleConfig, "--image_siz 64", "--image_siz 64; did you mean --image_size? see"),  # no abbreviations
+        (TrainConfig, "--bachsize=4", "--bachsize=4; did you mean --batch_size? see"),
         (SampleConfig, "--learn_sigma", "--learn_sigma: expected one argument"),
         (TrainConfig, "--class_cond False", "--class_cond: invalid choice: False (choose from True)"),
         (TrainConfig, "--noise_schedule quadratic", "--noise_schedule: invalid choice: 'quadratic'"),
@@ -131,7 +133,8 @@ def test_presets_agree_between_the_scripts(preset):
     fixed = [f.name for f in dataclasses.fields(TrainConfig) if "training" in f.metadata["fixed_by"]]
     assert [getattr(train, name) for name in fixed] == [getattr(sample, name) for name in fixed]
     assert given == {"preset"} and train.checkpoint_dir == sample.model_path
-    assert train.drop_rate == 0.1 and train.add_noise == (preset != "camvid") == sample.use_ddim
+    assert train.drop_rate == 0.1 * (preset != "gesco")
+    assert train.add_noise == (preset not in ("camvid", "gesco")) == sample.use_ddim
 
 
 def test_presets_give_way_to_explicit_flags():
@@ -281,6 +284,22 @@ def test_unused_flags_name_what_a_flag_needs():
     lines = unused_flags(*parse(SampleConfig, "--step_atoms 2 --eta 0.5"))
     assert "--step_atoms 2 has no effect: it needs --selection per_step or both (now 'initial')" in lines
     assert "--eta 0.5 has no effect: it needs --sampler ddim (now 'ddpm')" in lines
+
+
+def test_surprises_name_other_edges_and_a_clean_snr():
+    theirs = "--image_size 64 --num_channels 64"
+    for line, trained, words in (
+        (theirs, None, ["--preset gesco sets it"]),
+        ("--image_size 64 --snr 100", None, []),
+        (f"{theirs} --edge_levels 0", None, []),
+        (f"{theirs} --preset toy --snr 120", None, ["--snr 120"]),
+        ("", {}, ["--preset gesco sets it"]),
+        (theirs, {"image_size": 64}, []),
+        ("--preset gesco --snr 5,101", {}, ["--snr 5,101: from 100 dB on"]),
+        ("--link digital --snr 120 --edge_levels 2", {}, []),
+    ):
+        found = surprises(*parse(TrainConfig if trained is None else SampleConfig, line), trained)
+        assert len(found) == len(words) and all(word in text for word, text in zip(words, found, strict=True)), line
 
 
 # -- sweep ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from guided_diffusion.console import InputError
-from guided_diffusion.data.datasets import PictureFolder, SceneDataset, label_histogram, load_data
+from guided_diffusion.data.datasets import PictureFolder, SceneDataset, load_data, survey
 from guided_diffusion.data.pairing import cityscapes_ids
 from guided_diffusion.random_streams import uniform
 
@@ -194,13 +194,14 @@ def test_load_data_pictures_of_two_sizes_in_one_batch(tmp_path):
     assert len(list(load(tmp_path, batch_size=1, deterministic=True))) == 2
 
 
-def test_label_histogram_equals_counting(city):
+def test_survey_equals_counting(city):
     dataset = SceneDataset("cityscapes", city, 4, num_classes=35)
-    counts = label_histogram(dataset)
+    counts, void, smallest = survey(dataset, len(dataset))
     ids = np.concatenate([np.asarray(Image.open(pair.label)).ravel() for pair in dataset.pairs])
-    assert counts.tolist() == [(ids == k).sum() for k in range(35)]
+    assert counts.tolist() == [(ids == k).sum() for k in range(35)] and void == 0
+    assert smallest == Image.open(dataset.pairs[0].label).size
     larger = SceneDataset("cityscapes", make_cityscapes(city / "more", ids=50), 4, num_classes=35)
-    refuse(lambda: label_histogram(larger), larger.pairs[0].label, "--num_classes is 35")
+    refuse(lambda: survey(larger, 1), larger.pairs[0].label, "--num_classes is 35")
 
 
 def darkness(image):

@@ -72,6 +72,8 @@ class SceneDataset(Dataset):
         if self.dataset_mode not in DATASETS or self.image_size < 1:
             found = f"dataset_mode {self.dataset_mode!r}, image_size {self.image_size}"
             raise InputError(f"{found}: choose one of {', '.join(DATASETS)}, and at least 1 pixel")
+        if not self.data_dir:
+            raise InputError("--data_dir is empty: name the data set's folder, or begin with --preset toy")
         self.facts = DATASETS[self.dataset_mode]
         self.crops = self.augment and self.facts.square  # samples are random parts of their scenes
         self.pairs = chosen(self._find_pairs(), self.only, self.leave_out)
@@ -198,19 +200,25 @@ def _check_same_size(path, size, label_path, label_size):
         raise InputError(f"{path} has {size} pixels, but {label_path} has {label_size}; give files of one size")
 
 
-def label_histogram(dataset):
-    """Count pixels per class over the label files, at full resolution, after checking the sizes and ids of all files.
+def survey(dataset, most):
+    """Decode all files of scenes at full resolution, check sizes and ids, and count.
 
-    :return: int64 array (num_classes,).
+    :param most: so many scenes, spread over the split.
+    :return: pixels per class, int64 (num_classes,); how many had label 255; (width, height) of the smallest picture.
     """
-    total = np.zeros(dataset.num_classes, np.int64)
-    for index, pair in enumerate(tqdm(dataset.pairs, desc="labels", unit="file", **bar_options())):
+    total, void, sizes = np.zeros(dataset.num_classes, np.int64), 0, []
+    for k in tqdm(range(most), desc="looking at scenes", unit="scene", **bar_options()):
+        index = k * len(dataset) // most
+        pair = dataset.pairs[index]
         label = pictures.read_ids(pair.label)
-        for path in (pair.image, pair.instance):
+        for path, read in ((pair.image, pictures.read_picture), (pair.instance, pictures.read_ids)):
             if path:
-                _check_same_size(path, pictures.picture_size(path), pair.label, label.size)
-        total += np.bincount(dataset.class_ids(index, np.asarray(label)).ravel(), minlength=len(total))
-    return total
+                _check_same_size(path, read(path).size, pair.label, label.size)
+        ids = np.asarray(label)
+        total += np.bincount(dataset.class_ids(index, ids).ravel(), minlength=len(total))
+        void += np.count_nonzero(ids == 255)
+        sizes.append(label.size)
+    return total, void, min(sizes, key=min)
 
 
 def load_data(*, dataset_mode, data_dir, batch_size, image_size, is_train=True, deterministic=False, **options):

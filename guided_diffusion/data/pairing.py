@@ -5,7 +5,7 @@ Folders are local or remote (gs://, az://); remote ones are read through blobfil
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import blobfile as bf
@@ -37,6 +37,7 @@ class DatasetFacts(NamedTuple):
     num_classes: int  # after `map_ids`
     map_ids: Callable  # raw ids of a label file (int array) -> class ids (int array)
     square: bool  # pictures become squares (crops in training) instead of keeping their aspect
+    names: Sequence[str] = ()  # of the classes
 
 
 def cityscapes_ids(ids):
@@ -56,16 +57,16 @@ def coco_ids(ids):
 
 JPEG, PNG = (".jpg", ".jpeg"), (".png",)
 PICTURES = Files("", (".png", ".jpg", ".jpeg", ".webp", ".bmp"))  # of any folder
-CITYSCAPES = Layout(
-    Files("leftImg8bit/{}", ("_leftImg8bit.png",)),
-    Files("gtFine/{}", ("_gtFine_labelIds.png",)),
-    Files("gtFine/{}", ("_gtFine_instanceIds.png",)),
-)
+GTFINE = [Files("gtFine/{}", (ending,)) for ending in ("_gtFine_labelIds.png", "_gtFine_instanceIds.png")]
+CITYSCAPES = Layout(Files("leftImg8bit/{}", ("_leftImg8bit.png",)), *GTFINE)
 ADE20K_FLAT = Layout(Files("{}", JPEG), Files("{}", ("_seg.png",)))
 ADE20K = Layout(Files("images/{}", JPEG), Files("annotations/{}", PNG))
 COCO = Layout(Files("images/{}2017", JPEG), Files("labels/{}2017", PNG), Files("images/{}_inst", PNG))
+NAMES = """unlabeled,ego vehicle,rectification border,out of roi,static,dynamic,ground,road,sidewalk,parking,rail track
+building,wall,fence,guard rail,bridge,tunnel,pole,polegroup,traffic light,traffic sign,vegetation,terrain,sky,person
+rider,car,truck,bus,caravan,trailer,train,motorcycle,bicycle,license plate""".replace("\n", ",").split(",")
 DATASETS = {
-    "cityscapes": DatasetFacts((CITYSCAPES,), ("train", "val"), 35, cityscapes_ids, square=False),
+    "cityscapes": DatasetFacts((CITYSCAPES,), ("train", "val"), 35, cityscapes_ids, square=False, names=NAMES),
     "ade20k": DatasetFacts((ADE20K_FLAT, ADE20K), ("training", "validation"), 151, ade20k_ids, square=True),
     "coco": DatasetFacts((COCO,), ("train", "val"), 183, coco_ids, square=True),
 }

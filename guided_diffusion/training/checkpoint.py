@@ -307,8 +307,9 @@ def find_weights(model_path, may_lack=False, log=lambda line: None):
         return _newest_average(Path(model_path), log)
     if may_lack or os.path.exists(model_path):
         return model_path
-    found = "no such file" if model_path else "none is given"
-    raise InputError(f"--model_path {model_path}: {found}; name a .pt file, or a folder with checkpoints")
+    found = "no such file" if model_path else "none is given (begin with --preset toy)"
+    hint = "name a .pt file, or a folder with checkpoints; a --dry_run can do without: --allow_missing_weights True"
+    raise InputError(f"--model_path {model_path}: {found}; {hint}")
 
 
 def _newest_average(directory, log):

@@ -127,6 +127,13 @@ def device_name(device):
     return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
 
 
+def device_memory(device):
+    """Return the bytes of memory of a GPU, or of this machine for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def release_memory(device):
     """Give back the memory that tensors of the past held on a device, and let `peak_memory` begin anew."""
     gc.collect()  # compiled networks refer to themselves

@@ -284,16 +284,9 @@ class TrainLoop:
 
     def state_dict(self):
         """Return all that the next step depends on, besides its number, weights and moments."""
-        return {
-            "batch_size": self.batch_size,  # of all ranks
-            "seed": self.settings.seed,
-            "sampler": self.sampler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "early_stopping": self.early_stopping.state_dict(),
-            "newest_score": self.newest_score,
-            "skipped": int(self.skipped),
-            "skipped_now": int(self.skipped_now),
-        }
+        state = {name: getattr(self, name).state_dict() for name in ("sampler", "scaler", "early_stopping")}
+        state |= {"batch_size": self.batch_size, "seed": self.settings.seed, "newest_score": self.newest_score}
+        return state | {"skipped": int(self.skipped), "skipped_now": int(self.skipped_now)}
 
     def load_state_dict(self, state):
         """Take over a state. Raises InputError where --seed or --batch_size would change the data order."""
