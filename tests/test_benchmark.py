@@ -1,13 +1,13 @@
-"""The benchmark: its flags, plain steps against the product's, a part that fails, a whole run."""
+"""docs/benchmark.py: its flags, plain steps against the product's, a part that fails, a whole run."""
 
 import json
 from pathlib import Path
 
+import benchmark
 import pytest
 import torch
 from conftest import TINY, as_arguments
 
-from guided_diffusion import benchmark
 from guided_diffusion.config import TrainConfig, parse_config
 from guided_diffusion.console import InputError
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_arguments, train_into
+from export_weights import export, half
 
 from guided_diffusion.config import SampleConfig, parse_config
 from guided_diffusion.console import InputError
@@ -21,7 +22,6 @@ from guided_diffusion.training.distributed import Ranks
 from image_sample import regenerate
 
 PRIORS = "color_prior", "label_prior"  # whole numbers, beyond half precision
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,7 @@ def checkpoint(scenes, tmp_path_factory):
 
 
 @pytest.fixture
-def export(monkeypatch):
-    monkeypatch.syspath_prepend(str(DOCS))
-    return __import__("export_weights").export
-
-
-@pytest.fixture
-def archive(export, checkpoint, tmp_path):
+def archive(checkpoint, tmp_path):
     export(checkpoint, tmp_path / "tiny.zip", "PSNR 20 dB")
     return tmp_path / "tiny.zip"
 
@@ -93,7 +87,7 @@ def test_archive_samples_as_the_folder_up_to_rounding(archive, checkpoint, sampl
     assert column(folders[0], "bits_total") == column(folders[1], "bits_total")  # the priors are equal
 
 
-def test_receive_from_an_archive_gives_the_transmitters_picture(archive, export, checkpoint, sample, tmp_path):
+def test_receive_from_an_archive_gives_the_transmitters_picture(archive, checkpoint, sample, tmp_path):
     sent = sample(archive, "sent", role="transmit")
     export(checkpoint, tmp_path / "again.zip", "other figures")  # the weights count, not the card
     for path in (archive, tmp_path / "again.zip"):
@@ -152,13 +146,12 @@ def test_archive_that_lacks_a_file_is_refused(archive):
         opened(archive)
 
 
-def test_export_refuses_what_it_cannot_pack(export, checkpoint, tmp_path):
+def test_export_refuses_what_it_cannot_pack(checkpoint, tmp_path):
     with pytest.raises(InputError, match=r"--output camvid\.tar: .*\.zip"):
         export(checkpoint, "camvid.tar")
     shutil.copy(find_weights(str(checkpoint)), tmp_path / "alone.pt")
     with pytest.raises(InputError, match=r"alone\.pt: no .*config\.json"):
         export(tmp_path / "alone.pt", tmp_path / "out.zip")
-    half = __import__("export_weights").half
     with pytest.raises(InputError, match="w has values that half precision cannot hold"):
         half(torch.nn.ParameterDict({"w": torch.tensor([1e5])}))
     assert not (tmp_path / "out.zip").exists()

@@ -17,7 +17,7 @@ ROOT = Path(guided_diffusion.__file__).parent
 # The house, from the roof down. A module may import from lower rows and from its own folder.
 ORDER = [
     {"image_train", "image_sample"},
-    {"benchmark", "dry_run"},
+    {"dry_run"},
     {"build_link"},
     {"build"},
     {"evaluation"},

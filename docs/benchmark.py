@@ -1,4 +1,6 @@
-"""Measure the plain path against the fast one, in turn: python -m guided_diffusion.benchmark --quick
+"""Measure the plain path against the fast one, in turn.
+
+PYTHONPATH=. python docs/benchmark.py --quick
 
 Plain is the reference: fp32, contiguous, eager, guidance by two calls of the network, SPADE computed from the label map
 at each; in training the whole batch at once, and one parameter after the other. Fast is what image_train.py and
@@ -24,19 +26,19 @@ from torch.utils.benchmark import Measurement, Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from . import build
-from .config import SampleConfig, TrainConfig, parse_config, parts_of
-from .console import InputError, bar_options, log, run_script
-from .data.datasets import SceneDataset
-from .data.semantics import conditioning_channels
-from .data.toy_scenes import write_toy_scenes
-from .diffusion.conditioning import Conditioning
-from .diffusion.gaussian_diffusion import guided_denoiser
-from .diffusion.sampling import run_chain
-from .diffusion.solvers import SamplerSettings, ancestral_step
-from .files import atomic_write, check_folder
-from .link.color_layer import PLANES
-from .training import devices
+from guided_diffusion import build
+from guided_diffusion.config import SampleConfig, TrainConfig, parse_config, parts_of
+from guided_diffusion.console import InputError, bar_options, log, run_script
+from guided_diffusion.data.datasets import SceneDataset
+from guided_diffusion.data.semantics import conditioning_channels
+from guided_diffusion.data.toy_scenes import write_toy_scenes
+from guided_diffusion.diffusion.conditioning import Conditioning
+from guided_diffusion.diffusion.gaussian_diffusion import guided_denoiser
+from guided_diffusion.diffusion.sampling import run_chain
+from guided_diffusion.diffusion.solvers import SamplerSettings, ancestral_step
+from guided_diffusion.files import atomic_write, check_folder
+from guided_diffusion.link.color_layer import PLANES
+from guided_diffusion.training import devices
 
 CONFIGURATIONS = {  # S: 64x128, a step takes a CPU less than a second; readme: 256x512, wants a GPU; camvid: 128x256
     "S": "--image_size 64 --num_channels 64 --num_head_channels 32 --resblock_updown True --learn_sigma True",
