@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from benchmark import PlainTraining
 from tqdm import tqdm
 
 from guided_diffusion import build
-from guided_diffusion.benchmark import PlainTraining
 from guided_diffusion.config import TrainConfig, parse_config
 from guided_diffusion.console import run_script
 from guided_diffusion.data.toy_scenes import write_toy_scenes

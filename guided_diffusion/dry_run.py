@@ -107,7 +107,7 @@ def describe_cost(config, model, diffusion, pictures, height, width, precision, 
         return
     log("timing a step with random weights")
     shape = batch, 3, height, width
-    seconds = passes * pass_seconds(build.model_from(config), diffusion, shape, precision, device, training)
+    seconds = passes * pass_seconds(build.create_model(vars(config)), diffusion, shape, precision, device, training)
     whole = f"{timedelta(seconds=round(seconds * steps))} for {steps} of them" if steps else "no last step is set"
     log(f"time: {seconds:.2f} s for a step ({of}), {whole}")
 
