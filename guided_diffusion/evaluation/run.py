@@ -25,7 +25,7 @@ from ..random_streams import generator, text_number
 from ..training.distributed import Share
 from .metrics import psnr
 from .panels import palette, show_semantics, write_panel
-from .report import COLUMNS, size_columns, summary_lines, write_curves
+from .report import COLUMNS, size_columns, summary_lines
 from .results import ResultsFolder, picture_digest, share_out, unique_names
 
 MESSAGE = ".dgo"  # ending of a message's file
@@ -360,6 +360,8 @@ def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
     for note in sorted(parts["measures"].metrics.notes) if "measures" in parts else ():
         log(f"note: {note}")
     if len(points) > 1:
+        from .curves import write_curves
+
         found = [(run.config.link, run.config.pool, run.config.snr, run.summary) for run in runs]
         log(write_curves(Path(config.results_path), found))
     for run in runs:
