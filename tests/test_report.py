@@ -122,8 +122,7 @@ def test_compare_takes_the_messages_channel(results, snr, problem, codec):
     pytest.importorskip("sionna")
     from guided_diffusion.link.channel_coding import DigitalLink
 
-    folder, rows = results
-    link = DigitalLink(snr)
+    (folder, rows), link = results, DigitalLink(snr)
     row = measures("psnr", codecs=[codec]).compare(folder, rows[2:], link, stream)[0]
     assert row.get("problems") == problem
     assert row["channel_uses"] == link.segments("picture", row["bits"] // 8).uses > 0
@@ -136,8 +135,7 @@ def test_summary_lines_are_means():
     bits |= {"bits_total": 32, "bpp": "0.5"}
     rows = [{"psnr_db": str(20 + k), "colour_error": "0.1", **bits} for k in range(3)]
     message = "message: 4 bytes (header 1, labels 2, indices 1), 0.500 bits per pixel"
-    score = "mean PSNR 21.00 dB, mean colour error 0.100 of the range"
-    assert summary_lines(means(rows)) == [message, score]
+    assert summary_lines(means(rows)) == [message, "mean PSNR 21.00 dB, mean colour error 0.100 of the range"]
     channel = {"channel_uses": 100, "bandwidth_ratio": 0.5, "realised_snr_db": math.inf, "blocks": 4, "block_errors": 1}
     baselines = {"jpeg": {"mean": {"psnr_db": "inf"}, "without_picture": 2}}
     summary = means([bits | channel]) | {"with_problems": 1, "pictures": 4, "baselines": baselines}

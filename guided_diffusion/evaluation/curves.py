@@ -1,118 +1,84 @@
 """Curves of a sweep: each measure against the SNR, and against the rate, one line per link, pool and codec."""
 
-import csv
 import math
 
 from ..files import atomic_write
+from .results import ResultsFolder
 
-TITLES = {"psnr_db": "PSNR (dB)", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "kid": "KID", "fid": "FID"}
-TITLES |= {f"{name}_features": f"{name.upper()}, features of your own" for name in ("kid", "fid")}
-TITLES |= {"miou": "mIoU", "bad_pictures": "share of pictures with lost parts"}
-AXES = {"snr_db": "SNR (dB; analog: nominal, digital: Es/N0)"}
-AXES |= {"uses_per_pixel": "channel uses per pixel, at the highest SNR", "bpp": "bits per pixel, at the highest SNR"}
-CLEAN = 100  # dB, from which on nothing is lost
-COLUMNS = 4  # panels side by side
+CLEAN = 40  # dB, where all above is drawn: GESCO's 100 dB would squeeze the others
+TITLES = {"snr_db": f"SNR (dB, at most {CLEAN}; digital: Es/N0)", "psnr_db": "PSNR (dB)", "ssim": "SSIM"}
+TITLES |= {"ms_ssim": "MS-SSIM", "lpips": "LPIPS", "kid": "KID", "kid_features": "KID of --features", "fid": "FID"}
+TITLES |= {"fid_features": "FID of --features", "miou": "mIoU", "bad_pictures": "share of pictures with lost parts"}
+RATES = {"uses_per_pixel": "channel uses per pixel, at the highest SNR", "bpp": "bits per pixel, at the highest SNR"}
+SIDE_BY_SIDE = 4  # panels
 
 
 def write_curves(folder, summaries):
-    """Write curves.csv, and curves.png where there is a curve: with 95 % intervals, if the summaries have them.
+    """Write curves.csv, and curves.png where a measure has two SNRs or rates, both with 95 % intervals.
 
     :param summaries: list of (link, pool, snr_db, summary).
     :return: a line that says what was written.
     """
-    lines = {}
+    rows, path = [], folder / "curves.png"
     for link, pool, snr, summary in sorted(summaries, key=lambda entry: entry[2]):
-        found = {link if pool == "None" else f"{link}, pool {pool}": summary}
-        found |= {f"{link}, {codec}": own for codec, own in summary.get("baselines", {}).items()}
-        for name, own in found.items():
-            lines.setdefault(name, []).append(_point(snr, own, summary["pictures"]))
-    found = dict.fromkeys(name for line in lines.values() for point in line for name in point)
-    levels = [name for name in found if name.startswith("swd_") and name[4:].isdigit()]
-    measures = {name: title for name, title in TITLES.items() if name in found}
-    measures |= {name: f"SWD, level {name[4:]}{' (finest)' if name == levels[0] else ''}" for name in levels}
-    bounds = [f"{name}_{end}" for name in measures for end in ("low", "high")]
-    columns = [name for name in ("snr_db", *measures, "bpp", "uses_per_pixel", *bounds) if name in found]
-    with atomic_write(folder / "curves.csv") as f:
-        writer = csv.DictWriter(f, ["line", *columns], restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({"line": name, **point} for name, line in lines.items() for point in line)
-    path = folder / "curves.png"
+        parts = {link if pool == "None" else f"{link}, pool {pool}": summary}
+        parts |= {f"{link}, {codec}": own for codec, own in summary.get("baselines", {}).items()}
+        for name, own in parts.items():
+            bad = own["without_picture" if "without_picture" in own else "with_problems"]
+            rows.append({"line": name, "snr_db": snr, "bad_pictures": bad / summary["pictures"]})
+            rows[-1] |= own["mean"] | own["set"]
+            for measure, ends in (own["interval_95"] | own["set_interval_95"]).items():
+                rows[-1] |= zip((f"{measure}_low", f"{measure}_high"), ends, strict=True)
+            if "bandwidth_ratio" in own["mean"]:  # channel uses for each of a pixel's three values
+                rows[-1]["uses_per_pixel"] = 3 * own["mean"]["bandwidth_ratio"]
+    rows.sort(key=lambda row: row["line"])
+    found = dict.fromkeys(column for row in rows for column in row)
+    titles = TITLES | {name: f"SWD, {name[4:]}-row level" for name in found if name.removeprefix("swd_").isdigit()}
+    columns = [f"{name}{end}" for name in titles | RATES for end in ("", "_low", "_high") if f"{name}{end}" in found]
+    ResultsFolder(folder).write_table("curves.csv", ["line", *columns], rows)
     path.unlink(missing_ok=True)  # of an earlier, longer sweep
     try:
-        drawn = _draw(lines, measures, path)
+        _draw(rows, titles, path)
     except ImportError:
         return f"curves.csv is in {folder}; for curves.png, pip install matplotlib"
-    if not drawn:
-        return f"curves.csv is in {folder}; no curves.png: no measure has two SNRs or rates"
-    return f"curves.csv and curves.png are in {folder}"
+    return f"curves.csv {'and curves.png are' if path.exists() else '(one SNR and rate: no curves.png) is'} in {folder}"
 
 
-def _point(snr, own, pictures):
-    """Return a line's columns at one SNR, of its part of a summary."""
-    point = {"snr_db": snr, **own["mean"], **own["set"]}
-    for name, ends in {**own.get("interval_95", {}), **own.get("set_interval_95", {})}.items():
-        point |= zip((f"{name}_low", f"{name}_high"), ends, strict=True)
-    point["bad_pictures"] = own["without_picture" if "without_picture" in own else "with_problems"] / pictures
-    if "bandwidth_ratio" in point:
-        point["uses_per_pixel"] = 3 * point["bandwidth_ratio"]
-    return point
-
-
-def _series(lines, x, measure):
-    """Return what one panel shows: name -> list of (x, value, low, high); {} where the values of x are all the same."""
+def _series(rows, x, y):
+    """Return what a panel shows, name -> list of (x, y, low, high); {} where that is no curve."""
     found = {}
-    for name, line in lines.items():
-        points = [p for p in line if x in p and isinstance(p.get(measure), float | int) and math.isfinite(p[measure])]
-        points = points if x == "snr_db" else points[-1:]
-        if points:
-            keys = (x, measure, f"{measure}_low", f"{measure}_high")
-            found[name] = [tuple(p.get(key, p[measure]) for key in keys) for p in points]
-    at = [p[0] for points in found.values() for p in points if math.isfinite(p[0])]
-    least = 0 if x == "snr_db" else 0.05 * max(at, default=0)  # codecs fill the same budget but for some percent
-    return found if at and max(at) - min(at) > least else {}
+    for row in rows:
+        if x in row and y in row and math.isfinite(float(row[y])):
+            point = min(row[x], CLEAN), row[y], row.get(f"{y}_low", row[y]), row.get(f"{y}_high", row[y])
+            found[row["line"]] = [*found.get(row["line"], ()), point] if x == "snr_db" else [point]
+    if x == "snr_db":
+        return found if any(len(points) > 1 for points in found.values()) else {}
+    rates = [points[0][0] for points in found.values()]
+    return found if rates and min(rates) < 0.95 * max(rates) else {}  # codecs leave some percent of a budget
 
 
-def _draw(lines, measures, path):
-    """Draw the panels that have something to show; return whether there were any."""
+def _draw(rows, titles, path):
+    """Draw the panels that have something to show, if there are any."""
     from matplotlib.figure import Figure
 
-    rate = "uses_per_pixel" if any(p.get("uses_per_pixel") for line in lines.values() for p in line) else "bpp"
-    shown = [("snr_db", measures), (rate, measures.keys() - {"bad_pictures"})]
-    blocks = [[(x, m, found) for m in measures if m in names and (found := _series(lines, x, m))] for x, names in shown]
-    most = max(map(len, blocks))
-    if not most:
-        return False
-    width = math.ceil(most / math.ceil(most / COLUMNS))
-    rows = [block[k : k + width] for block in blocks for k in range(0, len(block), width)]
-    figure, handles = Figure(figsize=(4 * width, 3.2 * len(rows) + 0.5), layout="constrained"), {}
-    for k, panels in enumerate(rows):
-        for j, (x, measure, series) in enumerate(panels, k * width + 1):
-            axis = figure.add_subplot(len(rows), width, j, xlabel=AXES[x], ylabel=measures[measure])
-            _panel(axis, x, series, [*lines])
-            handles |= zip(*reversed(axis.get_legend_handles_labels()), strict=True)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=COLUMNS)
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, format="png", dpi=110)
-    return True
-
-
-def _panel(axis, x, series, names):
-    places = {p[0]: p[0] for points in series.values() for p in points if math.isfinite(p[0])}
-    if x == "snr_db":
-        noisy = [snr for snr in places if snr < CLEAN] or [CLEAN]
-        beside = max(noisy) + max(2, (max(noisy) - min(noisy)) / 6)  # at its place it would squeeze the others
-        places = {snr: snr if snr < CLEAN else beside for snr in sorted(places)}
-        axis.set_xticks([*places.values()], [f"{snr:g}" if snr < CLEAN else "clean" for snr in places], fontsize=8)
-    for name, points in series.items():
-        color, (at, values, low, high) = f"C{names.index(name)}", zip(*points, strict=True)
-        if math.isinf(at[0]):  # no SNR to speak of: a level
-            axis.axhline(values[0], color=color, linestyle="--", linewidth=1, label=name)
-            axis.axhspan(low[0], high[0], color=color, alpha=0.1, linewidth=0)
-            continue
-        at = [places[value] for value in at]
-        axis.plot(at, values, color=color, marker="o", markersize=4, label=name)
-        axis.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
-        axis.vlines(at, low, high, color=color, linewidth=1)
-    if x != "snr_db":
-        axis.set_xlim(left=0)
-    axis.grid(alpha=0.3)
+    names = [*dict.fromkeys(row["line"] for row in rows)]
+    rate = "uses_per_pixel" if any(row.get("uses_per_pixel") for row in rows) else "bpp"
+    panels = [(x, y, found) for x in ("snr_db", rate) for y in [*titles][1:] if (found := _series(rows, x, y))]
+    width, height, handles = min(SIDE_BY_SIDE, len(panels)), math.ceil(len(panels) / SIDE_BY_SIDE), {}
+    figure = Figure(figsize=(4 * width, 3.2 * height + 0.5), layout="constrained")
+    for place, (x, y, series) in enumerate(panels, 1):
+        axis = figure.add_subplot(height, width, place, xlabel=(titles | RATES)[x], ylabel=titles[y])
+        axis.grid(alpha=0.3)
+        for name, points in series.items():
+            (at, values, low, high), color = zip(*points, strict=True), f"C{names.index(name)}"
+            if x == "snr_db" and len(at) == 1:  # as of the ideal link: a level
+                handles[name] = axis.axhline(values[0], color=color, linestyle="--", linewidth=1)
+                axis.axhspan(low[0], high[0], color=color, alpha=0.1, linewidth=0)
+            else:
+                (handles[name],) = axis.plot(at, values, color=color, marker="o", markersize=4)
+                axis.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+                axis.vlines(at, low, high, color=color, linewidth=1)
+    if panels:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=SIDE_BY_SIDE)
+        with atomic_write(path, "wb") as f:
+            figure.savefig(f, format="png", dpi=110)

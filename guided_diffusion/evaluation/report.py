@@ -19,13 +19,12 @@ BITS = tuple(f"bits_{part}" for part in (*PARTS, "total"))
 PICTURE_METRICS = {"psnr": "psnr_db", "ssim": "ssim", "ms_ssim": "ms_ssim", "lpips": "lpips"}  # name -> column
 MEASURED = ("psnr_db", "colour_error", "ssim", "ms_ssim", "lpips")
 CHANNEL = ("channel_uses", "bandwidth_ratio", "realised_snr_db", "eb_n0_db", "blocks", "block_errors")
-CODED = ("path", "name", "codec", "budget_bits", "bits", "bpp", "scale", "quality")
-BASELINE_COLUMNS = (*CODED, *CHANNEL, "problems", *MEASURED)
+BASELINE_COLUMNS = ("path", "name", "codec", "budget_bits", "bits", "bpp", "scale", "quality")
+BASELINE_COLUMNS += (*CHANNEL, "problems", *MEASURED)
 POINT = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool")
 COST = ("seconds", "transmit_seconds", "evaluations", "distance", *BITS, "bpp")
 COLUMNS = (*POINT, *COST, *CHANNEL, "problems", *MEASURED, "mismatch_db", "picture_sha256")
-WORK = ("steps", "evaluations", "seconds", "transmit_seconds", "distance")
-SUMMED_UP = ("bpp", *BITS, "bits", *CHANNEL, *WORK, *MEASURED, "mismatch_db")
+SUMMED_UP = (*COST, "bits", "steps", *CHANNEL, *MEASURED, "mismatch_db")
 WITH_INTERVAL = {*MEASURED, "mismatch_db", "distance", "bpp"}
 
 
