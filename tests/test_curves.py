@@ -3,8 +3,6 @@
 import math
 import sys
 
-import pytest
-
 from guided_diffusion.evaluation.curves import write_curves
 
 
@@ -36,8 +34,8 @@ def test_write_curves_as_a_table_alone_without_matplotlib(tmp_path, monkeypatch)
 
 
 def test_write_curves_draws_intervals_and_no_empty_panel(tmp_path, monkeypatch):
-    figure, panels = pytest.importorskip("matplotlib.figure").Figure, []
-    monkeypatch.setattr(figure, "savefig", lambda self, f, **options: panels.extend(self.axes))
+    panels = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, f, **options: panels.extend(self.axes))
     other = point(0, mean={"psnr_db": "inf", "bandwidth_ratio": 0.25})
     assert "png are" in write_curves(tmp_path, [*SUMMARIES, ("digital", "None", 5.0, other)])
     found = [(axis.get_xlabel()[:12], axis.get_ylabel()) for axis in panels]

@@ -104,7 +104,7 @@ class Run:
         self.results.write_table("results.csv", self.columns, rows)
         for line in summary_lines(self.summary) if self.summary else ():
             log(line)
-        log(f"{len(rows)} pictures; report.html, results.csv, panel.png and pictures are in {self.results.path}")
+        log(f"{len(rows)} pictures; report.html, results.csv and pictures are in {self.results.path}")
 
 
 @functools.cache
