@@ -1,9 +1,8 @@
-"""What a run amounts to: means, intervals, the summary, codecs at the same bits, curves."""
+"""What a run amounts to: means, intervals, the summary, codecs at the same bits."""
 
 import csv
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from PIL import Image
 
 from guided_diffusion.data.pictures import from_uint8, save_picture
 from guided_diffusion.evaluation.metrics import Metrics, bootstrap_interval
-from guided_diffusion.evaluation.report import BASELINE_COLUMNS, Measures, means, summary_lines, write_curves
+from guided_diffusion.evaluation.report import BASELINE_COLUMNS, Measures, means, summary_lines
 from guided_diffusion.evaluation.results import ResultsFolder
 from guided_diffusion.random_streams import generator
 
@@ -123,8 +122,7 @@ def test_compare_takes_the_messages_channel(results, snr, problem, codec):
     pytest.importorskip("sionna")
     from guided_diffusion.link.channel_coding import DigitalChannel
 
-    folder, rows = results
-    link = DigitalChannel(snr)
+    (folder, rows), link = results, DigitalChannel(snr)
     row = measures("psnr", codecs=[codec]).compare(folder, rows[2:], link, stream)[0]
     assert row.get("problems") == problem
     assert row["channel_uses"] == link.segments("picture", row["bits"] // 8).uses > 0
@@ -132,55 +130,12 @@ def test_compare_takes_the_messages_channel(results, snr, problem, codec):
     assert grey == (problem is not None)
 
 
-def point(psnr, problems=0, **more):
-    return {"mean": {"psnr_db": psnr}, "set": {"miou": 0.5}, "pictures": 4, "with_problems": problems, **more}
-
-
-JPEG = {"jpeg": {"mean": {"psnr_db": 15.0}, "set": {}, "without_picture": 2}}
-SUMMARIES = [
-    ("analog", "None", 10.0, point(20.0)),
-    ("analog", "med", 10.0, point(19.0)),
-    ("digital", "None", 5.0, point("inf", 1, baselines=JPEG)),
-    ("ideal", "None", math.inf, point(21.0)),
-]
-
-
-def test_write_curves_as_a_table(tmp_path):
-    line = write_curves(tmp_path, SUMMARIES)
-    assert str(tmp_path) in line
-    assert (tmp_path / "curves.csv").read_text().splitlines() == [
-        "line,snr_db,psnr_db,miou,bad_pictures",
-        "analog,10.0,20.0,0.5,0.0",
-        '"analog, pool med",10.0,19.0,0.5,0.0',
-        "digital,5.0,inf,0.5,0.25",
-        '"digital, jpeg",5.0,15.0,,0.5',
-        "ideal,inf,21.0,0.5,0.0",
-    ]
-
-
-def test_write_curves_has_every_band_of_swd(tmp_path):
-    write_curves(tmp_path, [("ideal", "None", 1.0, point(21.0) | {"set": {"swd_32": 58.0, "swd_16": 9.0}})])
-    lines = (tmp_path / "curves.csv").read_text().splitlines()
-    assert lines == ["line,snr_db,psnr_db,bad_pictures,swd_32,swd_16", "ideal,1.0,21.0,0.0,58.0,9.0"]
-
-
-def test_write_curves_as_a_figure_or_hints_at_matplotlib(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    assert "curves.png" in write_curves(tmp_path, SUMMARIES)
-    with Image.open(tmp_path / "curves.png") as figure:
-        assert figure.width > 2 * figure.height  # three panels side by side
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    line = write_curves(tmp_path, SUMMARIES)
-    assert "pip install matplotlib" in line and "\n" not in line
-
-
 def test_summary_lines_are_means():
     bits = {"bits_header": 8, "bits_labels": "16", "bits_edges": 0, "bits_indices": 8, "bits_color": 0}
     bits |= {"bits_total": 32, "bpp": "0.5"}
     rows = [{"psnr_db": str(20 + k), "colour_error": "0.1", **bits} for k in range(3)]
     message = "message: 4 bytes (header 1, labels 2, indices 1), 0.500 bits per pixel"
-    score = "mean PSNR 21.00 dB, mean colour error 0.100 of the range"
-    assert summary_lines(means(rows)) == [message, score]
+    assert summary_lines(means(rows)) == [message, "mean PSNR 21.00 dB, mean colour error 0.100 of the range"]
     channel = {"channel_uses": 100, "bandwidth_ratio": 0.5, "realised_snr_db": math.inf, "blocks": 4, "block_errors": 1}
     baselines = {"jpeg": {"mean": {"psnr_db": "inf"}, "without_picture": 2}}
     summary = means([bits | channel]) | {"with_problems": 1, "pictures": 4, "baselines": baselines}

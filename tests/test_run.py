@@ -99,7 +99,7 @@ def contents(folder):
 def assert_equal(ours, theirs):
     """Two folders hold the same, but for the times that it took."""
     assert table(ours, TIMES) == table(theirs, TIMES) and contents(ours) == contents(theirs)
-    assert sorted(os.listdir(ours / "rows")) == sorted(os.listdir(theirs / "rows"))
+    assert all(sorted(os.listdir(ours / k)) == sorted(os.listdir(theirs / k)) for k in (".", "rows"))
     if (theirs / "summary.json").exists():
         assert summary(ours) == summary(theirs)
 
@@ -116,7 +116,7 @@ def test_run_writes_every_picture_and_its_row(sample, tmp_path):
                 assert picture.size == (32, 16) and picture.mode == ("P" if kind == "labels" else "RGB")
     with Image.open(folder / "panel.png") as panel:
         assert panel.width > 4 * 32 and panel.height > 3 * 16
-    assert logged[-1].startswith("3 pictures") and any("PSNR" in line for line in logged)
+    assert logged[-1].startswith("3 pictures; report.html") and any("PSNR" in line for line in logged)
 
 
 @pytest.mark.parametrize("flags", [{"s": 2, "use_ddim": True}, {"selection": "per_step", **STEPS}])
@@ -282,7 +282,7 @@ def test_shares_sum_up_again_where_one_died_of_it(sample, tmp_path):
     sample("alone")
     for index in (0, 1):
         sample("out", (index, 2))
-    for name in ("results.csv", "summary.json", "panel.png"):
+    for name in ("results.csv", "summary.json", "panel.png", "report.html"):
         (tmp_path / "out" / name).unlink()
     sample("out", (1, 2))
     assert_equal(tmp_path / "out", tmp_path / "alone")
@@ -299,7 +299,7 @@ def test_sweep_has_a_folder_for_each_point_and_curves(sample, tmp_path, capsys):
     assert len(lines) == 6 and lines[0].startswith("line,snr_db,psnr_db")
     sample("shared", (1, 2), **flags)
     assert not [*(tmp_path / "shared").rglob("summary.json")]
-    assert "curves.csv" in sample("shared", (0, 2), **flags)[-1]
+    assert "report.html" in sample("shared", (0, 2), **flags)[-1] and (tmp_path / "shared" / "report.html").exists()
     assert (tmp_path / "shared" / "curves.csv").read_bytes() == (tmp_path / "alone" / "curves.csv").read_bytes()
     for name in folders:
         assert_equal(tmp_path / "shared" / name, tmp_path / "alone" / name)

@@ -49,14 +49,9 @@ def base(codec):
     return codec.partition("-")[0]
 
 
-def available(codec):
-    """Tell whether a codec of `CODECS` is installed; AVIF and WebP come with Pillow, JPEG XL with pillow-jxl-plugin."""
-    return bool(pillow_jxl) if codec == "jxl" else base(codec) == "jpeg" or bool(features.check(base(codec)))
-
-
 def check_installed(codec):
-    """Raise InputError unless a codec of `CODECS` is installed."""
-    if not available(codec):
+    """Raise InputError unless a codec of `CODECS` is installed; all but JPEG XL come with Pillow."""
+    if not (pillow_jxl if codec == "jxl" else base(codec) == "jpeg" or features.check(base(codec))):
         package = "pip install pillow-jxl-plugin" if codec == "jxl" else "install a Pillow that has it"
         raise InputError(f"--baseline {codec}: not installed; {package}, or leave it out")
 
@@ -71,13 +66,10 @@ def encode(codec, picture, quality, options):
 def payload(codec, data):
     """Return what is sent of a codec's file: all of it, or of a bare one what follows from nothing agreed before.
 
-    - webp-bare: the VP8 frame (RFC 6386), with its own 10 bytes of tag and size; 20 of RIFF are left out.
-    - avif-bare: the payload of the box "mdat", an AV1 stream that a decoder takes as it is: 2 bytes of temporal
-      delimiter and 11 of sequence header stay. The other boxes, 275 bytes, are left out: av1C repeats the sequence
-      header, ispe and pixi follow from it, the rest is the same in every file.
-    - jpeg-bare: entropy-coded data and Huffman tables (DHT segments), but for those of the standard, which the receiver
-      has. Quantisation tables, size and scan headers are left out: they follow from quality, scale and mode, which are
-      not counted (3 bytes at most, in the codec's favour).
+    - webp-bare: the VP8 frame (RFC 6386), with its own tag and size.
+    - avif-bare: the payload of the box "mdat", an AV1 stream that a decoder takes as it is, sequence header included.
+    - jpeg-bare: entropy-coded data and Huffman tables (DHT segments) other than the standard's. All else follows from
+      quality, scale and mode, which are not counted (3 bytes at most, in the codec's favour).
     """
     if codec == "webp-bare":
         return data[20 : 20 + int.from_bytes(data[16:20], "little")]

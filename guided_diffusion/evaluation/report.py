@@ -1,4 +1,4 @@
-"""What a sampling run amounts to: measures per picture and over the set, classical codecs at the same bits, curves."""
+"""What a sampling run amounts to: measures per picture and over the set, classical codecs at the same bits."""
 
 import csv
 import itertools
@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 from ..data.pictures import eight_bit, from_uint8, save_picture
-from ..files import atomic_write
 from ..link.message import PARTS
 from .metrics import bootstrap_interval, colour_error
 
@@ -19,16 +18,13 @@ BITS = tuple(f"bits_{part}" for part in (*PARTS, "total"))
 PICTURE_METRICS = {"psnr": "psnr_db", "ssim": "ssim", "ms_ssim": "ms_ssim", "lpips": "lpips"}  # name -> column
 MEASURED = ("psnr_db", "colour_error", "ssim", "ms_ssim", "lpips")
 CHANNEL = ("channel_uses", "bandwidth_ratio", "realised_snr_db", "eb_n0_db", "blocks", "block_errors")
-CODED = ("path", "name", "codec", "budget_bits", "bits", "bpp", "scale", "quality")
-BASELINE_COLUMNS = (*CODED, *CHANNEL, "problems", *MEASURED)
+BASELINE_COLUMNS = ("path", "name", "codec", "budget_bits", "bits", "bpp", "scale", "quality")
+BASELINE_COLUMNS += (*CHANNEL, "problems", *MEASURED)
 POINT = ("path", "name", "bank_index", "steps", "link", "snr_db", "pool")
 COST = ("seconds", "transmit_seconds", "evaluations", "distance", *BITS, "bpp")
 COLUMNS = (*POINT, *COST, *CHANNEL, "problems", *MEASURED, "mismatch_db", "picture_sha256")
-WORK = ("steps", "evaluations", "seconds", "transmit_seconds", "distance")
-SUMMED_UP = ("bpp", *BITS, "bits", *CHANNEL, *WORK, *MEASURED, "mismatch_db")
+SUMMED_UP = (*COST, "bits", "steps", *CHANNEL, *MEASURED, "mismatch_db")
 WITH_INTERVAL = {*MEASURED, "mismatch_db", "distance", "bpp"}
-OVER_THE_SET = ("kid", "kid_features", "fid", "fid_features", "miou")
-CURVES = ("psnr_db", "ssim", "ms_ssim", "lpips", *OVER_THE_SET, "bad_pictures")
 
 
 def size_columns(bits, height, width):
@@ -185,50 +181,3 @@ def summary_lines(summary):
             without = f"{found['without_picture']} of {summary['pictures']} without a picture (counted as grey)"
             lines.append(f"{codec} within the same bits: PSNR {float(found['mean']['psnr_db']):.2f} dB, {without}")
     return lines
-
-
-def write_curves(folder, summaries):
-    """Write curves.csv and curves.png: each measure against the SNR, one line per link and pool.
-
-    :param summaries: list of (link, pool, snr_db, summary).
-    :return: a line that says what was written.
-    """
-    lines = {}
-    for link, pool, snr, summary in summaries:
-        found = {link if pool == "None" else f"{link}, pool {pool}": summary}
-        found |= {f"{link}, {codec}": own for codec, own in summary.get("baselines", {}).items()}
-        for name, own in found.items():
-            bad = own["without_picture" if "without_picture" in own else "with_problems"] / summary["pictures"]
-            lines.setdefault(name, []).append((snr, {**own["mean"], **own["set"], "bad_pictures": bad}))
-    found = dict.fromkeys(name for line in lines.values() for _, own in line for name in own)
-    measures = [name for name in CURVES if name in found] + [name for name in found if name.startswith("swd_")]
-    with atomic_write(folder / "curves.csv") as f:
-        writer = csv.writer(f)
-        writer.writerow(["line", "snr_db", *measures])
-        for name, line in lines.items():
-            writer.writerows([name, snr, *(own.get(m, "") for m in measures)] for snr, own in line)
-    try:
-        _draw(lines, measures, folder / "curves.png")
-    except ImportError:
-        return f"curves.csv is in {folder}; for curves.png, pip install matplotlib"
-    return f"curves.csv and curves.png are in {folder}"
-
-
-def _draw(lines, measures, path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(measures), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(measures), squeeze=False)[0]
-    for axis, measure in zip(axes, measures, strict=True):
-        for name, line in lines.items():
-            points = sorted((snr, own[measure]) for snr, own in line if isinstance(own.get(measure), float | int))
-            finite = [(snr, value) for snr, value in points if math.isfinite(snr)]
-            if finite:
-                axis.plot(*zip(*finite, strict=True), marker="o", markersize=3, label=name)
-            elif points:  # no SNR to speak of: a level
-                axis.axhline(points[0][1], linestyle="--", linewidth=1, label=name)
-        axis.set(xlabel="SNR in dB (analog: nominal; digital: Es/N0)", ylabel=measure)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, format="png", dpi=110)

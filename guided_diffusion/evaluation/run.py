@@ -22,9 +22,11 @@ from ..link.message import CRC_BYTES, SESSION, to_bytes
 from ..link.source_coding import pack_choices
 from ..random_streams import generator, text_number
 from ..training.distributed import Share
+from .curves import write_curves
+from .html_report import write_report
 from .metrics import psnr
 from .panels import palette, show_semantics, write_panel
-from .report import COLUMNS, size_columns, summary_lines, write_curves
+from .report import COLUMNS, size_columns, summary_lines
 from .results import ResultsFolder, picture_digest, share_out, unique_names
 
 MESSAGE = ".dgo"  # ending of a message's file
@@ -99,10 +101,11 @@ class Run:
         rows = [row for _, row in sorted(self.done.items())]
         made = [row for row in rows if "picture_sha256" in row]  # a bad message gave none
         self.summary = self.report(made)
+        write_report(self.results.path, {self.results.path.name: self.summary}, self.columns, rows)
         self.results.write_table("results.csv", self.columns, rows)
         for line in summary_lines(self.summary) if self.summary else ():
             log(line)
-        log(f"{len(made)} pictures; results.csv, panel.png and pictures are in {self.results.path}")
+        log(f"{len(made)} pictures; report.html, results.csv and pictures are in {self.results.path}")
 
 
 @functools.cache
@@ -368,8 +371,10 @@ def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
     for note in sorted(parts["measures"].metrics.notes) if "measures" in parts else ():
         log(f"note: {note}")
     if len(points) > 1:
-        found = [(run.config.link, run.config.pool, run.config.snr, run.summary) for run in runs]
-        log(write_curves(Path(config.results_path), found))
+        folder = Path(config.results_path)
+        line = write_curves(folder, [(run.config.link, run.config.pool, run.config.snr, run.summary) for run in runs])
+        write_report(folder, {run.results.path.name: run.summary for run in runs})
+        log(f"{line}; report.html links to each point's")
     for run in runs:
         run.results.remove_leftovers()
     return [line for run in runs for line in run.failures]

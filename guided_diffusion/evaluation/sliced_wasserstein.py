@@ -62,9 +62,7 @@ def sliced_wasserstein(regenerated, original, weights):
     weights is the mean |difference| of the sorted values.
 
     Both sets are normalised, per channel, to mean 0 and standard deviation 1 of the *originals'* patches. The paper's
-    published code normalises each set by its own, which makes the measure blind to how strong the detail is: with the
-    finest detail of 50 CamVid pictures halved it gives 25 at the finest level, as much as two sets of originals differ
-    by (24), against 215 by the originals' statistics; blurred by the pyramid's filter, 75 against 390.
+    published code normalises each set by its own, which makes the measure blind to lost contrast (docs/link.md).
 
     :param weights: how often each picture counts: ones, or a bootstrap's counts (see `metrics.resamples`).
     """
