@@ -54,13 +54,13 @@ def curves(table, prediction, size, noise, band=None, measure="loss"):
     """Return a network's curves over seeds: (steps (T,), values (seeds, T)), or None.
 
     :param noise, band: of `NOISES` and `BANDS`, whose mean is taken without a band; on fresh noise a network without a
-        bank has its only curve. With another measure than the loss: of pictures that start from an entry, if there are.
+        bank has its only curve. With another measure than the loss: of pictures that start from entries.
     """
     if measure == "loss":
         noise = "fresh" if size == "fresh" else noise
         whats = [f"{noise}, {own} noise" for own in ([band] if band else BANDS)]
     else:
-        whats = [f"start {'fresh' if size == 'fresh' else 'entry'}, later fresh"]
+        whats = ["start entry, later fresh"]
     found = {}
     for row in table:
         if (row["prediction"], row["size"], row["measure"]) == (prediction, size, measure) and row["what"] in whats:

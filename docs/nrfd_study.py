@@ -142,8 +142,9 @@ def pictures(run, options):
     """Return rows of what is measured of pictures: at some checkpoints from an entry, at the last one all `KINDS`."""
     points, rows = checkpoints(run, options)[1:], []
     chain, y, numbers, measure = sampled(points[-1], options, **CHAIN)
-    starts = {"entry": chain.bank} if chain.bank.size else {}
-    starts["fresh"] = FreshNoise(chain.bank.shape, 1)
+    # A network without a bank starts from the same pictures of noise: 40 of them are too few to average luck out.
+    bank = chain.bank if chain.bank.size else NoiseBank(chain.bank.shape, 1000)
+    starts = {"entry": bank, "fresh": FreshNoise(bank.shape, 1)}
     for weights in points:
         load_weights(chain.model, weights)
         kinds = [(start, later) for start in starts for later in KINDS[start]]
@@ -152,8 +153,8 @@ def pictures(run, options):
             own = replace(chain, bank=starts[start], sampler=replace(chain.sampler, method=method))
             made = []
             for part in numbers.split(8):
-                indices = [k % chain.bank.size if start == "entry" else k for k in part.tolist()]
-                noise = partial(entry_noise, chain.bank, chain.diffusion.kept, part.tolist())
+                indices = [k % bank.size if start == "entry" else k for k in part.tolist()]
+                noise = partial(entry_noise, bank, chain.diffusion.kept, part.tolist())
                 noise = noise if later == "entries" else None
                 made.append(own.run(y[part], indices, step_noise=noise).images.cpu())
             rows.append({"step": step_of(weights), "what": f"start {start}, later {later}", **measure(torch.cat(made))})
