@@ -71,8 +71,10 @@ def run_script(main):
 def _flag_of(error):
     """Return in brackets the flag whose value is where an OSError happened; "" where none is."""
     place = str(getattr(error, "filename", None) or "")
-    named = [name for name, value in zip(sys.argv, sys.argv[1:], strict=False) if value and place.startswith(value)]
-    return f" ({named[0]})" if named and named[0].startswith("--") else ""
+    for name, value in zip(sys.argv, sys.argv[1:], strict=False):
+        if name.startswith("--") and place and value and (place.startswith(value) or value.startswith(place)):
+            return f" ({name})"
+    return ""
 
 
 class Interrupted(KeyboardInterrupt):

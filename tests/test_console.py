@@ -16,11 +16,8 @@ from guided_diffusion.console import REQUEUE, InputError, Interrupted, Interrupt
     [
         (InputError("a.png: bad\n  really"), 2, "train.py: error: a.png: bad really\n"),
         (OSError("disk full"), 1, "train.py: error: disk full\n"),
-        (
-            OSError(28, "No space", "out/a/b.png"),
-            1,
-            "train.py: error: [Errno 28] No space: 'out/a/b.png' (--results_path)\n",
-        ),
+        (OSError(28, "full", "out/a/b.png"), 1, "train.py: error: [Errno 28] full: 'out/a/b.png' (--results_path)\n"),
+        (OSError(2, "not there", "out"), 1, "train.py: error: [Errno 2] not there: 'out' (--results_path)\n"),
         (RuntimeError("CUDA out of memory.\nmore"), 1, "train.py: error: CUDA out of memory. (out of memory? "),
         (KeyboardInterrupt(), 130, "train.py: interrupted\n"),
         (Interrupted(signal.SIGINT), 130, "train.py: interrupted\n"),

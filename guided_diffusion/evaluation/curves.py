@@ -63,7 +63,8 @@ def _draw(rows, titles, path):
 
     names = [*dict.fromkeys(row["line"] for row in rows)]
     rate = "uses_per_pixel" if any(row.get("uses_per_pixel") for row in rows) else "bpp"
-    panels = [(x, y, found) for x in ("snr_db", rate) for y in [*titles][1:] if (found := _series(rows, x, y))]
+    shown = [y for y in [*titles][1:] if y != "bad_pictures" or any(row[y] for row in rows)]
+    panels = [(x, y, found) for x in ("snr_db", rate) for y in shown if (found := _series(rows, x, y))]
     width, height, handles = min(SIDE_BY_SIDE, len(panels)), math.ceil(len(panels) / SIDE_BY_SIDE), {}
     figure = Figure(figsize=(4 * width, 3.2 * height + 0.5), layout="constrained")
     for place, (x, y, series) in enumerate(panels, 1):

@@ -171,7 +171,7 @@ def load_file(path, listed=None):
         source = io.BytesIO(read_archive(path, WEIGHTS)) if is_archive(path) else path
         return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and refused files raise many kinds
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:200]
         raise InputError(f"it cannot be read as a checkpoint of plain tensors ({reason})") from None
 
 
