@@ -159,6 +159,7 @@ def draw(path, table):
         axes[3].set(xticks=places, xticklabels=sizes, xlabel="bank size", ylabel="KID")
         for axis in axes:
             axis.set_title(f"prediction {prediction}", fontsize=9)
+            axis.set_yscale("log")
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
     with atomic_write(path, "wb") as f:
