@@ -72,17 +72,14 @@ def test_sampling_imports_nothing_slow_but_torch():
 
 @pytest.mark.parametrize("page, code", BLOCKS, ids=[f"{page}-{k}" for k, (page, _) in enumerate(BLOCKS)])
 def test_python_of_the_docs_runs(page, code, trained, scenes, tmp_path, monkeypatch):
-    """As it stands, in a folder with checkpoint and data; networks from flags, and the README's file, are tiny."""
-    import torch
-
+    """As it stands, in a folder with checkpoint and data; networks from flags are tiny."""
     tiny = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1"}
     flags = guided_diffusion.model_and_diffusion_defaults() | tiny
     monkeypatch.setattr(guided_diffusion, "model_and_diffusion_defaults", lambda: flags)
     monkeypatch.chdir(tmp_path)
     for name, folder in {"checkpoints/toy": trained, "datasets/toy_scenes": scenes}.items():
         shutil.copytree(folder, name)
-    torch.save(guided_diffusion.create_model_and_diffusion(**flags)[0].state_dict(), "ema_0.9999_100000.pt")
-    exec(compile(code, page, "exec"), {"y": torch.zeros(1, 36, 64, 128)})
+    exec(compile(code, page, "exec"), {})
     assert len(code.splitlines()) <= 25
 
 
@@ -149,7 +146,7 @@ def test_imports_make_no_circle():
 
 def test_files_and_functions_stay_small():
     paths = [*ROOT.rglob("*.py"), *ROOT.parent.glob("image_*.py")]
-    lengths = {path.name: len(path.read_text().splitlines()) for path in paths}
+    lengths = {str(path): len(path.read_text().splitlines()) for path in paths}
     assert not {name: n for name, n in lengths.items() if n > MOST_LINES}
     assert sum(lengths.values()) <= MOST_IN_ALL
     functions = [
