@@ -15,7 +15,8 @@ def main():
     config, given = flags.parse_config(flags.SampleConfig, __doc__)
     if not config.results_path and not config.dry_run:
         raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
-    check_folder(config.results_path, "results_path")
+    if config.results_path:
+        check_folder(config.results_path, "results_path")
     from guided_diffusion.training.distributed import find_ranks  # with torch
 
     with Interrupts(at_once=True):  # what is done is on the disk already
@@ -34,8 +35,9 @@ def regenerate(config, given, ranks):
 
     quiet = ranks.rank > 0  # one process of a job logs and shows a progress bar
     log_main = (lambda line: None) if quiet else log
-    weights = find_weights(config.model_path, config.dry_run and config.allow_missing_weights, log_main)
-    for line in build_link.adopt_checkpoint(config, given, weights) + flags.unused_flags(config, given):
+    hint = "; the dry run can do without: --allow_missing_weights True" * config.dry_run
+    weights = find_weights(config.model_path, config.dry_run and config.allow_missing_weights, log_main, hint)
+    for line in build_link.adopt_checkpoint(config, given, weights):
         log_main(f"warning: {line}")
     if config.role != "receive":
         build.draw_toy_scenes(config, given, log)

@@ -1,6 +1,6 @@
 """Tables and figures of docs/nrfd_study.py, from the results that are there (needs matplotlib).
 
-python docs/nrfd_report.py OUTPUT
+PYTHONPATH=. python docs/nrfd_report.py OUTPUT
 
 nrfd.csv has a row for each figure, tables.md means over seeds with 95 % intervals (Student's t), nrfd.png the curves.
 """

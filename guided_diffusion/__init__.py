@@ -28,7 +28,7 @@ def __getattr__(name):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f".{_HOMES[name]}", __name__)
-    return getattr(module, name, module)  # metrics is a module
+    return module if name == "metrics" else getattr(module, name)
 
 
 def __dir__():

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from .build import data_set, diffusion_from, noise_bank, picture_size, precision_of, semantic_coding, untrained_model
-from .config import SampleConfig, adopt_training_config, check_adopted, parse_config, parts_of, surprises, sweep
+from .config import (
+    SampleConfig,
+    adopt_training_config,
+    check_adopted,
+    parse_config,
+    parts_of,
+    surprises,
+    sweep,
+    unused_flags,
+)
 from .console import InputError, log
 from .data.datasets import PictureFolder
 from .diffusion.sampling import EarlyStop
@@ -83,15 +92,18 @@ class Checkpoint:
         return Session(header, *_priors(config, self.model)), make_chain, rule
 
 
-def load_checkpoint(path, device="auto", respacing="", **flags):
+def load_checkpoint(path, device="auto", respacing=None, **flags):
     """Load a trained network, with its process and bank: a `Checkpoint`.
 
     :param path: a checkpoint folder (its newest whole average), an archive (.zip), or a weights file (.pt).
-    :param device, respacing, flags: --device, --timestep_respacing ("": all steps) and other flags of image_sample.py.
+    :param device, respacing, flags: --device, --timestep_respacing ("": all steps; None: as the preset says), and other
+        flags of image_sample.py, but no lists of link, pool and snr.
     :raises InputError: naming the file or flag.
     """
-    flags |= {"model_path": path, "device": device} | ({"timestep_respacing": respacing} if respacing else {})
+    flags |= {"model_path": path, "device": device} | ({} if respacing is None else {"timestep_respacing": respacing})
     config, given = parse_config(SampleConfig, "", [f"--{name}={value}" for name, value in flags.items()])
+    if len(sweep(config)) > 1:
+        raise InputError("a Checkpoint is of one point: give no lists of --link, --pool and --snr")
     config.model_path = find_weights(config.model_path, log=log)
     for line in adopt_checkpoint(config, given, config.model_path):
         log(f"warning: {line}")
@@ -112,7 +124,7 @@ def adopt_checkpoint(config, given, weights):
         warnings.append(f"--s {config.s:g} guides a model trained without --drop_rate, which never saw empty semantics")
     if not trained and os.path.exists(weights):
         warnings.append(f"no config.json beside {weights}: prediction, schedule and noise bank come from the flags")
-    return warnings + surprises(config, given, trained)
+    return warnings + surprises(config, given, trained) + unused_flags(config, given)
 
 
 def sampling_parts(config, weights, log, ranks=None):

@@ -29,6 +29,7 @@ def model_and_diffusion_defaults():
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
+        message += "''" * message.endswith(": ")  # an empty word
         unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
         near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown.startswith("-") else ()
         hint = f"did you mean {near[0]}? " if near else ""

@@ -3,12 +3,14 @@
 import atexit
 import contextlib
 import gc
+import itertools
 import os
 import signal
 import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 STARTED = time.monotonic()
 REQUEUE = 75  # exit code (EX_TEMPFAIL) of a run that was told to end and can go on where it stopped
@@ -70,11 +72,16 @@ def run_script(main):
 
 def _flag_of(error):
     """Return in brackets the flag whose value is where an OSError happened; "" where none is."""
-    place = str(getattr(error, "filename", None) or "")
-    for name, value in zip(sys.argv, sys.argv[1:], strict=False):
-        if name.startswith("--") and place and value and (place.startswith(value) or value.startswith(place)):
-            return f" ({name})"
-    return ""
+    place, words = Path(str(getattr(error, "filename", None) or "")), []
+    for word in sys.argv[1:]:
+        words += word.split("=", 1) if word.startswith("--") else [word]
+    values = {name: Path(value) for name, value in itertools.pairwise(words) if name[:2] == "--" and value}
+    found = [
+        (len(path.parts), name)
+        for name, path in values.items()
+        if place.parts and (place == path or path in place.parents or place in path.parents)
+    ]
+    return f" ({max(found)[1]})" if found else ""  # the nearest of several
 
 
 class Interrupted(KeyboardInterrupt):

@@ -18,6 +18,10 @@ from guided_diffusion.console import REQUEUE, InputError, Interrupted, Interrupt
         (OSError("disk full"), 1, "train.py: error: disk full\n"),
         (OSError(28, "full", "out/a/b.png"), 1, "train.py: error: [Errno 28] full: 'out/a/b.png' (--results_path)\n"),
         (OSError(2, "not there", "out"), 1, "train.py: error: [Errno 2] not there: 'out' (--results_path)\n"),
+        (OSError(2, "not there", "data/a.png"), 1, "train.py: error: [Errno 2] not there: 'data/a.png' (--data_dir)\n"),
+        (OSError(2, "not there", "data/x2/a"), 1, "train.py: error: [Errno 2] not there: 'data/x2/a' (--data_dir)\n"),
+        (OSError(2, "not there", "data/x/a"), 1, "train.py: error: [Errno 2] not there: 'data/x/a' (--messages)\n"),
+        (OSError(2, "not there", "out2/a"), 1, "train.py: error: [Errno 2] not there: 'out2/a'\n"),
         (RuntimeError("CUDA out of memory.\nmore"), 1, "train.py: error: CUDA out of memory. (out of memory? "),
         (KeyboardInterrupt(), 130, "train.py: interrupted\n"),
         (Interrupted(signal.SIGINT), 130, "train.py: interrupted\n"),
@@ -28,7 +32,8 @@ def test_run_script_ends_with_one_line(monkeypatch, capsys, error, code, text):
     def main():
         raise error
 
-    monkeypatch.setattr(sys, "argv", ["/some/where/train.py", "--seed", "1", "--results_path", "out/a"])
+    words = ["--seed", "1", "--results_path", "out/a", "--data_dir=data", "--messages", "data/x"]
+    monkeypatch.setattr(sys, "argv", ["/some/where/train.py", *words])
     with pytest.raises(SystemExit) as stopped:
         run_script(main)
     assert stopped.value.code == code

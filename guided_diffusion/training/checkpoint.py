@@ -298,18 +298,18 @@ def with_legacy_keys(weights, model):
     return weights
 
 
-def find_weights(model_path, may_lack=False, log=lambda line: None):
+def find_weights(model_path, may_lack=False, log=lambda line: None, hint=""):
     """Return the weights file that --model_path means: the file itself, or the newest whole EMA file of a folder.
 
     :param may_lack, log: do not insist that it exists (dry runs); function of a line, for newer, damaged averages.
+    :param hint: what else to do where there is none.
     """
     if os.path.isdir(model_path):
         return _newest_average(Path(model_path), log)
     if may_lack or os.path.exists(model_path):
         return model_path
     found = "no such file" if model_path else "none is given (begin with --preset toy)"
-    hint = "name a .pt file, or a folder with checkpoints; a --dry_run can do without: --allow_missing_weights True"
-    raise InputError(f"--model_path {model_path}: {found}; {hint}")
+    raise InputError(f"--model_path {model_path}: {found}; name a .pt file, or a folder with checkpoints{hint}")
 
 
 def _newest_average(directory, log):
