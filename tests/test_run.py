@@ -433,6 +433,14 @@ def test_receive_goes_on_past_bad_messages_and_verifies_the_others(sample, recei
     assert differs == f"{first.stem}: another picture than in {tmp_path / 'sent'}"
     assert before.items() < stamps(tmp_path / "received").items()
     assert "0 of 2 equal" in receive(folder="one", num_samples=1, verify=tmp_path / "other")
+    bad.write_bytes(b"")  # whole before
+    results.write_text("\n".join(results.read_text().splitlines()[::2]))
+    said = receive(**verify)
+    assert "0 of 1 equal" in said, said
+    assert not {path.name for path in (tmp_path / "received").rglob(f"{bad.stem}.png")}
+    results.write_text(results.read_text().splitlines()[0])
+    with pytest.raises(InputError, match=r"--verify .*sent: no results.csv"):
+        receive(**verify)
     with pytest.raises(InputError, match=r"--verify .*none: no results.csv"):
         receive(verify=tmp_path / "none")
 

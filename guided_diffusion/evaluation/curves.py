@@ -45,12 +45,13 @@ def write_curves(folder, summaries):
 
 
 def _series(rows, x, y):
-    """Return what a panel shows, name -> list of (x, y, low, high); {} where that is no curve."""
+    """Return what a panel shows, name -> list of (x, y, low, high), x differing; {} where that is no curve."""
     found = {}
     for row in rows:
         if x in row and y in row and math.isfinite(float(row[y])):
             point = min(row[x], CLEAN), row[y], row.get(f"{y}_low", row[y]), row.get(f"{y}_high", row[y])
-            found[row["line"]] = [*found.get(row["line"], ()), point] if x == "snr_db" else [point]
+            before = found.get(row["line"], ()) if x == "snr_db" else ()
+            found[row["line"]] = [*(own for own in before if own[0] != point[0]), point]
     if x == "snr_db":
         return found if any(len(points) > 1 for points in found.values()) else {}
     rates = [points[0][0] for points in found.values()]

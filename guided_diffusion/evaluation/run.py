@@ -308,6 +308,8 @@ class MessageRun(Run):
             if arrival.problems:
                 raise InputError(f"its {arrival.problems[0]} part is damaged; send it again")
         except InputError as error:
+            for kind in ("received", "samples", "labels"):  # of when it was whole
+                self.results.file(kind, self.names[k]).unlink(missing_ok=True)
             return [self.identity(k) | {"link": "messages", "problems": str(error)}]
         header = arrival.header
         result = self.receiver.pictures([arrival], on_step)
@@ -336,6 +338,8 @@ class MessageRun(Run):
             log(f"{len(self.sent) - len(unequal)} of {len(self.sent)} equal")
             other = f"another picture than in {self.config.verify}"
             self.failures += [f"{k}: {other if k in made else 'not received'}" for k in unequal if made.get(k, True)]
+            unknown = [name for name in self.names[: self.count] if name not in self.sent and made.get(name)]
+            self.failures += [f"{name}: not in {self.config.verify}" for name in unknown]
 
 
 def run_pictures(config, weights, parts, log, share=ALONE, quiet=False):
