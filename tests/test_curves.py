@@ -43,5 +43,6 @@ def test_write_curves_draws_intervals_and_no_empty_panel(tmp_path, monkeypatch):
     assert found == [*(("SNR (dB, at ", title) for title in titles), *(("channel uses", title) for title in titles[1:])]
     assert panels[2].get_lines()[0].get_xydata().tolist() == [[10, 9], [40, 9]]  # 100 dB does not squeeze the others
     assert [bar.tolist() for bar in panels[2].collections[1].get_segments()] == [[[x, 8], [x, 9.5]] for x in (10, 40)]
-    assert "no curves.png" in write_curves(tmp_path, SUMMARIES[1:])
+    high = [("digital", "None", 50.0, other), ("digital", "None", 100.0, other)]  # drawn at one place
+    assert "no curves.png" in write_curves(tmp_path, [*SUMMARIES[1:], *high])
     assert not (tmp_path / "curves.png").exists() and len(panels) == 5

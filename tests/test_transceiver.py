@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,6 +241,22 @@ def test_channels_without_errors_deliver_the_message(channel):
         offset = 10 * math.log10(8 * sum(map(len, sent.parts.values())) / facts["channel_uses"])
         assert facts["eb_n0_db"] == pytest.approx(facts["realised_snr_db"] - offset, abs=1e-6)
         assert facts["bandwidth_ratio"] == facts["channel_uses"] / (3 * 8 * 16)
+
+
+@needs_sionna
+def test_digital_channel_delivers_the_indices_before_a_lost_block(message, monkeypatch):
+    send, parts = DigitalChannel._send_part, CODED.encode(message)
+
+    def lose_second_block(self, data, *rest):
+        blocks, energies = send(self, data, *rest)
+        return [*blocks[:1], None] if data == parts["indices"] else blocks, energies
+
+    monkeypatch.setattr("guided_diffusion.link.channel_coding.INDEX_BLOCK_BYTES", 2)
+    monkeypatch.setattr(DigitalChannel, "_send_part", lose_second_block)
+    sent = SimpleNamespace(parts=parts, y=torch.zeros(1, CLASSES + 1, *SIZE))
+    arrival, facts = DigitalChannel(20)(sent, Receiver(CODED, None), stream())
+    assert facts["block_errors"] == 1 and arrival.problems == ("indices",)
+    assert (arrival.start, arrival.codewords) == (9, message.codewords[:1])
 
 
 @needs_sionna
