@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -73,14 +74,13 @@ class ResultsFolder:
 
     def digests(self):
         """Return {name: picture_sha256} of results.csv."""
-        try:
-            with open(self.path / "results.csv", newline="") as f:
-                digests = {row["name"]: row["picture_sha256"] for row in csv.DictReader(f)}
-            digests[next(iter(digests))]  # there is one
-            return digests
-        except (OSError, ValueError, KeyError, StopIteration):
+        digests = {}
+        with suppress(OSError, ValueError, KeyError), open(self.path / "results.csv", newline="") as f:
+            digests = {row["name"]: row["picture_sha256"] for row in csv.DictReader(f)}
+        if not digests:
             hint = "name the --results_path of --role transmit"
-            raise InputError(f"--verify {self.path}: no results.csv with picture_sha256 there; {hint}") from None
+            raise InputError(f"--verify {self.path}: no results.csv with picture_sha256 there; {hint}")
+        return digests
 
     def write_row(self, row):
         """Write the row of a picture whose files are all there: with it, the picture is done."""
