@@ -76,12 +76,13 @@ class Run:
         total, left = sum(map(len, batches)), sum(map(len, todo))
         if left < total:
             log(f"{total - left} of {total} pictures are done already")
-        with tqdm(total=left, unit="picture", **bar_options(), disable=quiet) as bar:
+        with tqdm(total=left, unit="picture", miniters=0, **bar_options(), disable=quiet) as bar:
 
             def on_step(t, *_):  # of searches, too
                 if not quiet:
                     _log_first_step()
-                bar.set_postfix_str(f"{t} steps left of the chain")
+                bar.set_postfix_str(f"{t} steps left of the chain", refresh=False)
+                bar.update(0)
 
             for numbers in todo:
                 for k, row in zip(numbers, self.make(numbers, on_step), strict=True):
