@@ -49,7 +49,7 @@ def train(config, given, group, device, interrupts):
         os.makedirs(config.checkpoint_dir, exist_ok=True)
         flags.save_config(config, Path(config.checkpoint_dir) / "config.json")
     step = loop.run(interrupts)
-    log_main(f"finished at step {step}: weights, progress.csv and previews are in {config.checkpoint_dir}")
+    log_main(f"finished at step {step}: weights and progress.csv are in {config.checkpoint_dir}")
 
 
 if __name__ == "__main__":

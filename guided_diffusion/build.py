@@ -119,7 +119,8 @@ def data_set(config, is_train, log=None, augment=False, cached=True):
     if log is not None and not dataset.has_images:
         log("this split has no pictures: working from labels alone, without image edges")
     if log is not None and not dataset.has_instances and not config.no_instance:
-        log("this split has no instance maps: the edge plane holds image edges alone")
+        holds = "image edges alone" if config.edge_levels and dataset.has_images else "nothing (see --edge_levels)"
+        log(f"this split has no instance maps: the edge plane holds {holds}")
     return dataset
 
 

@@ -1,6 +1,7 @@
 """From flags to parts."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -181,3 +182,14 @@ def test_preset_gesco_makes_the_familys_commands_do_what_they_did(scenes, tmp_pa
     (eps, between), (null, _) = (loop.model(whole[7:8], torch.tensor([999.0]), m).chunk(2, 1) for m in (y, 0 * y))
     step = reverse(999, whole[7:8], null + 2 * (eps - null), between, bound=1)
     torch.testing.assert_close((found["mean"], found["variance"]), (step.mean, step.variance), rtol=1e-4, atol=1e-4)
+
+
+def test_data_set_says_what_the_edge_plane_holds_without_instance_maps(scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    for path in (tmp_path / "scenes").rglob("*_instanceIds.png"):
+        path.unlink()
+    logged, flags = [], TINY | {"data_dir": tmp_path / "scenes"}
+    for levels in (0, 16):
+        config, _ = parse_config(TrainConfig, "", as_arguments(flags | {"edge_levels": levels}))
+        build.data_set(config, True, logged.append)
+    assert [line.partition("holds ")[2] for line in logged] == ["nothing (see --edge_levels)", "image edges alone"]
