@@ -31,7 +31,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         message += "''" * message.endswith(": ")  # an empty word
         unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
-        near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown.startswith("-") else ()
+        near = (
+            difflib.get_close_matches(unknown, self._option_string_actions, 1, 0.8) if unknown.startswith("-") else ()
+        )
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"{' '.join(message.split())}; {hint}see --help")
 
@@ -43,7 +45,8 @@ def _boolean(text):
 
 
 def _parser(config_class, doc):
-    parser = _Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    usage = "%(prog)s [--FLAG VALUE ...]"
+    parser = _Parser(usage=usage, description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     groups = [group for group in config_class.__mro__[1:-1] if group is not SharedFlags]
     for group_class in groups:
         group = parser.add_argument_group(group_class.__doc__)

@@ -99,8 +99,8 @@ def find_pairs(dataset_mode, data_dir, is_train, no_instance=False):
     try:
         there = [bf.isdir(bf.join(data_dir, folder)) for folder in expected]
         if not any(there):
-            missing = f'--data_dir "{data_dir}" has no folder {" or ".join(expected)}'
-            raise InputError(f"{missing}; correct it or --dataset_mode {dataset_mode}")
+            found = f"has no folder {' or '.join(expected)}" if bf.isdir(data_dir) else "is not a folder"
+            raise InputError(f'--data_dir "{data_dir}" {found}; correct it or --dataset_mode {dataset_mode}')
         layout = facts.layouts[there.index(True)]
         if no_instance:
             layout = layout._replace(instances=None)

@@ -150,7 +150,10 @@ class Session:
         """Read a session's file. Raises InputError where it is missing, damaged, or no message can have its values."""
         try:
             data = Path(path).read_bytes()
-            session = cls(_typed(Header, json.loads(data.partition(b"\n")[2])), *priors)
+            head, _, body = data.partition(b"\n")
+            if not head.endswith(hashlib.sha256(body.removesuffix(b"\n")).hexdigest()[:16].encode()):
+                raise InputError("damaged (not what its SHA-256 says)")
+            session = cls(_typed(Header, json.loads(body)), *priors)
             if session.file != data:
                 raise InputError("damaged, or not of version 2")
             return session
