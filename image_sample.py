@@ -37,7 +37,7 @@ def regenerate(config, given, ranks):
     log_main = (lambda line: None) if quiet else log
     hint = "; the dry run can do without: --allow_missing_weights True" * config.dry_run
     weights = find_weights(config.model_path, config.dry_run and config.allow_missing_weights, log_main, hint)
-    for line in build_link.adopt_checkpoint(config, given, weights):
+    for line in build_link.adopt_checkpoint(config, given, weights) + flags.unused_flags(config, given):
         log_main(f"warning: {line}")
     if config.role != "receive":
         build.draw_toy_scenes(config, given, log)

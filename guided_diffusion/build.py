@@ -119,7 +119,7 @@ def data_set(config, is_train, log=None, augment=False, cached=True):
     if log is not None and not dataset.has_images:
         log("this split has no pictures: working from labels alone, without image edges")
     if log is not None and not dataset.has_instances and not config.no_instance:
-        holds = "image edges alone" if config.edge_levels and dataset.has_images else "nothing (see --edge_levels)"
+        holds = "image edges alone" if config.edge_levels and dataset.has_images else "nothing"
         log(f"this split has no instance maps: the edge plane holds {holds}")
     return dataset
 

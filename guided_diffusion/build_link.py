@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .build import data_set, diffusion_from, noise_bank, picture_size, precision_of, semantic_coding, untrained_model
-from .config import (
-    SampleConfig,
-    adopt_training_config,
-    check_adopted,
-    parse_config,
-    parts_of,
-    surprises,
-    sweep,
-    unused_flags,
-)
+from .config import SampleConfig, adopt_training_config, check_adopted, parse_config, parts_of, surprises, sweep
 from .console import InputError, log
 from .data.datasets import PictureFolder
 from .diffusion.sampling import EarlyStop
@@ -124,7 +115,7 @@ def adopt_checkpoint(config, given, weights):
         warnings.append(f"--s {config.s:g} guides a model trained without --drop_rate, which never saw empty semantics")
     if not trained and os.path.exists(weights):
         warnings.append(f"no config.json beside {weights}: prediction, schedule and noise bank come from the flags")
-    return warnings + surprises(config, given, trained) + unused_flags(config, given)
+    return warnings + surprises(config, given, trained)
 
 
 def sampling_parts(config, weights, log, ranks=None):

@@ -29,13 +29,14 @@ def model_and_diffusion_defaults():
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        message += "''" * message.endswith(": ")  # an empty word
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
-        near = (
-            difflib.get_close_matches(unknown, self._option_string_actions, 1, 0.8) if unknown.startswith("-") else ()
-        )
+        message = " ".join(message.split())
+        message += " ''" * message.endswith("arguments:")  # empty words
+        unknown, near = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0], []
+        if unknown.startswith("--"):
+            near = [name for name in self._option_string_actions if name.startswith(unknown)]
+            near = near or difflib.get_close_matches(unknown, self._option_string_actions, 1, 0.8)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"{' '.join(message.split())}; {hint}see --help")
+        raise InputError(f"{message}; {hint}see --help")
 
 
 def _boolean(text):

@@ -73,15 +73,15 @@ def run_script(main):
 def _flag_of(error):
     """Return in brackets the flag whose value is where an OSError happened; "" where none is."""
     place, words = Path(str(getattr(error, "filename", None) or "")), []
+    if not place.parts:
+        return ""
     for word in sys.argv[1:]:
         words += word.split("=", 1) if word.startswith("--") else [word]
     values = {name: Path(value) for name, value in itertools.pairwise(words) if name[:2] == "--" and value}
-    found = [
-        (len(path.parts), name)
-        for name, path in values.items()
-        if place.parts and (place == path or path in place.parents or place in path.parents)
-    ]
-    return f" ({max(found)[1]})" if found else ""  # the nearest of several
+    around = [(len(path.parts), name) for name, path in values.items() if path in (place, *place.parents)]
+    inside = [(-len(path.parts), name) for name, path in values.items() if place in path.parents]
+    nearest = max(around or inside, default=None)
+    return f" ({nearest[1]})" if nearest else ""
 
 
 class Interrupted(KeyboardInterrupt):

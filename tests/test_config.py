@@ -113,7 +113,8 @@ def test_parse_config_reads_booleans():
         (TrainConfig, "--lern_rate 1", "--lern_rate 1; see"),  # nothing is near
         (SampleConfig, "--image_siz 64", "--image_siz 64; did you mean --image_size? see"),  # no abbreviations
         (TrainConfig, "--bachsize=4", "--bachsize=4; did you mean --batch_size? see"),
-        (SampleConfig, "''", "unrecognized arguments: ''; see"),  # an empty shell variable
+        (SampleConfig, "'' ' '", "unrecognized arguments: ''; see"),  # an empty shell variable
+        (SampleConfig, "--model x", "--model x; did you mean --model_path? see"),
         (SampleConfig, "--learn_sigma", "--learn_sigma: expected one argument"),
         (TrainConfig, "--class_cond False", "--class_cond: invalid choice: False (choose from True)"),
         (TrainConfig, "--noise_schedule quadratic", "--noise_schedule: invalid choice: 'quadratic'"),

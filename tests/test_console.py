@@ -21,6 +21,7 @@ from guided_diffusion.console import REQUEUE, InputError, Interrupted, Interrupt
         (OSError(2, "not there", "data/a.png"), 1, "train.py: error: [Errno 2] not there: 'data/a.png' (--data_dir)\n"),
         (OSError(2, "not there", "data/x2/a"), 1, "train.py: error: [Errno 2] not there: 'data/x2/a' (--data_dir)\n"),
         (OSError(2, "not there", "data/x/a"), 1, "train.py: error: [Errno 2] not there: 'data/x/a' (--messages)\n"),
+        (OSError(2, "not there", "data"), 1, "train.py: error: [Errno 2] not there: 'data' (--data_dir)\n"),
         (OSError(2, "not there", "out2/a"), 1, "train.py: error: [Errno 2] not there: 'out2/a'\n"),
         (RuntimeError("CUDA out of memory.\nmore"), 1, "train.py: error: CUDA out of memory. (out of memory? "),
         (KeyboardInterrupt(), 130, "train.py: interrupted\n"),

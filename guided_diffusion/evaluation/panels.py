@@ -69,8 +69,9 @@ def write_panel(results, rows, columns):
     lines = []
     for name in (row["name"] for row in rows):
         lines.append([kind(name) if callable(kind) else results.pixels(kind, name) for kind in columns.values()])
+    results.file("", "panel").unlink(missing_ok=True)  # of other rows
     if lines:
-        save_picture(picture_grid(lines, list(columns)), results.path / "panel.png")
+        save_picture(picture_grid(lines, list(columns)), results.file("", "panel"))
 
 
 def preview_panel(images, y, regenerated, num_classes, one_hot=True):

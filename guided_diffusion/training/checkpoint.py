@@ -172,7 +172,7 @@ def load_file(path, listed=None):
         return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and refused files raise many kinds
         reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:200]
-        raise InputError(f"it cannot be read as plain tensors ({reason}); copy it again, or name another") from None
+        raise InputError(f"it cannot be read as plain tensors ({reason}); copy it again") from None
 
 
 def restore_checkpoint(directory, step, parts, partial=False):
