@@ -181,7 +181,7 @@ def write_panels(output, folder, shown, count=6):
     rows = [row for row in rows if any(text in row["name"] for text in shown)]
     if rows:
         size = np.mean([int(row["bits_total"]) for row in rows]) / 8
-        columns = {"original": "images", f"label map, of {size:.0f} bytes sent": "received", **columns}
+        columns = {"original": "images", f"label map, a part of the {size:.0f} bytes sent": "received", **columns}
         columns.pop("WEBP, same bytes", None)
         _write_panel(output / "shown.png", results, rows, columns)
 
