@@ -13,10 +13,10 @@ from guided_diffusion.files import check_folder
 def main():
     """Parse flags, take the architecture from the checkpoint, build, regenerate; a signal ends it at once."""
     config, given = flags.parse_config(flags.SampleConfig, __doc__)
-    if not config.results_path and not config.dry_run:
-        raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
     if config.results_path:
         check_folder(config.results_path, "results_path")
+    elif not config.dry_run:
+        raise InputError("--results_path is empty: name a folder for pictures, panel.png and results.csv")
     from guided_diffusion.training.distributed import find_ranks  # with torch
 
     with Interrupts(at_once=True):  # what is done is on the disk already

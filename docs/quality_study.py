@@ -20,7 +20,7 @@ from study import append, link_parts, rows_of
 from tqdm import tqdm
 
 from guided_diffusion import build
-from guided_diffusion.console import run_script
+from guided_diffusion.console import bar_options, run_script, show_beside
 from guided_diffusion.diffusion.sampling import EarlyStop, sample
 from guided_diffusion.evaluation import segmenters
 from guided_diffusion.evaluation.metrics import kernel_distance, psnr, ssim
@@ -47,7 +47,7 @@ def run_batch(name, run, numbers, options, config, parts, bar):
             s=config.s,
             seeds=seeds,
             early_stop=rule,
-            on_step=lambda step, *_: bar.set_postfix_str(f"{name}, run {run}, step {step}"),
+            on_step=lambda step, *_: show_beside(bar, f"{name}, run {run}, step {step}"),
         )
     images, seconds = result.images.float().cpu(), time.monotonic() - started
     originals = torch.cat([scene["image"] for scene in scenes])
@@ -116,7 +116,7 @@ def main():
         for name in options.samplers.split(",")
         for k in range(0, options.pictures, options.batch_size)
     ]
-    with tqdm(wanted, unit="batch") as bar:
+    with tqdm(wanted, unit="batch", **bar_options()) as bar:
         for name, run, first in bar:
             numbers = range(first, min(first + options.batch_size, options.pictures))
             numbers = [k for k in numbers if (name, str(run), str(k)) not in done]

@@ -91,8 +91,9 @@ def load_checkpoint(path, device="auto", respacing=None, **flags):
         flags of image_sample.py, but no lists of link, pool and snr.
     :raises InputError: naming the file or flag.
     """
-    flags |= {"model_path": path, "device": device} | ({} if respacing is None else {"timestep_respacing": respacing})
-    config, given = parse_config(SampleConfig, "", [f"--{name}={value}" for name, value in flags.items()])
+    flags |= {"model_path": path, "device": device, "timestep_respacing": respacing}
+    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    config, given = parse_config(SampleConfig, "", words)
     if len(sweep(config)) > 1:
         raise InputError("a Checkpoint is of one point: give no lists of --link, --pool and --snr")
     config.model_path = find_weights(config.model_path, log=log)

@@ -45,7 +45,19 @@ class StandardError:
 
 def bar_options():
     """Return how all progress bars are shown: seldom in a log."""
-    return {"file": StandardError(), "dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return {
+        "file": StandardError(),
+        "dynamic_ncols": True,
+        "mininterval": interval,
+        "miniters": 0,
+    }  # time alone decides
+
+
+def show_beside(bar, text):
+    """Show a text beside a bar's count, when the bar is due."""
+    bar.set_postfix_str(text, refresh=False)
+    bar.update(0)
 
 
 def run_script(main):

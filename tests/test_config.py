@@ -110,6 +110,7 @@ def test_parse_config_reads_booleans():
 @pytest.mark.parametrize(
     ("config_class", "line", "named"),
     [
+        (TrainConfig, "--lerning_rate 1", "--lerning_rate"),
         (TrainConfig, "--lern_rate 1", "--lern_rate 1; see"),  # nothing is near
         (SampleConfig, "--image_siz 64", "--image_siz 64; did you mean --image_size? see"),  # no abbreviations
         (TrainConfig, "--bachsize=4", "--bachsize=4; did you mean --batch_size? see"),

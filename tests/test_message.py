@@ -1,7 +1,6 @@
 """Sessions and messages: there and back, bits, lost parts, and damaged ones."""
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import random
@@ -14,7 +13,7 @@ from test_entropy_coding import blocks
 
 from guided_diffusion.console import InputError
 from guided_diffusion.diffusion.solvers import SamplerSettings
-from guided_diffusion.link.message import CRC_BYTES, PARTS, SESSION, Header, Message, Session, to_bytes
+from guided_diffusion.link.message import CRC_BYTES, PARTS, SESSION, Header, Message, Session, _session_file, to_bytes
 from guided_diffusion.link.source_coding import choice_bits
 
 
@@ -134,9 +133,7 @@ def test_session_with_values_of_another_kind_is_refused(words, tmp_path):
     values = dataclasses.asdict(SESSION_OF_WHOLE.template)
     for name, value in WRONG[words].items():
         (values["sampler"] if name in values["sampler"] else values)[name] = value
-    body = json.dumps(values)
-    digest = hashlib.sha256(body.encode()).hexdigest()[:16]
-    (tmp_path / SESSION).write_text(f"the first line, SHA-256 {digest}\n{body}\n")
+    (tmp_path / SESSION).write_bytes(_session_file(json.dumps(values).encode()))
     with pytest.raises(InputError) as caught:
         Session.load(tmp_path / SESSION)
     assert words in str(caught.value) and str(tmp_path / SESSION) in str(caught.value)

@@ -84,7 +84,8 @@ def test_find_pairs_folders_without_a_data_set(tmp_path):
     touch(tmp_path, "a_file", "two/labels/train2017/1.png", "two/images/train2017/1.jpg", "two/images/train2017/1.jpeg")
     for folder in ("", tmp_path / "nowhere", tmp_path / "a_file"):
         refused("cityscapes", folder, f'--data_dir "{folder}" is not a folder;', "--dataset_mode cityscapes")
-    refused("cityscapes", tmp_path, f'--data_dir "{tmp_path}" has no folder gtFine/train;')
+    missing = f'--data_dir "{tmp_path}" has no folder gtFine/train;'
+    refused("cityscapes", tmp_path, missing, "--dataset_mode cityscapes")
     refused("cityscapes", "s3://bucket/data", "--data_dir s3://bucket/data")
     refused("ade20k", tmp_path, "training or annotations/training")
     refused("coco", tmp_path / "two", "1.jpg", "1.jpeg", "same stem")

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from ..console import InputError
+from ..console import InputError, bar_options
 from .pairing import CITYSCAPES
 
 ROAD, SIDEWALK, BUILDING, POLE, SIGN, VEGETATION, TERRAIN, SKY = 7, 8, 11, 17, 20, 21, 22, 23
@@ -319,7 +319,7 @@ def write_toy_scenes(data_dir, train=200, val=16, height=128, width=256, seed=0,
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         root = Path(temporary) / "scenes"  # one level down: the temporary folder itself is closed to other users
-        for split, k, number in tqdm(scenes, desc="toy scenes", unit="scene", disable=not progress):
+        for split, k, number in tqdm(scenes, desc="toy scenes", unit="scene", disable=not progress, **bar_options()):
             image, label, instance = draw_scene(seed * SEED_STRIDE + number, height, width)
             for array, files in zip((image, label, instance.astype(np.uint16)), CITYSCAPES, strict=True):
                 path = root / files.folder.format(split) / f"toytown/toytown_{k:06d}_000000{files.endings[0]}"

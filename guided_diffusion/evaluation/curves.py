@@ -50,8 +50,8 @@ def _series(rows, x, y):
     for row in rows:
         if x in row and y in row and math.isfinite(float(row[y])):
             point = min(row[x], CLEAN), row[y], row.get(f"{y}_low", row[y]), row.get(f"{y}_high", row[y])
-            before = found.get(row["line"], ()) if x == "snr_db" else ()
-            found[row["line"]] = [*(own for own in before if own[0] != point[0]), point]
+            found.setdefault(row["line"], {})[point[0] if x == "snr_db" else None] = point
+    found = {line: [*points.values()] for line, points in found.items()}
     if x == "snr_db":
         return found if any(len(points) > 1 for points in found.values()) else {}
     rates = [points[0][0] for points in found.values()]

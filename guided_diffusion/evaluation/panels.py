@@ -69,9 +69,11 @@ def write_panel(results, rows, columns):
     lines = []
     for name in (row["name"] for row in rows):
         lines.append([kind(name) if callable(kind) else results.pixels(kind, name) for kind in columns.values()])
-    results.file("", "panel").unlink(missing_ok=True)  # of other rows
+    path = results.file("", "panel")
     if lines:
-        save_picture(picture_grid(lines, list(columns)), results.file("", "panel"))
+        save_picture(picture_grid(lines, list(columns)), path)
+    else:
+        path.unlink(missing_ok=True)  # of other rows
 
 
 def preview_panel(images, y, regenerated, num_classes, one_hot=True):

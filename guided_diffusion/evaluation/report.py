@@ -3,12 +3,12 @@
 import csv
 import itertools
 import math
-import sys
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..console import bar_options
 from ..data.pictures import eight_bit, from_uint8, save_picture
 from ..link.message import PARTS
 from .metrics import bootstrap_interval, colour_error
@@ -64,7 +64,7 @@ class Measures:
 
         def batches():
             names = [row["name"] for row in rows if results.file("images", row["name"]).exists()]
-            bar = tqdm(names, desc=f"measuring {kind}", unit="picture", file=sys.stderr, leave=False)
+            bar = tqdm(names, desc=f"measuring {kind}", unit="picture", leave=False, **bar_options())
             read = ([results.pixels(k, name) for k in (kind, "images", "labels")] for name in bar)
             for _, equal in itertools.groupby(read, lambda pixels: pixels[0].shape):
                 while batch := [*itertools.islice(equal, BATCH)]:
@@ -86,7 +86,7 @@ class Measures:
             with open(path, newline="") as f:
                 done = {(row["path"], row["codec"]): row for row in csv.DictReader(f)}
         rows = [row for row in rows if results.file("images", row["name"]).exists()]
-        for row in tqdm(rows, desc="classical codecs", unit="picture", file=sys.stderr, leave=False):
+        for row in tqdm(rows, desc="classical codecs", unit="picture", leave=False, **bar_options()):
             for codec in self.codecs:
                 key, kind = (row["path"], codec), f"baseline_{codec}"
                 if key not in done or not results.file(kind, row["name"]).exists():

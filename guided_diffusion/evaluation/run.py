@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ..config import results_settings, sweep
-from ..console import STARTED, InputError, StandardError, bar_options, log
+from ..console import STARTED, InputError, StandardError, bar_options, log, show_beside
 from ..data.pictures import save_picture, to_uint8
 from ..files import file_digest
 from ..link.message import CRC_BYTES, SESSION, to_bytes
@@ -76,13 +76,12 @@ class Run:
         total, left = sum(map(len, batches)), sum(map(len, todo))
         if left < total:
             log(f"{total - left} of {total} pictures are done already")
-        with tqdm(total=left, unit="picture", miniters=0, **bar_options(), disable=quiet) as bar:
+        with tqdm(total=left, unit="picture", **bar_options(), disable=quiet) as bar:
 
             def on_step(t, *_):  # of searches, too
                 if not quiet:
                     _log_first_step()
-                bar.set_postfix_str(f"{t} steps left of the chain", refresh=False)
-                bar.update(0)
+                show_beside(bar, f"{t} steps left of the chain")
 
             for numbers in todo:
                 for k, row in zip(numbers, self.make(numbers, on_step), strict=True):

@@ -120,6 +120,12 @@ class Message:
     problems: tuple = ()
 
 
+def _session_file(body):
+    """Return a session's file of its JSON (bytes): with version and digest in front."""
+    digest = hashlib.sha256(body).hexdigest()[:16]
+    return f"Diff-GOn session, version 2, SHA-256 {digest}\n".encode() + body + b"\n"
+
+
 @dataclass(frozen=True)
 class Session:
     """What is the same for all messages of a run; it writes and reads them.
@@ -136,9 +142,7 @@ class Session:
     @functools.cached_property
     def file(self):
         """The bytes of the session's file: format, version and check in a line, then the template as JSON."""
-        body = json.dumps(asdict(self.template.check()), indent=1)
-        digest = hashlib.sha256(body.encode()).hexdigest()[:16]
-        return f"Diff-GOn session, version 2, SHA-256 {digest}\n{body}\n".encode()
+        return _session_file(json.dumps(asdict(self.template.check()), indent=1).encode())
 
     @functools.cached_property
     def tag(self):
@@ -150,11 +154,9 @@ class Session:
         """Read a session's file. Raises InputError where it is missing, damaged, or no message can have its values."""
         try:
             data = Path(path).read_bytes()
-            head, _, body = data.partition(b"\n")
-            if not head.endswith(hashlib.sha256(body.removesuffix(b"\n")).hexdigest()[:16].encode()):
-                raise InputError("damaged (not what its SHA-256 says)")
-            session = cls(_typed(Header, json.loads(body)), *priors)
-            if session.file != data:
+            body = data.partition(b"\n")[2].removesuffix(b"\n")
+            session = cls(_typed(Header, json.loads(body)), *priors) if _session_file(body) == data else None
+            if session is None or session.file != data:
                 raise InputError("damaged, or not of version 2")
             return session
         except (OSError, ValueError, AttributeError) as error:
