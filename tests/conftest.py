@@ -107,3 +107,35 @@ def train_into(directory, scenes, **flags):
     save_config(config, directory / "config.json")
     loop.run()
     return directory
+
+
+@pytest.fixture
+def sample(scenes, trained, tmp_path):
+    """Function that runs one share of a sampling run into a folder; returns what was logged, and the failures."""
+
+    from guided_diffusion import build_link
+    from guided_diffusion.config import SampleConfig, parse_config
+    from guided_diffusion.evaluation.run import run_pictures
+    from guided_diffusion.training.checkpoint import find_weights
+    from guided_diffusion.training.distributed import Share
+
+    def run(folder, share=(0, 1), **flags):
+        own = {"data_dir": scenes, "model_path": trained, "results_path": tmp_path / folder, "timestep_respacing": 3}
+        config, _ = parse_config(SampleConfig, "", as_arguments({**own, **TINY, **flags}))
+        weights, logged = find_weights(config.model_path), []
+        build = build_link.receiving_parts if config.role == "receive" else build_link.sampling_parts
+        parts = build(config, weights, lambda line: None)
+        logged.extend(run_pictures(config, weights, parts, logged.append, Share(*share)))
+        return logged
+
+    return run
+
+
+@pytest.fixture
+def receive(sample, tmp_path):
+    """Function that receives a folder of messages."""
+
+    def run(messages="sent/messages", folder="received", share=(0, 1), **flags):
+        return sample(folder, share, role="receive", messages=tmp_path / messages, **flags)
+
+    return run
